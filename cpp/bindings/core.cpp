@@ -1,0 +1,47 @@
+/// The table of contents of polyvec._core.
+#include "hypercomplex.hpp"
+#include "polyvec/isa.hpp"
+#include "polyvec/parallel.hpp"
+#include "run_op.hpp"
+
+// The names that threadpoolctl looks up in this library.
+extern "C" {
+__attribute__((visibility("default"))) int polyvec_get_num_threads() {
+    return polyvec::get_num_threads();
+}
+__attribute__((visibility("default"))) void polyvec_set_num_threads(int n) {
+    polyvec::set_num_threads(n);
+}
+}
+
+namespace polyvec {
+namespace {
+
+/// Runs Python's signal handlers; true when one raised (Ctrl-C). Only Python's main thread has any to run.
+bool interrupt_hook() {
+    const py::gil_scoped_acquire gil;
+    return PyErr_CheckSignals() != 0;
+}
+
+void bind_runtime(py::module_& m) {
+    m.def("available_isas", &available_isas);
+    m.def("active_isa", &active_isa);
+    m.def("force_isa", &force_isa, py::arg("name"));
+    m.def("available_cpus", &available_cpus);
+    m.def("get_num_threads", &get_num_threads);
+    m.def("set_num_threads", &set_num_threads, py::arg("n"));
+}
+
+}  // namespace
+}  // namespace polyvec
+
+PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
+    using namespace polyvec;
+    m.doc() = "Compiled CPU kernels of polyvec. Strict: polyvec's Python functions prepare its arguments.";
+    register_errors(m);
+    active_isa();       // an unusable POLYVEC_ISA is an error at import, not at first use
+    get_num_threads();  // and so is an unusable POLYVEC_NUM_THREADS
+    set_interrupt_hook(interrupt_hook);
+    bind_runtime(m);
+    bind_hypercomplex<Cpu>(m);
+}

@@ -1,0 +1,50 @@
+#pragma once
+
+#include "polyvec/hypercomplex.hpp"
+#include "run_op.hpp"
+
+namespace polyvec {
+
+template <class Exec>
+void bind_hypercomplex(py::module_& m) {
+    m.def(
+        "hypercomplex_product",
+        [](const py::object& x, const py::object& y, const py::object& out, std::vector<double> table, bool interleaved,
+           std::intptr_t where) {
+            Args args = args_for<Exec>(where);
+            const Array a = args.in("x", x);
+            run_op<Exec>(HypercomplexProduct{a, args.in("y", y), args.out("out", out), std::move(table), interleaved},
+                         where, a);
+        },
+        py::arg("x"), py::arg("y"), py::arg("out"), py::arg("table"), py::arg("interleaved"), py::arg("where"));
+    using Kind = HypercomplexMap::Kind;
+    const auto bind_map = [&m](const char* name, const char* op, Kind kind) {
+        m.def(
+            name,
+            [op, kind](const py::object& x, const py::object& out, bool interleaved, std::intptr_t where) {
+                Args args = args_for<Exec>(where);
+                const Array a = args.in("x", x);
+                run_op<Exec>(HypercomplexMap{op, a, args.out("out", out), kind, interleaved}, where, a);
+            },
+            py::arg("x"), py::arg("out"), py::arg("interleaved"), py::arg("where"));
+    };
+    bind_map("hypercomplex_norm", "hypercomplex.norm", Kind::norm);
+    bind_map("hypercomplex_normalize", "hypercomplex.normalize", Kind::normalize);
+    bind_map("hypercomplex_conjugate", "hypercomplex.conjugate", Kind::conjugate);
+    m.def(
+        "hypercomplex_relation_query",
+        [](const py::object& entities, const py::object& relations, const py::object& head_ids,
+           const py::object& relation_ids, const py::object& translations, const py::object& out,
+           std::vector<double> table, bool normalize, std::intptr_t where) {
+            Args args = args_for<Exec>(where);
+            const Array a = args.in("entities", entities);
+            run_op<Exec>(RelationQuery{a, args.in("relations", relations), args.in("head_ids", head_ids),
+                                       args.in("relation_ids", relation_ids), args.in("translations", translations),
+                                       args.out("out", out), std::move(table), normalize},
+                         where, a);
+        },
+        py::arg("entities"), py::arg("relations"), py::arg("head_ids"), py::arg("relation_ids"),
+        py::arg("translations"), py::arg("out"), py::arg("table"), py::arg("normalize"), py::arg("where"));
+}
+
+}  // namespace polyvec

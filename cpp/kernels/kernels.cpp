@@ -1,0 +1,17 @@
+// Gathers the engines' tables of this ISA level. One line an engine.
+#include "tables.hpp"
+
+#define POLYVEC_TEXT_(x) #x
+#define POLYVEC_TEXT(x) POLYVEC_TEXT_(x)
+
+namespace polyvec::POLYVEC_ISA {
+
+extern const HypercomplexKernels hypercomplex_kernels;
+
+extern const Kernels table;
+const Kernels table{
+    .isa = POLYVEC_TEXT(POLYVEC_ISA),
+    .hypercomplex = &hypercomplex_kernels,
+};
+
+}  // namespace polyvec::POLYVEC_ISA

@@ -1,0 +1,50 @@
+// The kernels of one ISA level, as plain function pointers: one struct an engine.
+// kernels/<stem>.cpp fills its engine's struct; kernels.cpp gathers them; src/isa.cpp chooses one `Kernels` a process.
+// Arguments are plain pointers and counts: no vector type crosses this boundary.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace polyvec {
+
+/// Rows of `components` planes of length d: component c of a row is row[c * d .. c * d + d).
+/// An algebra is its table: out[c] = sum_i table[c * components + i] * x[i] * y[i ^ c].
+template <class T>
+struct HypercomplexKernel {
+    void (*product)(const T* x, const T* y, T* out, std::size_t components, std::size_t d, const T* table) noexcept;
+    void (*norm)(const T* x, T* out, std::size_t components, std::size_t d) noexcept;
+    void (*normalize)(const T* x, T* out, std::size_t components, std::size_t d) noexcept;
+    void (*conjugate)(const T* x, T* out, std::size_t components, std::size_t d) noexcept;
+    /// out = head (*) relation (over its norm, when `normalize`) + translation (may be null).
+    void (*relation_query)(const T* head, const T* relation, const T* translation, T* out, std::size_t components,
+                           std::size_t d, const T* table, bool normalize) noexcept;
+    /// The components of n numbers side by side (n, components) <-> planes (components, n).
+    void (*to_planes)(const T* x, T* planes, std::size_t components, std::size_t n) noexcept;
+    void (*from_planes)(const T* planes, T* x, std::size_t components, std::size_t n) noexcept;
+};
+
+struct HypercomplexKernels {
+    HypercomplexKernel<float> f32;
+    HypercomplexKernel<double> f64;
+};
+
+struct Kernels {
+    const char* isa;
+    const HypercomplexKernels* hypercomplex;
+};
+
+/// The table of the active level. Fetched once an op, not once an element.
+const Kernels& kernels();
+
+/// The float or the double half of an engine's table.
+template <class T, class Engine>
+const auto& typed(const Engine& engine) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+        return engine.f32;
+    } else {
+        return engine.f64;
+    }
+}
+
+}  // namespace polyvec

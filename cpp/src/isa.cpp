@@ -1,0 +1,87 @@
+/// The only file that asks what the CPU can do.
+#include "polyvec/isa.hpp"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "tables.hpp"
+
+namespace polyvec {
+
+// Defined by kernels/kernels.cpp, once per level.
+#if defined(__x86_64__)
+namespace avx512 {
+extern const Kernels table;
+}
+namespace avx2 {
+extern const Kernels table;
+}
+namespace base {
+extern const Kernels table;
+}
+#else
+namespace neon {
+extern const Kernels table;
+}
+#endif
+
+namespace {
+
+struct Level {
+    const Kernels& table;
+    bool (*supported)();
+};
+
+// Best first. __builtin_cpu_supports also checks that the operating system saves the registers.
+const Level levels[] = {
+#if defined(__x86_64__)
+    {avx512::table, [] { return __builtin_cpu_supports("x86-64-v4") != 0; }},
+    {avx2::table, [] { return __builtin_cpu_supports("x86-64-v3") != 0; }},
+    {base::table, [] { return true; }},
+#else
+    {neon::table, [] { return true; }},
+#endif
+};
+
+const Kernels& find(const std::string& name, const char* who) {
+    for (const Level& level : levels)
+        if (name == level.table.isa && level.supported()) return level.table;
+    std::string message = std::string(who) + " must be one of ";
+    for (const std::string& available : available_isas()) message += available + ", ";
+    message.resize(message.size() - 2);
+    throw std::invalid_argument(message + ", got " + name);
+}
+
+const Kernels& choose() {
+    if (const char* forced = std::getenv("POLYVEC_ISA"); forced && *forced) return find(forced, "POLYVEC_ISA");
+    return find(available_isas().front(), "");
+}
+
+std::atomic<const Kernels*>& active() {
+    static std::atomic<const Kernels*> table{&choose()};
+    return table;
+}
+
+}  // namespace
+
+std::vector<std::string> available_isas() {
+    std::vector<std::string> names;
+    for (const Level& level : levels)
+        if (level.supported()) names.push_back(level.table.isa);
+    return names;
+}
+
+std::string active_isa() {
+    return kernels().isa;
+}
+
+void force_isa(const std::string& name) {
+    active() = &find(name, "isa");
+}
+
+const Kernels& kernels() {
+    return *active().load(std::memory_order_acquire);
+}
+
+}  // namespace polyvec

@@ -1,0 +1,180 @@
+"""Array libraries behind one small interface: what every public function does with its arguments before the kernel.
+
+Arrays come in as numpy arrays, torch tensors, other DLPack arrays or (nested) lists, and results go out as the kind of
+the first array argument, on its device. Nothing is moved between devices and no float dtype is changed silently;
+an input that is not C-contiguous is copied once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+
+class Array(Protocol):
+    """What polyvec accepts as an array: a shape and DLPack (numpy, torch, CuPy, JAX, ...)."""
+
+    @property
+    def shape(self) -> Any:
+        """Lengths of the axes."""
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        """Export to another library without a copy."""
+
+
+ArrayT = TypeVar("ArrayT", bound=Array)
+
+
+def _root(x: Any) -> str:
+    return type(x).__module__.partition(".")[0]
+
+
+def is_array(x: Any) -> bool:
+    """Whether `x` is an array rather than a list or a number."""
+    return isinstance(x, np.ndarray) or hasattr(x, "__dlpack__")
+
+
+def is_torch(x: Any) -> bool:
+    """Whether `x` is a torch tensor; never imports torch."""
+    return hasattr(x, "requires_grad") and hasattr(x, "data_ptr")
+
+
+def dtype_name(x: Any) -> str:
+    """Name of the dtype as users write it: float32, bfloat16, int64."""
+    return str(x.dtype).removeprefix("torch.")
+
+
+def device_name(x: Any) -> str:
+    """Either "cpu" or "cuda"."""
+    if isinstance(x, np.ndarray):
+        return "cpu"
+    if is_torch(x):
+        return str(x.device.type)
+    kind, _ = x.__dlpack_device__()
+    return {1: "cpu", 2: "cuda", 3: "cpu", 13: "cuda"}.get(int(kind), f"device type {int(kind)}")
+
+
+def _cast_hint(x: Any, dtype: str) -> str:
+    return f"; cast it with .to(torch.{dtype})" if is_torch(x) else f"; cast it with .astype('{dtype}')"
+
+
+def _one_of(names: Sequence[str]) -> str:
+    return " or ".join(names)
+
+
+def as_array(
+    op: str, name: str, x: Any, *, dtypes: Sequence[str] = ("float32",), ndim: int | None = None, dense: bool = True
+) -> Any:
+    """Return `x` as an array that a kernel can read.
+
+    Parameters
+    ----------
+    op, name : str
+        The public function and the argument, for messages.
+    x : array or nested list
+        Lists become numpy arrays of the first of `dtypes`.
+    dtypes : sequence of str
+        The dtypes the function takes; anything else is a TypeError, never a cast.
+    ndim : int, optional
+        The number of axes that `x` must have.
+    dense : bool
+        Whether to copy `x` when it is not C-contiguous.
+    """
+    if not is_array(x):
+        try:
+            x = np.asarray(x, dtype=dtypes[0])
+        except (TypeError, ValueError):
+            raise TypeError(f"{op}: {name} must be an array of {_one_of(dtypes)}, got {type(x).__name__}") from None
+    if getattr(x, "requires_grad", False):
+        raise TypeError(f"{op}: {name} must not require grad, got a tensor that does; use polyvec.torch or .detach()")
+    dtype = dtype_name(x)
+    if dtype not in dtypes:
+        raise TypeError(f"{op}: {name} must be {_one_of(dtypes)}, got {dtype}{_cast_hint(x, dtypes[0])}")
+    if ndim is not None and len(x.shape) != ndim:
+        axes = "axis" if ndim == 1 else "axes"
+        raise ValueError(f"{op}: {name} must have {ndim} {axes}, got shape {tuple(x.shape)}")
+    return contiguous(x) if dense else x
+
+
+def as_ids(op: str, name: str, x: Any, *, ndim: int | None = 1) -> Any:
+    """Return integer ids as a contiguous int64 array; other integer dtypes are converted, floats are refused."""
+    if not is_array(x):
+        x = np.asarray(x)
+        if x.size == 0:
+            x = x.astype(np.int64)
+    dtype = dtype_name(x)
+    if not dtype.startswith(("int", "uint")):
+        raise TypeError(f"{op}: {name} must be integers, got {dtype}")
+    if dtype != "int64":
+        x = x.long() if is_torch(x) else x.astype("int64")
+    return as_array(op, name, x, dtypes=("int64",), ndim=ndim)
+
+
+def contiguous(x: Any) -> Any:
+    """Return `x` itself when it is C-contiguous, else one copy that is."""
+    if isinstance(x, np.ndarray):
+        return x if x.flags.c_contiguous else np.ascontiguousarray(x)
+    if is_torch(x):
+        return x.contiguous()
+    return x  # other libraries hand out dense arrays; a kernel refuses one that is not
+
+
+def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    """Allocate an array in the library and on the device of `like`."""
+    if isinstance(like, np.ndarray):
+        return np.empty(shape, dtype)
+    if is_torch(like):
+        import torch
+
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+    xp = like.__array_namespace__() if hasattr(like, "__array_namespace__") else __import__(_root(like))
+    return xp.empty(shape, dtype=getattr(xp, dtype))
+
+
+def output(op: str, out: Any, like: Any, shape: tuple[int, ...], dtype: str, *, name: str = "out") -> Any:
+    """Return `out` after checking that it is exactly what the function writes, or a new array when it is None."""
+    if out is None:
+        return empty(like, shape, dtype)
+    if not is_array(out):
+        raise TypeError(f"{op}: {name} must be an array, got {type(out).__name__}")
+    if tuple(out.shape) != shape:
+        raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(out.shape)}")
+    if dtype_name(out) != dtype:
+        raise TypeError(f"{op}: {name} must be {dtype}, got {dtype_name(out)}")
+    if device_name(out) != device_name(like):
+        raise TypeError(f"{op}: {name} must be on {device_name(like)}, got {device_name(out)}")
+    if contiguous(out) is not out and not (is_torch(out) and out.is_contiguous()):
+        raise ValueError(f"{op}: {name} must be C-contiguous")
+    return out
+
+
+def outputs(
+    op: str, out: Any, like: Any, shape: tuple[int, ...], dtypes: tuple[str, str], names: tuple[str, str]
+) -> tuple[Any, Any]:
+    """`output` for a function that returns two arrays of one shape; `out` is None or a pair."""
+    if out is None:
+        out = (None, None)
+    if not (isinstance(out, tuple) and len(out) == 2):
+        raise TypeError(f"{op}: out must be a pair of arrays ({names[0]}, {names[1]}), got {type(out).__name__}")
+    first = output(op, out[0], like, shape, dtypes[0], name=f"out {names[0]}")
+    second = output(op, out[1], like, shape, dtypes[1], name=f"out {names[1]}")
+    return first, second
+
+
+def as_count(op: str, name: str, value: Any, *, least: int = 1) -> int:
+    """Return `value` as an int, refusing anything below `least` and anything that is not a whole number."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
+    count = int(value.__index__())
+    if count < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {count}")
+    return count
+
+
+def choice(op: str, name: str, value: Any, options: Sequence[Any]) -> Any:
+    """Return `value` when it is one of `options`."""
+    if value not in options:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+    return value

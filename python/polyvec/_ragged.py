@@ -1,0 +1,180 @@
+"""Ragged arrays: many sets of rows, one after the other, with offsets that say where each begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from polyvec._arrays import as_array, as_ids, contiguous, device_name, dtype_name, is_array, is_torch
+
+
+class Ragged:
+    """Sets of vectors of different sizes: set i is `values[offsets[i]:offsets[i + 1]]`.
+
+    Parameters
+    ----------
+    values : array of shape (T, d)
+        The rows of all sets, one set after the other. Kept as given (numpy, torch, ...), never copied.
+    offsets : array of shape (n + 1,), integer
+        Starts at 0, never runs backwards, ends at T. Kept as a numpy int64 array.
+
+    Examples
+    --------
+    >>> import numpy as np, polyvec as pv
+    >>> sets = pv.Ragged(np.ones((5, 2), np.float32), [0, 2, 2, 5])
+    >>> len(sets), sets.lengths.tolist(), sets[2].shape
+    (3, [2, 0, 3], (3, 2))
+    """
+
+    __slots__ = ("offsets", "values")
+
+    def __init__(self, values: Any, offsets: Any) -> None:
+        if not is_array(values):
+            values = np.asarray(values, dtype=np.float32)
+        if len(values.shape) != 2:
+            raise ValueError(f"Ragged: values must have 2 axes, got shape {tuple(values.shape)}")
+        if is_torch(offsets):
+            offsets = offsets.cpu().numpy()
+        offsets = np.asarray(as_ids("Ragged", "offsets", offsets))
+        if len(offsets) == 0 or offsets[0] != 0:
+            raise ValueError(f"Ragged: offsets must start at 0, got {offsets[0] if len(offsets) else 'none'}")
+        back = np.flatnonzero(offsets[1:] < offsets[:-1])
+        if len(back):
+            i = int(back[0])
+            raise ValueError(
+                f"Ragged: offsets must not run backwards, got {offsets[i]} then {offsets[i + 1]} at position {i}"
+            )
+        if offsets[-1] != values.shape[0]:
+            raise ValueError(
+                f"Ragged: offsets must end at the number of rows of values ({values.shape[0]}), got {offsets[-1]}"
+            )
+        self.values: Any = values
+        self.offsets: npt.NDArray[np.int64] = offsets
+
+    @classmethod
+    def from_list(cls, arrays: Sequence[Any], *, dim: int | None = None) -> Ragged:
+        """Concatenate `(n_i, d)` arrays; `dim` is needed only when the list is empty."""
+        arrays = [a if is_array(a) else np.asarray(a, dtype=np.float32) for a in arrays]
+        for i, a in enumerate(arrays):
+            if len(a.shape) != 2:
+                raise ValueError(f"Ragged: every array must have 2 axes, got shape {tuple(a.shape)} at position {i}")
+            if a.shape[1] != arrays[0].shape[1]:
+                raise ValueError(
+                    f"Ragged: every array must have the same d as the first ({arrays[0].shape[1]}), "
+                    f"got {a.shape[1]} at position {i}"
+                )
+            if dtype_name(a) != dtype_name(arrays[0]):
+                raise TypeError(
+                    f"Ragged: every array must have the dtype of the first ({dtype_name(arrays[0])}), "
+                    f"got {dtype_name(a)} at position {i}"
+                )
+        offsets = np.zeros(len(arrays) + 1, np.int64)
+        np.cumsum([a.shape[0] for a in arrays], out=offsets[1:])
+        if not arrays:
+            if dim is None:
+                raise ValueError("Ragged: dim must be given for an empty list")
+            return cls(np.empty((0, dim), np.float32), offsets)
+        if is_torch(arrays[0]):
+            import torch
+
+            return cls(torch.cat(list(arrays)), offsets)
+        if isinstance(arrays[0], np.ndarray):
+            return cls(np.concatenate(arrays), offsets)
+        return cls(arrays[0].__array_namespace__().concat(arrays), offsets)
+
+    @classmethod
+    def from_padded(cls, x: Any, lengths: Any = None) -> Ragged:
+        """Drop the padding of `x` (n, t, d): set i keeps its first `lengths[i]` rows (all t when None)."""
+        if not is_array(x):
+            x = np.asarray(x, dtype=np.float32)
+        if len(x.shape) != 3:
+            raise ValueError(f"Ragged: a padded array must have 3 axes, got shape {tuple(x.shape)}")
+        n, t, d = (int(s) for s in x.shape)
+        if lengths is None:
+            return cls(contiguous(x).reshape(n * t, d), np.arange(n + 1, dtype=np.int64) * t)
+        if is_torch(lengths):
+            lengths = lengths.cpu().numpy()
+        lengths = np.asarray(as_ids("Ragged", "lengths", lengths))
+        if len(lengths) != n:
+            raise ValueError(f"Ragged: lengths must have one entry a set ({n}), got {len(lengths)}")
+        bad = np.flatnonzero((lengths < 0) | (lengths > t))
+        if len(bad):
+            raise ValueError(f"Ragged: lengths must be in [0, {t}], got {lengths[bad[0]]} at position {bad[0]}")
+        offsets = np.zeros(n + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        keep = np.arange(t) < lengths[:, None]
+        if is_torch(x):
+            import torch
+
+            return cls(x[torch.from_numpy(keep).to(x.device)], offsets)
+        return cls(x[keep], offsets)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Number of rows of each set, shape (n,)."""
+        return np.diff(self.offsets)
+
+    @property
+    def dim(self) -> int:
+        """Width d of the rows."""
+        return int(self.values.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> Any:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"Ragged: index must be in [{-len(self)}, {len(self)}), got {i}")
+        i %= len(self)
+        return self.values[int(self.offsets[i]) : int(self.offsets[i + 1])]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
+
+    def take(self, ids: Any) -> Ragged:
+        """Return the sets `ids`, in that order, as a new Ragged (copies their rows)."""
+        ids = np.asarray(as_ids("Ragged.take", "ids", ids))
+        if len(ids) and not (ids.min() >= 0 and ids.max() < len(self)):
+            raise IndexError(f"Ragged.take: ids must be in [0, {len(self)}), got {ids.min()} to {ids.max()}")
+        lengths = self.lengths[ids]
+        offsets = np.zeros(len(ids) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        rows = np.repeat(self.offsets[:-1][ids] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return Ragged(self.values[rows], offsets)
+
+    def __repr__(self) -> str:
+        where = f", {device_name(self.values)}" if device_name(self.values) != "cpu" else ""
+        return f"Ragged({len(self)} sets, {self.values.shape[0]} rows, d={self.dim}, {dtype_name(self.values)}{where})"
+
+
+def as_ragged(op: str, name: str, x: Any, *, dtypes: Sequence[str] = ("float32",), dim: int | None = None) -> Ragged:
+    """Return token sets in any accepted form as a Ragged of contiguous values.
+
+    Accepted: a Ragged; `(values (T, d), offsets (n + 1,))`; `(padded (n, t, d), lengths (n,))`; a padded array
+    (n, t, d) without padding; a list of `(n_i, d)` arrays. `dim` is the width that the sets must have.
+    """
+    try:
+        if isinstance(x, Ragged):
+            sets = x
+        elif isinstance(x, tuple) and len(x) == 2 and len(getattr(x[1], "shape", (0,))) == 1:
+            sets = Ragged.from_padded(*x) if len(getattr(x[0], "shape", ())) == 3 else Ragged(*x)
+        elif is_array(x):
+            if len(x.shape) != 3:
+                raise ValueError(
+                    f"{name} must be a Ragged, (values, offsets), a list of (n_i, d) arrays or a padded (n, t, d) "
+                    f"array, got shape {tuple(x.shape)}"
+                )
+            sets = Ragged.from_padded(x)
+        elif isinstance(x, (list, tuple)):
+            sets = Ragged.from_list(x, dim=dim)
+        else:
+            raise TypeError(f"{name} must be a Ragged, (values, offsets) or a list of arrays, got {type(x).__name__}")
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{op}: {str(error).replace('Ragged: ', f'{name}: ')}") from None
+    if dim is not None and sets.dim != dim:
+        raise ValueError(f"{op}: {name} must have d = {dim}, got {sets.dim}")
+    values = as_array(op, name, sets.values, dtypes=dtypes, ndim=2)
+    return sets if values is sets.values else Ragged(values, sets.offsets)

@@ -1,0 +1,318 @@
+"""Complex, quaternion, dihedron and octonion vectors: products, norms, and the fused query of knowledge-graph models.
+
+A planar array is (..., C, d): C planes of length d, the components of d numbers (C = 2, 4 or 8). With `axis=-1` the
+components of one number lie side by side, (..., C).
+
+An algebra is "complex" (C = 2), "quaternion", "dihedron" (C = 4), "octonion" (C = 8), or a pair (a, b): the
+4-component algebra with i^2 = a, j^2 = b, ij = -ji = k. The quaternions are (-1, -1), the dihedrons (-1, 1): split
+quaternions, which multiply as real 2 x 2 matrices.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from polyvec import _backend
+from polyvec._arrays import ArrayT, as_array, as_ids, contiguous, dtype_name, is_torch, output
+
+Algebra = str | tuple[float, float]
+
+_FLOATS = ("float32", "float64")
+
+
+def _cayley_dickson(table: list[list[float]], gamma: float) -> list[list[float]]:
+    """Double an algebra: (p, q)(r, s) = (p r + gamma conj(s) q, s p + q conj(r)).
+
+    `table[c][i]` is the sign of x_i y_(i ^ c) in component c; conjugation negates all components but the first.
+    """
+    n = len(table)
+    doubled = [[0.0] * (2 * n) for _ in range(2 * n)]
+    for c in range(n):
+        for i in range(n):
+            j = i ^ c
+            conj_j = 1.0 if j == 0 else -1.0
+            conj_i = 1.0 if i == 0 else -1.0
+            doubled[c][i] = table[c][i]  # p r
+            doubled[c][n + j] = gamma * table[c][i] * conj_i  # conj(s) q: s is the left factor
+            doubled[c + n][j] = table[c][i]  # s p: s_i p_j
+            doubled[c + n][n + i] = table[c][i] * conj_j  # q conj(r)
+    return doubled
+
+
+@lru_cache(maxsize=64)
+def sign_table(algebra: Algebra) -> tuple[tuple[float, ...], ...]:
+    """Return the C x C table of an algebra: (x y)_c = sum_i table[c][i] x_i y_(i ^ c)."""
+    named: dict[str, tuple[float, ...]] = {
+        "complex": (-1.0,),
+        "quaternion": (-1.0, -1.0),
+        "dihedron": (-1.0, 1.0),
+        "octonion": (-1.0, -1.0, -1.0),
+    }
+    squares = named.get(algebra) if isinstance(algebra, str) else tuple(float(s) for s in algebra)
+    if squares is None or (not isinstance(algebra, str) and len(squares) != 2):
+        raise ValueError(
+            f"hypercomplex: algebra must be one of {', '.join(map(repr, named))} or a pair (a, b), got {algebra!r}"
+        )
+    table = [[1.0]]
+    for gamma in squares:
+        table = _cayley_dickson(table, gamma)
+    return tuple(tuple(row) for row in table)
+
+
+def flat_table(algebra: Algebra) -> list[float]:
+    """Return `sign_table` as the flat list that kernels take."""
+    return [value for row in sign_table(algebra) for value in row]
+
+
+def _component_axis(op: str, axis: int, ndim: int) -> bool:
+    """Return whether the components are the last axis (interleaved) rather than the last but one (planar)."""
+    if axis not in (-1, -2) and axis not in (ndim - 1, ndim - 2):
+        raise ValueError(f"{op}: axis must be -2 (planar) or -1 (interleaved), got {axis}")
+    return axis in (-1, ndim - 1)
+
+
+def _check_components(op: str, name: str, x: Any, interleaved: bool, components: int | None) -> None:
+    if len(x.shape) < (1 if interleaved else 2):
+        raise ValueError(f"{op}: {name} must have {'1 axis' if interleaved else '2 axes'} or more, got {len(x.shape)}")
+    found = x.shape[-1 if interleaved else -2]
+    if components is None and found not in (2, 4, 8):
+        raise ValueError(f"{op}: {name} must have 2, 4 or 8 components on its component axis, got {found}")
+    if components is not None and found != components:
+        raise ValueError(f"{op}: {name} must have {components} components for this algebra, got {found}")
+
+
+def _broadcast(x: Any, shape: tuple[int, ...]) -> Any:
+    if tuple(x.shape) == shape:
+        return x
+    return x.broadcast_to(shape) if is_torch(x) else np.broadcast_to(x, shape)
+
+
+def product(
+    x: ArrayT,
+    y: ArrayT,
+    *,
+    algebra: Algebra = "quaternion",
+    axis: int = -2,
+    out: ArrayT | None = None,
+    num_threads: int | None = None,
+) -> ArrayT:
+    """Multiply hypercomplex numbers: `out = x (*) y`, number by number; not commutative.
+
+    For the algebra i^2 = a, j^2 = b, k = ij = -ji, with x = (s, x, y, z) and y = (s', x', y', z')::
+
+        out_0 = s s' + a x x' + b y y' - a b z z'      out_2 = s y' + y s' + a x z' - a z x'
+        out_1 = s x' + x s' - b y z' + b z y'          out_3 = s z' + z s' + x y' - y x'
+
+    Parameters
+    ----------
+    x, y : arrays of shape (..., C, d), or (..., C) with axis=-1; float32 | float64
+        The left and the right factor, of one dtype. Leading axes (and d) broadcast.
+    algebra : {"quaternion", "dihedron", "complex", "octonion"} or (a, b)
+        C is 4, 4, 2, 8, and 4.
+    axis : {-2, -1}
+        Where the components are: -2 planar (fastest), -1 interleaved.
+    out : array of the broadcast shape, optional
+        Written and returned. It must not overlap x or y.
+    num_threads : int, optional
+        CPU threads; the process setting when None.
+
+    Returns
+    -------
+    array of the broadcast shape, x's dtype, library and device
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not broadcast, a component axis of the wrong length, an unknown algebra.
+    TypeError
+        Dtypes other than float32 and float64, or two different ones.
+
+    Notes
+    -----
+    Accumulates in the input's dtype: each component is a sum of C products. 2 C^2 flops and 3 C elements of traffic
+    a number: memory-bound. The gradient of either factor is the same kernel with another table
+    (`polyvec.torch.product`).
+
+    References
+    ----------
+    Robin, Lion and Tetra (S01): language-model-augmented dihedron and quaternion embeddings, scoring function.
+
+    Examples
+    --------
+    >>> import numpy as np, polyvec as pv
+    >>> i, j = np.eye(4, dtype=np.float32)[1:3]
+    >>> pv.hypercomplex.product(i, j, axis=-1)
+    array([0., 0., 0., 1.], dtype=float32)
+    """
+    op = "hypercomplex.product"
+    table = flat_table(algebra)
+    components = len(sign_table(algebra))
+    left: Any = as_array(op, "x", x, dtypes=_FLOATS, dense=False)
+    right: Any = as_array(op, "y", y, dtypes=(dtype_name(left),), dense=False)
+    interleaved = _component_axis(op, axis, len(left.shape))
+    _check_components(op, "x", left, interleaved, components)
+    _check_components(op, "y", right, interleaved, components)
+    try:
+        shape = np.broadcast_shapes(tuple(left.shape), tuple(right.shape))
+    except ValueError:
+        raise ValueError(f"{op}: y must broadcast against x {tuple(left.shape)}, got {tuple(right.shape)}") from None
+    left, right = (_kernel_view(a, shape, interleaved) for a in (left, right))
+    out = output(op, out, left, shape, dtype_name(left))
+    _backend.run(op, "hypercomplex_product", left, left, right, out, table, interleaved, num_threads=num_threads)
+    return out  # type: ignore[return-value]
+
+
+def _kernel_view(x: Any, shape: tuple[int, ...], interleaved: bool) -> Any:
+    """Broadcast `x` to `shape` without a copy where kernels can read it so: planar, with dense last two axes."""
+    planar_dense = not interleaved and tuple(x.shape[-2:]) == shape[-2:] and len(shape) <= 8
+    if not planar_dense:
+        return contiguous(_broadcast(x, shape))
+    return _broadcast(contiguous(x), shape)
+
+
+def _map(op: str, x: Any, axis: int, out: Any, num_threads: int | None, *, keeps_shape: bool) -> Any:
+    value = as_array(op, "x", x, dtypes=_FLOATS)
+    interleaved = _component_axis(op, axis, len(value.shape))
+    _check_components(op, "x", value, interleaved, None)
+    shape = tuple(value.shape)
+    if not keeps_shape:
+        shape = shape[:-1] if interleaved else (*shape[:-2], shape[-1])
+    out = output(op, out, value, shape, dtype_name(value))
+    _backend.run(op, op.replace(".", "_"), value, value, out, interleaved, num_threads=num_threads)
+    return out
+
+
+def conjugate(x: ArrayT, *, axis: int = -2, out: ArrayT | None = None, num_threads: int | None = None) -> ArrayT:
+    """Negate all components but the first.
+
+    Parameters
+    ----------
+    x : array of shape (..., C, d), or (..., C) with axis=-1; float32 | float64
+        C = 2, 4 or 8.
+    axis, out, num_threads
+        As for `product`.
+
+    Returns
+    -------
+    array of x's shape, dtype, library and device
+    """
+    return _map("hypercomplex.conjugate", x, axis, out, num_threads, keeps_shape=True)  # type: ignore[no-any-return]
+
+
+def norm(x: ArrayT, *, axis: int = -2, out: ArrayT | None = None, num_threads: int | None = None) -> ArrayT:
+    """Return the Euclidean norm of each number: the square root of the sum of its squared components.
+
+    It is the same for every algebra; for dihedrons it is not the algebra's own (indefinite) norm, which the models of
+    S01 do not use either.
+
+    Parameters
+    ----------
+    x : array of shape (..., C, d), or (..., C) with axis=-1; float32 | float64
+        C = 2, 4 or 8.
+    axis, out, num_threads
+        As for `product`.
+
+    Returns
+    -------
+    array of shape (..., d), or (...) with axis=-1; x's dtype, library and device
+    """
+    return _map("hypercomplex.norm", x, axis, out, num_threads, keeps_shape=False)  # type: ignore[no-any-return]
+
+
+def normalize(x: ArrayT, *, axis: int = -2, out: ArrayT | None = None, num_threads: int | None = None) -> ArrayT:
+    """Divide each number by its Euclidean norm; a number of norm 0 stays 0.
+
+    Parameters
+    ----------
+    x : array of shape (..., C, d), or (..., C) with axis=-1; float32 | float64
+        C = 2, 4 or 8.
+    axis, out, num_threads
+        As for `product`.
+
+    Returns
+    -------
+    array of x's shape, dtype, library and device
+    """
+    return _map("hypercomplex.normalize", x, axis, out, num_threads, keeps_shape=True)  # type: ignore[no-any-return]
+
+
+def relation_query(
+    entities: ArrayT,
+    relations: ArrayT,
+    head_ids: Any,
+    relation_ids: Any,
+    *,
+    algebra: Algebra = "quaternion",
+    translations: ArrayT | None = None,
+    normalize: bool = True,
+    out: ArrayT | None = None,
+    num_threads: int | None = None,
+) -> ArrayT:
+    """Compose (head, relation) pairs into query vectors, so that the score of a tail is an inner product.
+
+    `out[i] = entities[head_ids[i]] (*) r / |r| + translations[relation_ids[i]]` with `r = relations[relation_ids[i]]`,
+    flattened to C * d: gathered, normalised, rotated and translated in one pass.
+
+    Parameters
+    ----------
+    entities : array of shape (N, C, d), float32 | float64
+    relations : array of shape (R, C, d), entities' dtype
+        The rotors.
+    head_ids, relation_ids : integer arrays of shape (n,)
+        Rows of `entities` and of `relations`.
+    algebra : {"quaternion", "dihedron", "complex", "octonion"} or (a, b)
+    translations : array of shape (R, C, d), optional
+        Added after the rotation.
+    normalize : bool
+        Divide each rotor by its Euclidean norm, number by number (a rotor of norm 0 gives 0).
+    out : array of shape (n, C * d), optional
+    num_threads : int, optional
+        CPU threads; the process setting when None.
+
+    Returns
+    -------
+    array of shape (n, C * d), entities' dtype, library and device
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit each other or the algebra.
+    TypeError
+        Dtypes other than float32 and float64, or mixed ones.
+    IndexError
+        An id outside its table.
+
+    Notes
+    -----
+    Reads each gathered row once and writes the result once: 3 C d elements of traffic a query (4 with translations).
+
+    References
+    ----------
+    Robin, Lion and Tetra (S01): score -|q|^2 - |t|^2 + 2 q . t with q as above; QuatE (Zhang et al. 2019), section 4.
+
+    Examples
+    --------
+    >>> import numpy as np, polyvec as pv
+    >>> entities = np.ones((3, 4, 2), np.float32)
+    >>> relations = np.zeros((1, 4, 2), np.float32)
+    >>> relations[0, 0] = 5.0  # a real rotor turns nothing, and its length does not count
+    >>> pv.hypercomplex.relation_query(entities, relations, [2], [0])
+    array([[1., 1., 1., 1., 1., 1., 1., 1.]], dtype=float32)
+    """
+    op = "hypercomplex.relation_query"
+    table: Any = as_array(op, "entities", entities, dtypes=_FLOATS, ndim=3)
+    dtype = (dtype_name(table),)
+    rotors = as_array(op, "relations", relations, dtypes=dtype, ndim=3)
+    shifts = None if translations is None else as_array(op, "translations", translations, dtypes=dtype, ndim=3)
+    heads, relation_rows = as_ids(op, "head_ids", head_ids), as_ids(op, "relation_ids", relation_ids)
+    _check_components(op, "entities", table, False, len(sign_table(algebra)))
+    out = output(op, out, table, (int(heads.shape[0]), int(table.shape[1] * table.shape[2])), dtype[0])
+    _backend.run(
+        op, "hypercomplex_relation_query", table,
+        table, rotors, heads, relation_rows, shifts, out, flat_table(algebra), normalize,
+        num_threads=num_threads,
+    )  # fmt: skip
+    return out  # type: ignore[return-value]

@@ -1,0 +1,62 @@
+"""Definitions in float64, from the formulas of S01, written apart from the library's own tables."""
+
+import numpy as np
+
+SQUARES = {"quaternion": (-1, -1), "dihedron": (-1, 1)}
+
+
+def product(x, y, algebra="quaternion"):
+    """Planar (..., C, d) product from the written-out formulas."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if algebra == "complex":
+        (r, i), (r2, i2) = (np.moveaxis(v, -2, 0) for v in (x, y))
+        return np.stack([r * r2 - i * i2, r * i2 + i * r2], -2)
+    if algebra == "octonion":  # Cayley-Dickson pairs of quaternions: (p, q)(r, s) = (p r - s* q, s p + q r*)
+        p, q, r, s = x[..., :4, :], x[..., 4:, :], y[..., :4, :], y[..., 4:, :]
+        return np.concatenate(
+            [product(p, r) - product(conjugate(s), q), product(s, p) + product(q, conjugate(r))], axis=-2
+        )
+    a, b = SQUARES.get(algebra, algebra)
+    (s, x1, y1, z1), (s2, x2, y2, z2) = (np.moveaxis(v, -2, 0) for v in (x, y))
+    return np.stack(
+        [
+            s * s2 + a * x1 * x2 + b * y1 * y2 - a * b * z1 * z2,
+            s * x2 + x1 * s2 - b * y1 * z2 + b * z1 * y2,
+            s * y2 + y1 * s2 + a * x1 * z2 - a * z1 * x2,
+            s * z2 + z1 * s2 + x1 * y2 - y1 * x2,
+        ],
+        -2,
+    )
+
+
+def conjugate(x):
+    """All components but the first negated."""
+    x = np.asarray(x, np.float64).copy()
+    x[..., 1:, :] *= -1
+    return x
+
+
+def norm(x):
+    """Euclidean norm over the components."""
+    return np.sqrt((np.asarray(x, np.float64) ** 2).sum(-2))
+
+
+def normalize(x):
+    """x / norm, 0 where the norm is 0."""
+    n = norm(x)[..., None, :]
+    return np.divide(x, n, out=np.zeros(np.shape(x)), where=n > 0)
+
+
+def relation_query(entities, relations, head_ids, relation_ids, algebra, translations=None, normalized=True):
+    """One row a (head, relation) pair."""
+    rotors = normalize(relations) if normalized else np.asarray(relations, np.float64)
+    out = product(np.asarray(entities)[head_ids], rotors[relation_ids], algebra)
+    if translations is not None:
+        out = out + np.asarray(translations, np.float64)[relation_ids]
+    return out.reshape(len(head_ids), -1)
+
+
+def matrix(x):
+    """A dihedron number (s, x, y, z) as a real 2 x 2 matrix; products become matrix products."""
+    s, x1, y1, z1 = np.moveaxis(np.asarray(x, np.float64), -1, 0)
+    return np.stack([np.stack([s - z1, -x1 + y1], -1), np.stack([x1 + y1, s + z1], -1)], -2)

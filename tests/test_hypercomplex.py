@@ -1,0 +1,211 @@
+"""Hypercomplex products, norms and the fused relation query."""
+
+import numpy as np
+import polyvec as pv
+import pytest
+from accuracy import assert_elementwise, assert_exact
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import hypercomplex as ref
+
+ALGEBRAS = {"complex": 2, "quaternion": 4, "dihedron": 4, (0.5, -2.0): 4, "octonion": 8}
+WIDTHS = [0, 1, 2, 3, 4, 5, 7, 8, 9, 11, 15, 16, 17, 19, 33, 35, 64, 65, 130]
+
+
+def sample(rng, *shape, dtype=np.float32):
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def scale(x, y, algebra):
+    """Sum of absolute products: the size that rounding errors are measured against."""
+    weight = max(1.0, *(abs(v) for v in algebra)) ** 2 if isinstance(algebra, tuple) else 1.0
+    return weight * np.sqrt((x.astype(np.float64) ** 2).sum(-2) * (y.astype(np.float64) ** 2).sum(-2))[..., None, :]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("algebra", ALGEBRAS, ids=str)
+@pytest.mark.parametrize("d", WIDTHS)
+def test_product_equals_the_definition(rng, isa, algebra, d, dtype):
+    x, y = (sample(rng, 3, ALGEBRAS[algebra], d, dtype=dtype) for _ in range(2))
+    result = pv.hypercomplex.product(x, y, algebra=algebra)
+    assert_elementwise(result, ref.product(x, y, algebra), scale(x, y, algebra))
+
+
+@pytest.mark.parametrize("algebra", ALGEBRAS, ids=str)
+@pytest.mark.parametrize("n", [0, 1, 5, 255, 256, 257, 600])
+def test_interleaved_product_is_the_planar_one(rng, isa, algebra, n):
+    x, y = (sample(rng, n, ALGEBRAS[algebra]) for _ in range(2))
+    planar = pv.hypercomplex.product(x.T.copy(), y.T.copy(), algebra=algebra)
+    assert_exact(pv.hypercomplex.product(x, y, algebra=algebra, axis=-1), planar.T)
+
+
+def test_dihedrons_multiply_as_matrices(rng):
+    x, y = (sample(rng, 50, 4, dtype=np.float64) for _ in range(2))
+    product = pv.hypercomplex.product(x, y, algebra="dihedron", axis=-1)
+    np.testing.assert_allclose(ref.matrix(product), ref.matrix(x) @ ref.matrix(y), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(("algebra", "composes"), [("quaternion", True), ("octonion", True), ("dihedron", False)])
+def test_norms_multiply_in_the_division_algebras_only(rng, algebra, composes):
+    x, y = (sample(rng, ALGEBRAS[algebra], 40, dtype=np.float64) for _ in range(2))
+    norm = pv.hypercomplex.norm
+    equal = np.allclose(norm(pv.hypercomplex.product(x, y, algebra=algebra)), norm(x) * norm(y), rtol=1e-12)
+    assert equal == composes
+
+
+@given(
+    leading=st.lists(st.integers(0, 3), max_size=3),
+    drop=st.integers(0, 3),
+    ones=st.lists(st.booleans(), min_size=5, max_size=5),
+    swap=st.booleans(),
+    d=st.integers(0, 9),
+)
+def test_leading_axes_broadcast_like_numpy(leading, drop, ones, swap, d):
+    rng = np.random.default_rng(d)
+    shape = (*leading, 4, d)
+    other = (*tuple(1 if one else n for one, n in zip(ones, leading, strict=False))[drop:], 4, 1 if ones[-1] else d)
+    x, y = sample(rng, *shape), sample(rng, *other)
+    if swap:
+        x, y = y, x
+    result = pv.hypercomplex.product(x, y)
+    expected = ref.product(*(np.broadcast_arrays(x, y)))
+    assert_elementwise(result, expected, scale(*np.broadcast_arrays(x, y), "quaternion"))
+
+
+def test_strided_and_unaligned_inputs(rng, isa):
+    big = sample(rng, 6, 4, 40)
+    x, y = big[::2, :, 1:18], big[1::2, :, 3:20]
+    assert_exact(pv.hypercomplex.product(x, y), pv.hypercomplex.product(x.copy(), y.copy()))
+    assert_exact(
+        pv.hypercomplex.product(big.swapaxes(1, 2), big.swapaxes(1, 2), axis=-1),
+        pv.hypercomplex.product(big, big).swapaxes(1, 2),
+    )
+
+
+@pytest.mark.parametrize("d", [1, 16, 33])
+@pytest.mark.parametrize("components", [2, 4, 8])
+def test_norm_normalize_conjugate(rng, isa, components, d):
+    x = sample(rng, 5, components, d)
+    x[2, :, 0] = 0
+    assert_elementwise(pv.hypercomplex.norm(x), ref.norm(x), ref.norm(x))
+    assert_elementwise(pv.hypercomplex.normalize(x), ref.normalize(x), 1)
+    assert_exact(pv.hypercomplex.normalize(x)[2, :, 0], np.zeros(components))
+    assert_exact(pv.hypercomplex.conjugate(x), ref.conjugate(x))
+    last = x.swapaxes(1, 2)
+    for function in (pv.hypercomplex.normalize, pv.hypercomplex.conjugate):
+        assert_exact(function(last, axis=-1), function(x).swapaxes(1, 2))
+    assert_exact(pv.hypercomplex.norm(last, axis=-1), pv.hypercomplex.norm(x))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("translated", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("algebra", ALGEBRAS, ids=str)
+def test_relation_query_equals_the_definition(rng, isa, algebra, normalize, translated, dtype):
+    components = ALGEBRAS[algebra]
+    entities, relations, shifts = (sample(rng, n, components, 67, dtype=dtype) for n in (13, 5, 5))
+    heads, relation_ids = rng.integers(0, 13, 21), rng.integers(0, 5, 21)
+    shifts = shifts if translated else None
+    result = pv.hypercomplex.relation_query(
+        entities, relations, heads, relation_ids, algebra=algebra, translations=shifts, normalize=normalize
+    )
+    expected = ref.relation_query(entities, relations, heads, relation_ids, algebra, shifts, normalize)
+    rotor_size = 1 if normalize else ref.norm(relations)[relation_ids]
+    size = np.repeat((ref.norm(entities)[heads] * rotor_size + 3)[:, None, :], components, 1).reshape(21, -1)
+    assert_elementwise(result, expected, size * (4 if isinstance(algebra, tuple) else 1))
+
+
+@pytest.mark.parametrize("algebra", ALGEBRAS, ids=str)
+def test_result_does_not_depend_on_thread_count(rng, algebra):
+    x, y = (sample(rng, 2000, ALGEBRAS[algebra], 37) for _ in range(2))
+    ids = rng.integers(0, 2000, 3001)
+    one, two, seven = (
+        (
+            pv.hypercomplex.product(x, y, algebra=algebra, num_threads=n),
+            pv.hypercomplex.normalize(x, num_threads=n),
+            pv.hypercomplex.relation_query(x, y, ids, ids[::-1], algebra=algebra, num_threads=n),
+        )
+        for n in (1, 2, 7)
+    )
+    for a, b, c in zip(one, two, seven, strict=True):
+        assert_exact(a, b)
+        assert_exact(a, c)
+
+
+def test_the_caller_gets_the_library_it_gave(rng, lib):
+    x = lib(sample(rng, 3, 4, 5))
+    for result in (
+        pv.hypercomplex.product(x, x),
+        pv.hypercomplex.norm(x),
+        pv.hypercomplex.relation_query(x, x, [0, 1], [2, 2]),
+    ):
+        assert type(result) is type(x)
+    out = lib(np.full((3, 4, 5), np.nan, np.float32))
+    assert pv.hypercomplex.product(x, x, out=out) is out
+    assert_exact(out, pv.hypercomplex.product(x, x))
+
+
+def zeros(*shape, dtype=np.float32):
+    return np.zeros(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (
+            lambda: pv.hypercomplex.product(zeros(2, 4, 3), zeros(2, 3, 3)),
+            ValueError,
+            "hypercomplex.product: y must have 4 components for this algebra, got 3",
+        ),
+        (
+            lambda: pv.hypercomplex.product(zeros(2, 4, 3), zeros(3, 4, 3)),
+            ValueError,
+            "hypercomplex.product: y must broadcast against x (2, 4, 3), got (3, 4, 3)",
+        ),
+        (
+            lambda: pv.hypercomplex.product(zeros(4, 3, dtype=np.float16), zeros(4, 3)),
+            TypeError,
+            "hypercomplex.product: x must be float32 or float64, got float16; cast it with .astype('float32')",
+        ),
+        (
+            lambda: pv.hypercomplex.product(zeros(4, 3), zeros(4, 3), axis=0 - 3),
+            ValueError,
+            "hypercomplex.product: axis must be -2 (planar) or -1 (interleaved), got -3",
+        ),
+        (
+            lambda: pv.hypercomplex.product(zeros(4, 3), zeros(4, 3), algebra="sedenion"),
+            ValueError,
+            "hypercomplex: algebra must be one of 'complex', 'quaternion', 'dihedron', 'octonion' or a pair (a, b), "
+            "got 'sedenion'",
+        ),
+        (
+            lambda: pv.hypercomplex.norm(zeros(3, 3)),
+            ValueError,
+            "hypercomplex.norm: x must have 2, 4 or 8 components on its component axis, got 3",
+        ),
+        (
+            lambda: pv.hypercomplex.relation_query(zeros(3, 4, 2), zeros(2, 4, 2), [0, 3], [0, 0]),
+            IndexError,
+            "hypercomplex.relation_query: head_ids must be in [0, 3), got 3 at position 1",
+        ),
+        (
+            lambda: pv.hypercomplex.relation_query(zeros(3, 4, 2), zeros(2, 4, 2), [0, 1], [0, -1]),
+            IndexError,
+            "hypercomplex.relation_query: relation_ids must be in [0, 2), got -1 at position 1",
+        ),
+        (
+            lambda: pv.hypercomplex.relation_query(zeros(3, 4, 2), zeros(2, 4, 5), [0], [0]),
+            ValueError,
+            "hypercomplex.relation_query: relations must have the same last two axes as entities (4, 2), got (4, 5)",
+        ),
+        (
+            lambda: pv.hypercomplex.relation_query(zeros(3, 4, 2), zeros(2, 4, 2), [0.5], [0]),
+            TypeError,
+            "hypercomplex.relation_query: head_ids must be integers, got float64",
+        ),
+    ],
+)
+def test_errors(call, error, text):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == text
