@@ -1,5 +1,6 @@
 /// The table of contents of polyvec._core.
 #include "hypercomplex.hpp"
+#include "polyvec/finite.hpp"
 #include "polyvec/isa.hpp"
 #include "polyvec/parallel.hpp"
 #include "run_op.hpp"
@@ -30,6 +31,17 @@ void bind_runtime(py::module_& m) {
     m.def("available_cpus", &available_cpus);
     m.def("get_num_threads", &get_num_threads);
     m.def("set_num_threads", &set_num_threads, py::arg("n"));
+    m.def(
+        "first_nonfinite_row",
+        [](const py::object& x, std::intptr_t where) {
+            Args args = args_for<Cpu>(where);
+            const Array a = args.in("x", x);
+            require_float("first_nonfinite_row", a);
+            require_contiguous("first_nonfinite_row", a);
+            const py::gil_scoped_release nogil;
+            return first_nonfinite_row(a, Cpu{static_cast<int>(where)});
+        },
+        py::arg("x"), py::arg("where"));
 }
 
 }  // namespace

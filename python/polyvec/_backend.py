@@ -49,3 +49,10 @@ def run(op: str, function: str, like: Any, *args: Any, num_threads: int | None =
     if not hasattr(module, function):
         raise TypeError(f"{op}: arrays must be on cpu, got cuda; this function has no CUDA form yet")
     return getattr(module, function)(*args, _stream_of(like))
+
+
+def require_finite(op: str, name: str, x: Any, num_threads: int | None = None) -> None:
+    """Refuse NaN and Inf in `x` (n, ...) by row: for data that will be indexed."""
+    row = run(op, "first_nonfinite_row", x, x, num_threads=num_threads)
+    if row >= 0:
+        raise ValueError(f"{op}: {name} must be finite, got NaN or Inf in row {row}")
