@@ -19,11 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as functional
-from _data import DATA_DIR, KnowledgeGraph, load_knowledge_graph
 from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import trange
+
+from _data import DATA_DIR, KnowledgeGraph, load_knowledge_graph
 
 # The two squares (i^2, j^2) that define each algebra; k = ij = -ji, hence k^2 = -i^2 j^2.
 ALGEBRAS = {"quaternion": (-1, -1), "dihedron": (-1, 1)}

@@ -8,6 +8,7 @@ import pathlib
 
 import numpy as np
 import pytest
+
 from polyvec import _core
 
 

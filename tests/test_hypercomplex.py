@@ -1,11 +1,12 @@
 """Hypercomplex products, norms and the fused relation query."""
 
 import numpy as np
-import polyvec as pv
 import pytest
-from accuracy import assert_elementwise, assert_exact
 from hypothesis import given
 from hypothesis import strategies as st
+
+import polyvec as pv
+from accuracy import assert_elementwise, assert_exact
 from reference import hypercomplex as ref
 
 ALGEBRAS = {"complex": 2, "quaternion": 4, "dihedron": 4, (0.5, -2.0): 4, "octonion": 8}
