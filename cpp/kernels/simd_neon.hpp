@@ -1,0 +1,40 @@
+// The operations that vector extensions have no words for, in plain C: aarch64 has no masked load, and a mask
+// there has no cheap way to the integer side. Included by simd.hpp.
+#pragma once
+
+namespace polyvec::POLYVEC_ISA {
+namespace {
+
+// One bit per lane of a comparison, lane 0 lowest.
+template <class M>
+POLYVEC_INLINE uint32_t bits(M mask) noexcept {
+    uint32_t set = 0;
+    for (size_t k = 0; k < lanes_of<M>; ++k) set |= static_cast<uint32_t>(mask[k] & 1) << k;
+    return set;
+}
+
+template <class M>
+POLYVEC_INLINE bool any(M mask) noexcept {
+    return bits(mask) != 0;
+}
+
+// The first n (at most lanes<T>) elements at p, zeros after them; nothing behind them is touched.
+template <class T>
+POLYVEC_INLINE Vec<T> load_first(const T* p, size_t n) noexcept {
+    Vec<T> v{};
+    for (size_t k = 0; k < lanes<T>; ++k) {
+        if (k < n) v[k] = p[k];
+    }
+    return v;
+}
+
+// Store the first n (at most lanes<T>) lanes; nothing behind them is touched.
+template <class T>
+POLYVEC_INLINE void store_first(T* p, Vec<T> v, size_t n) noexcept {
+    for (size_t k = 0; k < lanes<T>; ++k) {
+        if (k < n) p[k] = v[k];
+    }
+}
+
+} // namespace
+} // namespace polyvec::POLYVEC_ISA
