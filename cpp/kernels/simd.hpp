@@ -184,8 +184,8 @@ POLYVEC_INLINE auto reduce_max(V v) noexcept {
     }
 }
 
-} // namespace
-} // namespace polyvec::POLYVEC_ISA
+}  // namespace
+}  // namespace polyvec::POLYVEC_ISA
 
 // load_first, store_first, bits, any: what the vector extensions have no words for.
 #if defined(__x86_64__)

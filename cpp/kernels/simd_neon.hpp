@@ -36,5 +36,5 @@ POLYVEC_INLINE void store_first(T* p, Vec<T> v, size_t n) noexcept {
     }
 }
 
-} // namespace
-} // namespace polyvec::POLYVEC_ISA
+}  // namespace
+}  // namespace polyvec::POLYVEC_ISA

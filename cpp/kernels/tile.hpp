@@ -88,8 +88,7 @@ struct GatheredRows {
 
 // One step in d: acc[j][r] += row[j][i] * panel[i][r].
 template <int J, int R, class T>
-POLYVEC_INLINE void multiply_step(const T* panel, const T* const (&row)[J], size_t i,
-                                  Vec<T> (&acc)[J][R]) noexcept {
+POLYVEC_INLINE void multiply_step(const T* panel, const T* const (&row)[J], size_t i, Vec<T> (&acc)[J][R]) noexcept {
     if constexpr (J >= R) {
         Vec<T> query[R];
         for (int r = 0; r < R; ++r) query[r] = load(panel + (i * R + r) * lanes<T>);
@@ -114,11 +113,11 @@ POLYVEC_INLINE void multiply_step(const T* panel, const T* const (&row)[J], size
 }
 
 template <int J, int R, class T>
-POLYVEC_INLINE void multiply_tile(const T* panel, const T* const (&row)[J], const T* const (&ahead)[J],
-                                  size_t d, Vec<T> (&acc)[J][R]) noexcept {
+POLYVEC_INLINE void multiply_tile(const T* panel, const T* const (&row)[J], const T* const (&ahead)[J], size_t d,
+                                  Vec<T> (&acc)[J][R]) noexcept {
     constexpr size_t line = 64 / sizeof(T);
     constexpr size_t quarter = line / 4;
-    constexpr int fetched = (J + 3) / 4; // rows whose line is prefetched in each quarter
+    constexpr int fetched = (J + 3) / 4;  // rows whose line is prefetched in each quarter
     for (int j = 0; j < J; ++j)
         for (int r = 0; r < R; ++r) acc[j][r] = Vec<T>{};
 
@@ -131,7 +130,7 @@ POLYVEC_INLINE void multiply_tile(const T* panel, const T* const (&row)[J], cons
             for (int k = 0; k < fetched; ++k) {
                 if (J % 4 == 0 || j + k < J) prefetch(ahead[j + k] + start);
             }
-            #pragma GCC unroll tile_unroll
+#pragma GCC unroll tile_unroll
             for (size_t u = 0; u < quarter; ++u) multiply_step(panel, row, i + u, acc);
             i += quarter;
         }
@@ -145,8 +144,7 @@ POLYVEC_INLINE void multiply_tile(const T* panel, const T* const (&row)[J], cons
 
 // Tiles of J rows from `first` on, then narrower ones for the rows that remain.
 template <int J, int R, class T, class RowSource, class Epilogue>
-POLYVEC_INLINE void tiles_from(size_t first, const T* panel, RowSource rows, size_t d,
-                               Epilogue& epilogue) noexcept {
+POLYVEC_INLINE void tiles_from(size_t first, const T* panel, RowSource rows, size_t d, Epilogue& epilogue) noexcept {
     for (; first + J <= rows.count; first += J) {
         const T *row[J], *ahead[J];
 #pragma GCC unroll 1
@@ -172,12 +170,11 @@ POLYVEC_INLINE void for_each_tile(const T* panel, RowSource rows, size_t d, Epil
 
 // Transpose `count` rows into a panel [d][width]; lanes beyond count are zero.
 template <class T>
-inline void pack_panel(T* panel, const T* rows, size_t count, size_t stride, size_t d,
-                       size_t width) noexcept {
+inline void pack_panel(T* panel, const T* rows, size_t count, size_t stride, size_t d, size_t width) noexcept {
     for (size_t i = 0; i < d; ++i) {
         for (size_t k = 0; k < width; ++k) panel[i * width + k] = k < count ? rows[k * stride + i] : T{0};
     }
 }
 
-} // namespace
-} // namespace polyvec::POLYVEC_ISA
+}  // namespace
+}  // namespace polyvec::POLYVEC_ISA
