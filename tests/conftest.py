@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import pathlib
 
 import numpy as np
 import pytest
 
+from evaluation_sets import data  # noqa: F401 (a fixture)
 from polyvec import _core
 
 
@@ -41,14 +40,3 @@ def lib(request):
     import torch
 
     return torch.from_numpy
-
-
-DATA = pathlib.Path(os.environ.get("POLYVEC_DATA", pathlib.Path(__file__).parents[2] / "shared" / "data"))
-
-
-@pytest.fixture(scope="session")
-def data():
-    """The folder of the full evaluation sets, which the repository does not carry."""
-    if not DATA.is_dir():
-        pytest.skip(f"needs the evaluation sets: no folder {DATA} (set POLYVEC_DATA)")
-    return DATA

@@ -1,0 +1,1 @@
+"""Our calls timed beside their rivals', and the report of a run."""

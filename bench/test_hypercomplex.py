@@ -1,0 +1,71 @@
+"""Hypercomplex products and relation queries against the same formula in numpy and torch."""
+
+import numpy as np
+import pytest
+
+import polyvec as pv
+from reference import hypercomplex as ref
+
+N, D = 4096, 128
+
+
+def sample(rng, *shape):
+    return rng.standard_normal(shape, np.float32)
+
+
+def by_components(x, y, stack):
+    """The Hamilton product component by component, as users of numpy and torch write it."""
+    a, b, c, d = (x[:, i] for i in range(4))
+    p, q, r, s = (y[:, i] for i in range(4))
+    return stack(
+        (
+            a * p - b * q - c * r - d * s,
+            a * q + b * p + c * s - d * r,
+            a * r + c * p + d * q - b * s,
+            a * s + d * p + b * r - c * q,
+        ),
+        1,
+    )
+
+
+def close_to(expected):
+    return lambda result: np.testing.assert_allclose(np.asarray(result), expected, rtol=0, atol=1e-4)
+
+
+def test_product(compare, rng):
+    torch = pytest.importorskip("torch")
+    x, y = sample(rng, N, 4, D), sample(rng, N, 4, D)
+    tx, ty = torch.from_numpy(x), torch.from_numpy(y)
+    out = np.empty_like(x)
+    compare(
+        lambda: pv.hypercomplex.product(x, y, out=out),
+        {"numpy": lambda: by_components(x, y, np.stack), "torch": lambda: by_components(tx, ty, torch.stack)},
+        check=close_to(ref.product(x, y, "quaternion")),
+        flops=28 * N * D,
+        bytes=3 * x.nbytes,
+    )
+
+
+def test_relation_query(compare, rng):
+    torch = pytest.importorskip("torch")
+    entities, relations = sample(rng, 40_000, 4, D), sample(rng, 20, 4, D)
+    heads, relation_ids = rng.integers(0, 40_000, N), rng.integers(0, 20, N)
+    tensors = [torch.from_numpy(a) for a in (entities, relations, heads, relation_ids)]
+    out = np.empty((N, 4 * D), np.float32)
+
+    def in_numpy():
+        rotors = relations / np.sqrt(np.square(relations).sum(1, keepdims=True))
+        return by_components(entities[heads], rotors[relation_ids], np.stack).reshape(N, -1)
+
+    def in_torch():
+        e, r, h, i = tensors
+        rotors = r / r.square().sum(1, keepdim=True).sqrt()
+        return by_components(e[h], rotors[i], torch.stack).reshape(N, -1)
+
+    compare(
+        lambda: pv.hypercomplex.relation_query(entities, relations, heads, relation_ids, out=out),
+        {"numpy": in_numpy, "torch": in_torch},
+        check=close_to(ref.relation_query(entities, relations, heads, relation_ids, "quaternion", None, True)),
+        flops=28 * N * D,
+        bytes=2 * out.nbytes,
+    )
