@@ -7,11 +7,13 @@
 namespace polyvec::POLYVEC_ISA {
 
 extern const HypercomplexKernels hypercomplex_kernels;
+extern const DistanceKernels distance_kernels;
 
 extern const Kernels table;
 const Kernels table{
     .isa = POLYVEC_TEXT(POLYVEC_ISA),
     .hypercomplex = &hypercomplex_kernels,
+    .distance = &distance_kernels,
 };
 
 }  // namespace polyvec::POLYVEC_ISA

@@ -29,9 +29,24 @@ struct HypercomplexKernels {
     HypercomplexKernel<double> f64;
 };
 
+/// One query (d,) with the rows of a table (., d) that `ids` name: n inner products, or squared distances.
+template <class Id>
+struct DistanceKernel {
+    using Function = void (*)(const float* query, const float* rows, const Id* ids, std::size_t n, std::size_t d,
+                              float* out) noexcept;
+    Function dot;
+    Function l2;
+};
+
+struct DistanceKernels {
+    DistanceKernel<std::uint32_t> u32;
+    DistanceKernel<std::int64_t> i64;
+};
+
 struct Kernels {
     const char* isa;
     const HypercomplexKernels* hypercomplex;
+    const DistanceKernels* distance;
 };
 
 /// The table of the active level. Fetched once an op, not once an element.
