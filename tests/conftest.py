@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -40,3 +43,23 @@ def lib(request):
     import torch
 
     return torch.from_numpy
+
+
+@pytest.fixture
+def python():
+    """Runs code (or a script) in a fresh interpreter: python(code, check=True, **environment) -> CompletedProcess."""
+
+    def run(code, *, check=True, **environment):
+        arguments = ["-c", code] if isinstance(code, str) else [str(code)]
+        done = subprocess.run(
+            [sys.executable, "-Wignore", *arguments],
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0 or not check, done.stderr
+        return done
+
+    return run

@@ -1,0 +1,74 @@
+"""Which instruction-set level runs: what is offered, what is chosen, and what the user may force."""
+
+import pathlib
+import platform
+
+import numpy as np
+import pytest
+
+import polyvec as pv
+from polyvec import _core
+
+X86_FEATURES = {  # names as /proc/cpuinfo writes them (lzcnt is abm there)
+    "avx512": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+    "avx2": {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"},
+    "base": set(),
+}
+
+
+@pytest.mark.skipif(
+    not (pathlib.Path("/proc/cpuinfo").exists() and platform.machine() == "x86_64"), reason="needs Linux on x86-64"
+)
+def test_levels_are_those_that_the_kernel_reports():
+    line = next(line for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    flags = set(line.partition(":")[2].split())
+    expected, missing = [], set()
+    for level, needs in reversed(X86_FEATURES.items()):  # a level includes those below it
+        missing |= needs - flags
+        if not missing:
+            expected.insert(0, level)
+    assert _core.available_isas() == expected
+
+
+def test_the_best_level_is_the_default(python):
+    done = python("import polyvec as pv; print(pv.runtime_info()['isa'])", POLYVEC_ISA="")
+    assert done.stdout.strip() == _core.available_isas()[0]
+
+
+@pytest.mark.parametrize("level", _core.available_isas())
+def test_the_environment_forces_a_level(python, level):
+    code = (
+        "import numpy as np, polyvec as pv; x = np.ones((4, 9), np.float32);"
+        "print(pv.runtime_info()['isa'], pv.hypercomplex.norm(x).tolist() == [2.0] * 9)"
+    )
+    assert python(code, POLYVEC_ISA=level).stdout == f"{level} True\n"
+
+
+@pytest.mark.parametrize("level", ["AVX2", "sse9"])
+def test_an_unknown_level_is_an_error_at_import(python, level):
+    done = python("import polyvec", POLYVEC_ISA=level, check=False)
+    text = f"ImportError: POLYVEC_ISA must be one of {', '.join(_core.available_isas())}, got {level}"
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith(text)
+
+
+def test_a_level_that_this_cpu_lacks_is_an_error():
+    elsewhere = "neon" if platform.machine() == "x86_64" else "avx2"
+    with pytest.raises(ValueError, match="isa must be one of") as caught:
+        _core.force_isa(elsewhere)
+    assert str(caught.value) == f"isa must be one of {', '.join(_core.available_isas())}, got {elsewhere}"
+
+
+def test_levels_can_be_switched_in_a_process(isa):
+    assert pv.runtime_info()["isa"] == isa
+
+
+def test_levels_agree(rng):
+    x, y = (rng.standard_normal((7, 4, 33), np.float32) for _ in range(2))
+    before, results = _core.active_isa(), []
+    for level in _core.available_isas():
+        _core.force_isa(level)
+        results.append(pv.hypercomplex.product(x, y))
+    _core.force_isa(before)
+    for result in results:  # fused multiply-add rounds once where the base level rounds twice
+        np.testing.assert_allclose(result, results[0], rtol=0, atol=1e-5)
