@@ -2,7 +2,6 @@
 
 #include <pybind11/numpy.h>
 
-#include <cstring>
 #include <optional>
 
 #include "dlpack_abi.hpp"
@@ -31,17 +30,34 @@ std::optional<DType> dtype_of(char kind, std::size_t bytes) {
     return std::nullopt;
 }
 
-[[noreturn]] void unsupported(const char* name, const py::handle& object) {
-    const std::string dtype = py::hasattr(object, "dtype") ? std::string(py::str(object.attr("dtype"))) : "unknown";
-    throw TypeError(concat(name, " has a dtype that polyvec does not read: ", dtype));
+void require_few_axes(const char* op, const char* name, std::int64_t ndim) {
+    require(ndim <= Array::max_ndim, op, name, " must have at most ", Array::max_ndim, " axes, got ", ndim);
 }
 
-void check_ndim(const char* name, std::int64_t ndim) {
-    if (ndim > Array::max_ndim)
-        throw std::invalid_argument(concat(name, " must have at most ", Array::max_ndim, " axes, got ", ndim));
+struct Extent {
+    const char *begin, *end;
+};
+
+/// The bytes between the first and the last element of `a`.
+Extent extent_of(const Array& a) {
+    if (a.size() == 0) return {nullptr, nullptr};
+    std::int64_t below = 0, above = 1;
+    for (int i = 0; i < a.ndim; ++i) (a.stride(i) < 0 ? below : above) += (a.dim(i) - 1) * a.stride(i);
+    const auto bytes = static_cast<std::int64_t>(size_of(a.dtype));
+    return {a.as<const char>() + below * bytes, a.as<const char>() + above * bytes};
+}
+
+bool overlap(const Array& a, const Array& b) {
+    const Extent x = extent_of(a), y = extent_of(b);
+    return x.begin < y.end && y.begin < x.end;
 }
 
 }  // namespace
+
+void Args::unsupported(const char* name, const py::handle& object) const {
+    const std::string dtype = py::hasattr(object, "dtype") ? std::string(py::str(object.attr("dtype"))) : "unknown";
+    fail<TypeError>(op_, name, " has a dtype that polyvec does not read: ", dtype);
+}
 
 Array Args::read_numpy(const char* name, const py::array& array) {
     const py::dtype dtype = array.dtype();
@@ -50,7 +66,7 @@ Array Args::read_numpy(const char* name, const py::array& array) {
     if (!known && std::string(py::str(dtype)) == "bfloat16") known = DType::bf16;
     if (!known || dtype.byteorder() == '>') unsupported(name, array);
 
-    check_ndim(name, array.ndim());
+    require_few_axes(op_, name, array.ndim());
     Array a;
     a.name = name;
     a.data = const_cast<void*>(array.data());
@@ -74,12 +90,12 @@ Array Args::read_dlpack(const char* name, const py::object& object) {
     } else if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {
         const auto* managed =
             static_cast<dlpack::ManagedTensorVersioned*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
-        if (managed->version.major > 1)
-            throw TypeError(concat(name, " is exported by DLPack ", managed->version.major, ", polyvec reads up to 1"));
+        require<TypeError>(managed->version.major <= 1, op_, name, " must be exported by DLPack 1 or older, got ",
+                           managed->version.major);
         tensor = &managed->dl_tensor;
         writable = !(managed->flags & 1);
     } else {
-        throw TypeError(concat(name, " does not export a DLPack tensor"));
+        fail<TypeError>(op_, name, " must export a DLPack tensor");
     }
 
     static constexpr char kinds[] = {'i', 'u', 'f', '?', 'B', '?', 'b'};
@@ -90,7 +106,7 @@ Array Args::read_dlpack(const char* name, const py::object& object) {
             type.code == dlpack::kBfloat && type.bits == 16 ? DType::bf16 : dtype_of(kinds[type.code], type.bits / 8);
     if (!dtype) unsupported(name, object);
 
-    check_ndim(name, tensor->ndim);
+    require_few_axes(op_, name, tensor->ndim);
     Array a;
     a.name = name;
     a.data = static_cast<char*>(tensor->data) + tensor->byte_offset;
@@ -110,24 +126,28 @@ Array Args::read_dlpack(const char* name, const py::object& object) {
     return a;
 }
 
-Array Args::in(const char* name, const py::object& object) {
+Array Args::read(const char* name, const py::object& object) {
     Array a;
-    if (object.is_none()) return a;
     if (py::isinstance<py::array>(object)) {
         a = read_numpy(name, py::reinterpret_borrow<py::array>(object));
     } else if (py::hasattr(object, "__dlpack__")) {
         a = read_dlpack(name, object);
     } else {
-        throw TypeError(concat(name, " must be an array, got ", std::string(py::str(py::type::of(object)))));
+        fail<TypeError>(op_, name, " must be an array, got ", std::string(py::str(py::type::of(object))));
     }
-    if (a.device != device_)
-        throw TypeError(concat(name, " must be on ", name_of(device_), ", got ", name_of(a.device)));
+    require<TypeError>(a.device == device_, op_, name, " must be on ", name_of(device_), ", got ", name_of(a.device));
     return a;
 }
 
+Array Args::in(const char* name, const py::object& object) {
+    if (object.is_none()) return {};
+    inputs_.push_back(read(name, object));
+    return inputs_.back();
+}
+
 Array Args::out(const char* name, const py::object& object) {
-    Array a = in(name, object);
-    if (!a) throw TypeError(concat(name, " must be an array, got None"));
+    const Array a = read(name, object);
+    for (const Array& input : inputs_) require(!overlap(a, input), op_, name, " must not overlap ", input.name);
     return a;
 }
 

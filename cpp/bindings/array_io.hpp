@@ -15,21 +15,25 @@ namespace py = pybind11;
 /// Reads the array arguments of one call, and keeps what they point to alive until the call ends.
 class Args {
 public:
-    Args(Device device, std::intptr_t stream) : device_(device), stream_(stream) {}
+    Args(const char* op, Device device, std::intptr_t stream) : op_(op), device_(device), stream_(stream) {}
 
     /// An array, or an absent Array for None. Throws TypeError when it is neither, or lies on another device.
     Array in(const char* name, const py::object& object);
 
-    /// An array that the op may write to.
+    /// An array that the op may write to: memory that no input read so far shares.
     Array out(const char* name, const py::object& object);
 
 private:
+    Array read(const char* name, const py::object& object);
     Array read_numpy(const char* name, const py::array& array);
     Array read_dlpack(const char* name, const py::object& object);
+    [[noreturn]] void unsupported(const char* name, const py::handle& object) const;
 
+    const char* op_;
     Device device_;
     std::intptr_t stream_;
     std::vector<py::object> owners_;
+    std::vector<Array> inputs_;
 };
 
 }  // namespace polyvec

@@ -34,10 +34,11 @@ void bind_runtime(py::module_& m) {
     m.def(
         "first_nonfinite_row",
         [](const py::object& x, std::intptr_t where) {
-            Args args = args_for<Cpu>(where);
+            const char* op = "first_nonfinite_row";
+            Args args = args_for<Cpu>(op, where);
             const Array a = args.in("x", x);
-            require_float("first_nonfinite_row", a);
-            require_contiguous("first_nonfinite_row", a);
+            require_float(op, a);
+            require_contiguous(op, a);
             const py::gil_scoped_release nogil;
             return first_nonfinite_row(a, Cpu{static_cast<int>(where)});
         },
@@ -50,7 +51,7 @@ void bind_runtime(py::module_& m) {
 PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
     using namespace polyvec;
     m.doc() = "Compiled CPU kernels of polyvec. Strict: polyvec's Python functions prepare its arguments.";
-    register_errors(m);
+    register_errors();
     active_isa();       // an unusable POLYVEC_ISA is an error at import, not at first use
     get_num_threads();  // and so is an unusable POLYVEC_NUM_THREADS
     set_interrupt_hook(interrupt_hook);

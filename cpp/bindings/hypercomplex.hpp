@@ -11,7 +11,7 @@ void bind_hypercomplex(py::module_& m) {
         "hypercomplex_product",
         [](const py::object& x, const py::object& y, const py::object& out, std::vector<double> table, bool interleaved,
            std::intptr_t where) {
-            Args args = args_for<Exec>(where);
+            Args args = args_for<Exec>(HypercomplexProduct::op, where);
             const Array a = args.in("x", x);
             run_op<Exec>(HypercomplexProduct{a, args.in("y", y), args.out("out", out), std::move(table), interleaved},
                          where, a);
@@ -22,7 +22,7 @@ void bind_hypercomplex(py::module_& m) {
         m.def(
             name,
             [op, kind](const py::object& x, const py::object& out, bool interleaved, std::intptr_t where) {
-                Args args = args_for<Exec>(where);
+                Args args = args_for<Exec>(op, where);
                 const Array a = args.in("x", x);
                 run_op<Exec>(HypercomplexMap{op, a, args.out("out", out), kind, interleaved}, where, a);
             },
@@ -36,7 +36,7 @@ void bind_hypercomplex(py::module_& m) {
         [](const py::object& entities, const py::object& relations, const py::object& head_ids,
            const py::object& relation_ids, const py::object& translations, const py::object& out,
            std::vector<double> table, bool normalize, std::intptr_t where) {
-            Args args = args_for<Exec>(where);
+            Args args = args_for<Exec>(RelationQuery::op, where);
             const Array a = args.in("entities", entities);
             run_op<Exec>(RelationQuery{a, args.in("relations", relations), args.in("head_ids", head_ids),
                                        args.in("relation_ids", relation_ids), args.in("translations", translations),

@@ -27,8 +27,8 @@ struct Where<Cuda> {
 };
 
 template <class Exec>
-Args args_for(std::intptr_t where) {
-    return Args(Where<Exec>::device, Where<Exec>::device == Device::cuda ? where : 0);
+Args args_for(const char* op, std::intptr_t where) {
+    return Args(op, Where<Exec>::device, Where<Exec>::device == Device::cuda ? where : 0);
 }
 
 /// `first` is any array of the op: it names the device to run on.
@@ -41,7 +41,7 @@ void run_op(const Op& op, std::intptr_t where, const Array& first) {
 }
 
 /// Gives the module polyvec's exception types and the translations of error.hpp's table.
-inline void register_errors(py::module_& m) {
+inline void register_errors() {
     static py::handle format_error, cuda_error;
     const py::module_ errors = py::module_::import("polyvec._errors");
     format_error = errors.attr("FormatError").cast<py::object>().release();
@@ -60,7 +60,6 @@ inline void register_errors(py::module_& m) {
             if (!PyErr_Occurred()) py::set_error(PyExc_KeyboardInterrupt, "");
         }
     });
-    (void)m;
 }
 
 }  // namespace polyvec

@@ -1,8 +1,8 @@
 """Array libraries behind one small interface: what every public function does with its arguments before the kernel.
 
 Arrays come in as numpy arrays, torch tensors, other DLPack arrays or (nested) lists, and results go out as the kind of
-the first array argument, on its device. Nothing is moved between devices and no float dtype is changed silently;
-an input that is not C-contiguous is copied once.
+the first array argument, on its device; CPU arrays of libraries other than torch give numpy results. Nothing is moved
+between devices and no float dtype is changed silently; an input that is not C-contiguous is copied once.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ import numpy as np
 
 
 class Array(Protocol):
-    """What polyvec accepts as an array: a shape and DLPack (numpy, torch, CuPy, JAX, ...)."""
+    """What polyvec accepts as an array: a shape, a dtype and DLPack (numpy, torch, CuPy, JAX, ...)."""
 
     @property
     def shape(self) -> Any:
         """Lengths of the axes."""
+
+    @property
+    def dtype(self) -> Any:
+        """The library's own dtype object."""
 
     def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
         """Export to another library without a copy."""
@@ -43,7 +47,7 @@ def is_torch(x: Any) -> bool:
 
 def dtype_name(x: Any) -> str:
     """Name of the dtype as users write it: float32, bfloat16, int64."""
-    return str(x.dtype).removeprefix("torch.")
+    return str(x.dtype).rpartition(".")[2]
 
 
 def device_name(x: Any) -> str:
@@ -58,6 +62,11 @@ def device_name(x: Any) -> str:
 
 def _cast_hint(x: Any, dtype: str) -> str:
     return f"; cast it with .to(torch.{dtype})" if is_torch(x) else f"; cast it with .astype('{dtype}')"
+
+
+def _refuse_grad(op: str, name: str, x: Any) -> None:
+    if getattr(x, "requires_grad", False):
+        raise TypeError(f"{op}: {name} must not require grad, got a tensor that does; use polyvec.torch or .detach()")
 
 
 def _one_of(names: Sequence[str]) -> str:
@@ -87,8 +96,8 @@ def as_array(
             x = np.asarray(x, dtype=dtypes[0])
         except (TypeError, ValueError):
             raise TypeError(f"{op}: {name} must be an array of {_one_of(dtypes)}, got {type(x).__name__}") from None
-    if getattr(x, "requires_grad", False):
-        raise TypeError(f"{op}: {name} must not require grad, got a tensor that does; use polyvec.torch or .detach()")
+    _refuse_grad(op, name, x)
+    x = native(x)
     dtype = dtype_name(x)
     if dtype not in dtypes:
         raise TypeError(f"{op}: {name} must be {_one_of(dtypes)}, got {dtype}{_cast_hint(x, dtypes[0])}")
@@ -104,12 +113,20 @@ def as_ids(op: str, name: str, x: Any, *, ndim: int | None = 1) -> Any:
         x = np.asarray(x)
         if x.size == 0:
             x = x.astype(np.int64)
+    x = native(x)
     dtype = dtype_name(x)
     if not dtype.startswith(("int", "uint")):
         raise TypeError(f"{op}: {name} must be integers, got {dtype}")
     if dtype != "int64":
         x = x.long() if is_torch(x) else x.astype("int64")
     return as_array(op, name, x, dtypes=("int64",), ndim=ndim)
+
+
+def native(x: Any) -> Any:
+    """Return `x`, or its memory as a numpy array when it is a CPU array of a library other than numpy and torch."""
+    if isinstance(x, np.ndarray) or is_torch(x) or device_name(x) != "cpu" or dtype_name(x) == "bfloat16":
+        return x
+    return np.from_dlpack(x)
 
 
 def contiguous(x: Any) -> Any:
@@ -123,12 +140,12 @@ def contiguous(x: Any) -> Any:
 
 def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
     """Allocate an array in the library and on the device of `like`."""
-    if isinstance(like, np.ndarray):
-        return np.empty(shape, dtype)
     if is_torch(like):
         import torch
 
         return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+    if device_name(like) == "cpu":
+        return np.empty(shape, dtype)
     xp = like.__array_namespace__() if hasattr(like, "__array_namespace__") else __import__(_root(like))
     return xp.empty(shape, dtype=getattr(xp, dtype))
 
@@ -145,6 +162,7 @@ def output(op: str, out: Any, like: Any, shape: tuple[int, ...], dtype: str, *, 
         raise TypeError(f"{op}: {name} must be {dtype}, got {dtype_name(out)}")
     if device_name(out) != device_name(like):
         raise TypeError(f"{op}: {name} must be on {device_name(like)}, got {device_name(out)}")
+    _refuse_grad(op, name, out)
     if contiguous(out) is not out and not (is_torch(out) and out.is_contiguous()):
         raise ValueError(f"{op}: {name} must be C-contiguous")
     return out

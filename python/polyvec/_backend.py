@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from polyvec import _core
-from polyvec._arrays import as_count, device_name, is_torch
+from polyvec._arrays import as_count, device_name, is_array, is_torch
 
 _MISSING = "polyvec was built without CUDA; install it with: pip install polyvec -Ccmake.define.POLYVEC_CUDA=ON"
 
@@ -38,11 +38,15 @@ def threads(op: str, num_threads: int | None) -> int:
 
 
 def run(op: str, function: str, like: Any, *args: Any, num_threads: int | None = None) -> Any:
-    """Call `function` of the module that serves `like`'s device."""
-    if device_name(like) == "cpu":
+    """Call `function` of the module that serves `like`'s device, on which all array arguments must be."""
+    device = device_name(like)
+    for arg in args:
+        if is_array(arg) and device_name(arg) != device:
+            raise TypeError(f"{op}: arrays must be on one device, got {device} and {device_name(arg)}")
+    if device == "cpu":
         return getattr(_core, function)(*args, threads(op, num_threads))
-    if device_name(like) != "cuda":
-        raise TypeError(f"{op}: arrays must be on cpu or cuda, got {device_name(like)}")
+    if device != "cuda":
+        raise TypeError(f"{op}: arrays must be on cpu or cuda, got {device}")
     module = cuda_module()
     if module is None:
         raise RuntimeError(f"{op}: {_MISSING}")

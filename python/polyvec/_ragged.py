@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from polyvec._arrays import as_array, as_ids, contiguous, device_name, dtype_name, is_array, is_torch
+from polyvec._arrays import as_array, as_ids, contiguous, device_name, dtype_name, is_array, is_torch, native
 
 
 class Ragged:
@@ -32,8 +32,7 @@ class Ragged:
     __slots__ = ("offsets", "values")
 
     def __init__(self, values: Any, offsets: Any) -> None:
-        if not is_array(values):
-            values = np.asarray(values, dtype=np.float32)
+        values = native(values) if is_array(values) else np.asarray(values, dtype=np.float32)
         if len(values.shape) != 2:
             raise ValueError(f"Ragged: values must have 2 axes, got shape {tuple(values.shape)}")
         if is_torch(offsets):
@@ -57,7 +56,7 @@ class Ragged:
     @classmethod
     def from_list(cls, arrays: Sequence[Any], *, dim: int | None = None) -> Ragged:
         """Concatenate `(n_i, d)` arrays; `dim` is needed only when the list is empty."""
-        arrays = [a if is_array(a) else np.asarray(a, dtype=np.float32) for a in arrays]
+        arrays = [native(a) if is_array(a) else np.asarray(a, dtype=np.float32) for a in arrays]
         for i, a in enumerate(arrays):
             if len(a.shape) != 2:
                 raise ValueError(f"Ragged: every array must have 2 axes, got shape {tuple(a.shape)} at position {i}")
@@ -88,8 +87,7 @@ class Ragged:
     @classmethod
     def from_padded(cls, x: Any, lengths: Any = None) -> Ragged:
         """Drop the padding of `x` (n, t, d): set i keeps its first `lengths[i]` rows (all t when None)."""
-        if not is_array(x):
-            x = np.asarray(x, dtype=np.float32)
+        x = native(x) if is_array(x) else np.asarray(x, dtype=np.float32)
         if len(x.shape) != 3:
             raise ValueError(f"Ragged: a padded array must have 3 axes, got shape {tuple(x.shape)}")
         n, t, d = (int(s) for s in x.shape)
