@@ -162,7 +162,7 @@ def product(
     left, right = (_kernel_view(a, shape, interleaved) for a in (left, right))
     out = output(op, out, left, shape, dtype_name(left))
     _backend.run(op, "hypercomplex_product", left, left, right, out, table, interleaved, num_threads=num_threads)
-    return out  # type: ignore[return-value]
+    return out
 
 
 def _kernel_view(x: Any, shape: tuple[int, ...], interleaved: bool) -> Any:
@@ -315,4 +315,4 @@ def relation_query(
         table, rotors, heads, relation_rows, shifts, out, flat_table(algebra), normalize,
         num_threads=num_threads,
     )  # fmt: skip
-    return out  # type: ignore[return-value]
+    return out
