@@ -11,6 +11,9 @@ namespace polyvec {
 
 // Defined by kernels/kernels.cpp, once per level.
 #if defined(__x86_64__)
+namespace avx512_bf16 {
+extern const Kernels table;
+}
 namespace avx512 {
 extern const Kernels table;
 }
@@ -33,9 +36,19 @@ struct Level {
     bool (*supported)();
 };
 
+#if defined(__x86_64__)
+bool supports_avx512_bf16() {
+    return __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16") &&
+           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+           __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bitalg") &&
+           __builtin_cpu_supports("avx512vpopcntdq");
+}
+#endif
+
 // Best first. __builtin_cpu_supports also checks that the operating system saves the registers.
 const Level levels[] = {
 #if defined(__x86_64__)
+    {avx512_bf16::table, supports_avx512_bf16},
     {avx512::table, [] { return __builtin_cpu_supports("x86-64-v4") != 0; }},
     {avx2::table, [] { return __builtin_cpu_supports("x86-64-v3") != 0; }},
     {base::table, [] { return true; }},
