@@ -124,9 +124,11 @@ def as_ids(op: str, name: str, x: Any, *, ndim: int | None = 1) -> Any:
 
 def native(x: Any) -> Any:
     """Return `x`, or its memory as a numpy array when it is a CPU array of a library other than numpy and torch."""
-    if isinstance(x, np.ndarray) or is_torch(x) or device_name(x) != "cpu" or dtype_name(x) == "bfloat16":
+    if isinstance(x, np.ndarray):
         return x
-    return np.from_dlpack(x)
+    if is_torch(x):
+        return x.resolve_neg()  # z.conj().imag is a view with a lazy minus, which DLPack does not export
+    return np.from_dlpack(x) if device_name(x) == "cpu" and dtype_name(x) != "bfloat16" else x
 
 
 def contiguous(x: Any) -> Any:
