@@ -10,6 +10,14 @@ import polyvec as pv
 from polyvec import _core
 
 X86_FEATURES = {  # names as /proc/cpuinfo writes them (lzcnt is abm there)
+    "avx512_bf16": {
+        "avx512_bf16",
+        "avx512_vnni",
+        "avx512vbmi",
+        "avx512_vbmi2",
+        "avx512_bitalg",
+        "avx512_vpopcntdq",
+    },
     "avx512": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
     "avx2": {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"},
     "base": set(),
