@@ -47,10 +47,9 @@ def lib(request):
 
 @pytest.fixture
 def python():
-    """Runs code (or a script) in a fresh interpreter: python(code, check=True, **environment) -> CompletedProcess."""
+    """A fresh interpreter: python("-c", code, check=True, **environment) -> CompletedProcess with text output."""
 
-    def run(code, *, check=True, **environment):
-        arguments = ["-c", code] if isinstance(code, str) else [str(code)]
+    def run(*arguments, check=True, **environment):
         done = subprocess.run(
             [sys.executable, "-Wignore", *arguments],
             env={**os.environ, **environment},

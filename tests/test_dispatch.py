@@ -39,7 +39,7 @@ def test_levels_are_those_that_the_kernel_reports():
 
 
 def test_the_best_level_is_the_default(python):
-    done = python("import polyvec as pv; print(pv.runtime_info()['isa'])", POLYVEC_ISA="")
+    done = python("-c", "import polyvec as pv; print(pv.runtime_info()['isa'])", POLYVEC_ISA="")
     assert done.stdout.strip() == _core.available_isas()[0]
 
 
@@ -49,12 +49,12 @@ def test_the_environment_forces_a_level(python, level):
         "import numpy as np, polyvec as pv; x = np.ones((4, 9), np.float32);"
         "print(pv.runtime_info()['isa'], pv.hypercomplex.norm(x).tolist() == [2.0] * 9)"
     )
-    assert python(code, POLYVEC_ISA=level).stdout == f"{level} True\n"
+    assert python("-c", code, POLYVEC_ISA=level).stdout == f"{level} True\n"
 
 
 @pytest.mark.parametrize("level", ["AVX2", "sse9"])
 def test_an_unknown_level_is_an_error_at_import(python, level):
-    done = python("import polyvec", POLYVEC_ISA=level, check=False)
+    done = python("-c", "import polyvec", POLYVEC_ISA=level, check=False)
     text = f"ImportError: POLYVEC_ISA must be one of {', '.join(_core.available_isas())}, got {level}"
     assert done.returncode == 1
     assert done.stderr.rstrip().endswith(text)

@@ -44,7 +44,7 @@ if child == 0:
     os._exit(0 if equal() and os.waitpid(grandchild, 0)[1] == 0 else 1)
 print(equal(), os.waitpid(child, 0)[1])
 """
-    assert python(SETUP + code).stdout == "True 0\n"
+    assert python("-c", SETUP + code).stdout == "True 0\n"
 
 
 def test_fork_while_another_thread_computes(python):
@@ -65,7 +65,7 @@ stop.set()
 busy.join()
 print(equal(), set(statuses))
 """
-    assert python(SETUP + code).stdout == "True {0}\n"
+    assert python("-c", SETUP + code).stdout == "True {0}\n"
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
@@ -79,7 +79,7 @@ if __name__ == "__main__":
 """
     script = tmp_path / "script.py"  # spawned children import the main module from its file
     script.write_text(SETUP + code)
-    assert python(script).stdout == "[0.0, 2.0, 4.0, 6.0] True\n"
+    assert python(str(script)).stdout == "[0.0, 2.0, 4.0, 6.0] True\n"
 
 
 def test_python_threads_compute_at_once(rng):
@@ -129,12 +129,12 @@ PRINT_SETTING = "import polyvec as pv; print(pv.get_num_threads())"
     ],
 )
 def test_the_environment_sets_the_default(python, environment, expected):
-    assert python(PRINT_SETTING, **environment).stdout == f"{expected}\n"
+    assert python("-c", PRINT_SETTING, **environment).stdout == f"{expected}\n"
 
 
 @pytest.mark.parametrize("value", ["0", "-2", "many"])
 def test_an_unusable_environment_is_an_error_at_import(python, value):
-    done = python("import polyvec", POLYVEC_NUM_THREADS=value, check=False)
+    done = python("-c", "import polyvec", POLYVEC_NUM_THREADS=value, check=False)
     assert done.returncode == 1
     text = f"ImportError: POLYVEC_NUM_THREADS must be a positive integer, got {value}"
     assert done.stderr.rstrip().endswith(text)
@@ -143,7 +143,7 @@ def test_an_unusable_environment_is_an_error_at_import(python, value):
 @linux
 def test_the_default_follows_the_affinity_mask(python):
     code = f"import os; os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}}); {PRINT_SETTING}"
-    assert python(code, POLYVEC_NUM_THREADS="", OMP_NUM_THREADS="").stdout == "1\n"
+    assert python("-c", code, POLYVEC_NUM_THREADS="", OMP_NUM_THREADS="").stdout == "1\n"
 
 
 @linux
@@ -156,7 +156,7 @@ def started(rows, num_threads):
     return len(os.listdir("/proc/self/task")) - before
 print(started(4, 8), started(5000, 1), started(5000, 3), started(5000, 2), started(5000, 5))
 """
-    assert python(code, OPENBLAS_NUM_THREADS="1").stdout == "0 0 2 0 2\n"
+    assert python("-c", code, OPENBLAS_NUM_THREADS="1").stdout == "0 0 2 0 2\n"
 
 
 @pytest.mark.parametrize(
