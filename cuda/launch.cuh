@@ -1,0 +1,76 @@
+/// What every engine's .cu needs: checked calls, the device guard, and one launch geometry.
+///
+/// A launch is queued on the caller's stream and not waited for: an error inside a kernel shows at the caller's next
+/// synchronisation. POLYVEC_CUDA_SYNC=1 waits after each launch, to find the op that failed.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+
+#include "polyvec/exec.hpp"
+#include "status.hpp"
+
+namespace polyvec {
+
+/// Makes `device` current, and the caller's own again at the end.
+class DeviceGuard {
+public:
+    DeviceGuard(const char* op, int device) : device_(device) {
+        check(op, cudaGetDevice(&before_));
+        check(op, cudaSetDevice(device));
+    }
+    ~DeviceGuard() {
+        if (before_ != device_) cudaSetDevice(before_);
+    }
+    DeviceGuard(const DeviceGuard&) = delete;
+    DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+private:
+    int device_, before_ = 0;
+};
+
+inline bool wait_after_launch() {
+    static const bool wait = [] {
+        const char* text = std::getenv("POLYVEC_CUDA_SYNC");
+        return text && *text == '1';
+    }();
+    return wait;
+}
+
+constexpr unsigned threads_per_block = 256;
+constexpr unsigned max_grid_y = 65535;
+
+/// Queues `kernel(args...)` with a thread for each of `rows` x `d` positions; the kernel visits its own by
+/// `for_each_position`. Neighbouring threads have neighbouring positions of a row, or neighbouring rows when d is
+/// small.
+template <class... Params, class... Args>
+void launch_rows(const char* op, Cuda cuda, std::int64_t rows, std::int64_t d, void (*kernel)(Params...),
+                 const Args&... args) {
+    if (rows == 0 || d == 0) return;  // CUDA refuses an empty grid
+    unsigned lanes = 1;
+    while (lanes < d && lanes < threads_per_block / 2) lanes *= 2;
+    cudaLaunchConfig_t config{};
+    config.blockDim = dim3(lanes, threads_per_block / lanes);
+    config.gridDim = dim3(static_cast<unsigned>((rows + config.blockDim.y - 1) / config.blockDim.y),
+                          static_cast<unsigned>(std::min<std::int64_t>((d + lanes - 1) / lanes, max_grid_y)));
+    config.stream = reinterpret_cast<cudaStream_t>(cuda.stream);
+    const DeviceGuard guard(op, cuda.device);
+    check(op, cudaLaunchKernelEx(&config, kernel, args...));
+    check(op, cudaGetLastError());
+    if (wait_after_launch()) check(op, cudaStreamSynchronize(config.stream));
+}
+
+/// Calls f(row, v) for the positions of the calling thread, in a kernel started by `launch_rows`.
+template <class F>
+__device__ void for_each_position(std::int64_t rows, std::int64_t d, F f) {
+    const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+    if (row >= rows) return;
+    const std::int64_t first = static_cast<std::int64_t>(blockIdx.y) * blockDim.x + threadIdx.x;
+    const std::int64_t step = static_cast<std::int64_t>(gridDim.y) * blockDim.x;
+    for (std::int64_t v = first; v < d; v += step) f(row, v);
+}
+
+}  // namespace polyvec
