@@ -34,7 +34,7 @@ py::dict info() {
 PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
     using namespace polyvec;
     m.doc() = "Compiled CUDA kernels of polyvec. Strict: polyvec's Python functions prepare its arguments.";
-    register_errors(m);
+    register_errors();
     m.def("info", &info);
     bind_hypercomplex<Cuda>(m);
 }

@@ -9,6 +9,13 @@ from __future__ import annotations
 import numpy as np
 
 
+def on_host(x):
+    """Return `x` as a numpy array, wherever it lies."""
+    if hasattr(x, "__dlpack_device__") and int(x.__dlpack_device__()[0]) == 2:
+        x = x.cpu() if hasattr(x, "cpu") else x.get()  # torch, CuPy
+    return np.asarray(x)
+
+
 def eps(dtype) -> float:
     """Distance from 1 to the next number of the dtype."""
     return float(np.finfo(dtype).eps)
@@ -16,7 +23,7 @@ def eps(dtype) -> float:
 
 def assert_elementwise(actual, expected, scale, *, operations: int = 16):
     """A fixed number of roundings an entry: products, norms of few components."""
-    actual = np.asarray(actual)
+    actual = on_host(actual)
     _assert_within(actual, expected, operations * eps(actual.dtype) * np.asarray(scale))
 
 
@@ -25,13 +32,13 @@ def assert_reduction(actual, expected, scale, *, length: int):
 
     The worst case grows with length; blocked and fused accumulation stays near its square root.
     """
-    actual = np.asarray(actual)
+    actual = on_host(actual)
     _assert_within(actual, expected, (4 + 2 * np.sqrt(length)) * eps(actual.dtype) * np.asarray(scale))
 
 
 def assert_exact(actual, expected):
     """Ids, codes, counts, selections: equal, not close."""
-    np.testing.assert_array_equal(np.asarray(actual), np.asarray(expected))
+    np.testing.assert_array_equal(on_host(actual), on_host(expected))
 
 
 def _assert_within(actual, expected, bound):

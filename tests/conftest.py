@@ -11,7 +11,52 @@ import numpy as np
 import pytest
 
 from evaluation_sets import data  # noqa: F401 (a fixture)
-from polyvec import _core
+from polyvec import _backend, _core
+
+if not importlib.util.find_spec("hypothesis"):
+    import no_hypothesis
+
+    sys.modules["hypothesis"] = no_hypothesis
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="cuda: run the tests whose arrays can lie on a GPU, put them there, and run no other test",
+    )
+
+
+def _on_gpu(config):
+    return config.getoption("device") == "cuda"
+
+
+def pytest_configure(config):
+    if not _on_gpu(config):
+        return
+    module = _backend.cuda_module()
+    error = "polyvec was built without CUDA" if module is None else module.info()["error"]
+    if error:
+        raise pytest.UsageError(f"--device cuda: {error}")
+
+
+def pytest_generate_tests(metafunc):
+    on_gpu = _on_gpu(metafunc.config)
+    if "lib" in metafunc.fixturenames:
+        modules = {"torch-cuda": "torch", "cupy": "cupy"} if on_gpu else {"numpy": "numpy", "torch": "torch"}
+        libraries = [name for name, module in modules.items() if importlib.util.find_spec(module)]
+        metafunc.parametrize("lib", libraries, indirect=True)
+    if "isa" in metafunc.fixturenames:
+        metafunc.parametrize("isa", _core.available_isas()[: 1 if on_gpu else None], indirect=True)
+
+
+def pytest_collection_modifyitems(config, items):
+    if not _on_gpu(config):
+        return
+    others = [item for item in items if not {"lib", "on_device", "gpu"} & set(item.fixturenames)]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in others]
 
 
 @pytest.fixture
@@ -20,7 +65,7 @@ def rng(request):
     return np.random.default_rng(list(request.node.name.encode()))
 
 
-@pytest.fixture(params=_core.available_isas())
+@pytest.fixture
 def isa(request):
     """Each instruction-set level that this CPU can run."""
     before = _core.active_isa()
@@ -29,20 +74,48 @@ def isa(request):
     _core.force_isa(before)
 
 
-def _libraries():
-    yield "numpy"
-    if importlib.util.find_spec("torch"):
-        yield "torch"
-
-
-@pytest.fixture(params=_libraries())
-def lib(request):
-    """Turns a numpy array into an array of each library at hand."""
-    if request.param == "numpy":
+def _to(library):
+    if library == "numpy":
         return np.asarray
+    if library == "cupy":
+        import cupy
+
+        return cupy.asarray
     import torch
 
-    return torch.from_numpy
+    return torch.from_numpy if library == "torch" else lambda x: torch.from_numpy(x).cuda()
+
+
+def _require_cuda_form(request):
+    """Skip tests of engines that no GPU serves yet: by the file's name, test_<stem>.py."""
+    stem = request.path.stem.removeprefix("test_")
+    if not any(name.startswith(stem) for name in dir(_backend.cuda_module())):
+        pytest.skip(f"{stem} has no CUDA form yet")
+
+
+@pytest.fixture
+def lib(request):
+    """Turns a numpy array into an array of each library at hand: of those on a GPU with --device cuda."""
+    if _on_gpu(request.config):
+        _require_cuda_form(request)
+    return _to(request.param)
+
+
+@pytest.fixture(scope="module")
+def on_device(request):
+    """Leaves a numpy array as it is, and makes it a torch tensor on a GPU with --device cuda."""
+    if not _on_gpu(request.config):
+        return np.asarray
+    _require_cuda_form(request)
+    return _to("torch-cuda")
+
+
+@pytest.fixture
+def gpu(request):
+    """Torch, for tests of what only a GPU has (streams, graphs)."""
+    if not _on_gpu(request.config):
+        pytest.skip("needs a GPU: pytest --device cuda")
+    return pytest.importorskip("torch")
 
 
 @pytest.fixture

@@ -26,17 +26,17 @@ def scale(x, y, algebra):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("algebra", ALGEBRAS, ids=str)
 @pytest.mark.parametrize("d", WIDTHS)
-def test_product_equals_the_definition(rng, isa, algebra, d, dtype):
+def test_product_equals_the_definition(rng, isa, on_device, algebra, d, dtype):
     x, y = (sample(rng, 3, ALGEBRAS[algebra], d, dtype=dtype) for _ in range(2))
-    result = pv.hypercomplex.product(x, y, algebra=algebra)
+    result = pv.hypercomplex.product(on_device(x), on_device(y), algebra=algebra)
     assert_elementwise(result, ref.product(x, y, algebra), scale(x, y, algebra))
 
 
 @pytest.mark.parametrize("algebra", ALGEBRAS, ids=str)
 @pytest.mark.parametrize("n", [0, 1, 5, 255, 256, 257, 600])
-def test_interleaved_product_is_the_planar_one(rng, isa, algebra, n):
-    x, y = (sample(rng, n, ALGEBRAS[algebra]) for _ in range(2))
-    planar = pv.hypercomplex.product(x.T.copy(), y.T.copy(), algebra=algebra)
+def test_interleaved_product_is_the_planar_one(rng, isa, on_device, algebra, n):
+    x, y = (on_device(sample(rng, n, ALGEBRAS[algebra])) for _ in range(2))
+    planar = pv.hypercomplex.product(x.T, y.T, algebra=algebra)
     assert_exact(pv.hypercomplex.product(x, y, algebra=algebra, axis=-1), planar.T)
 
 
@@ -61,22 +61,24 @@ def test_norms_multiply_in_the_division_algebras_only(rng, algebra, composes):
     swap=st.booleans(),
     d=st.integers(0, 9),
 )
-def test_leading_axes_broadcast_like_numpy(leading, drop, ones, swap, d):
+def test_leading_axes_broadcast_like_numpy(on_device, leading, drop, ones, swap, d):
     rng = np.random.default_rng(d)
     shape = (*leading, 4, d)
     other = (*tuple(1 if one else n for one, n in zip(ones, leading, strict=False))[drop:], 4, 1 if ones[-1] else d)
     x, y = sample(rng, *shape), sample(rng, *other)
     if swap:
         x, y = y, x
-    result = pv.hypercomplex.product(x, y)
+    result = pv.hypercomplex.product(on_device(x), on_device(y))
     expected = ref.product(*(np.broadcast_arrays(x, y)))
     assert_elementwise(result, expected, scale(*np.broadcast_arrays(x, y), "quaternion"))
 
 
-def test_strided_and_unaligned_inputs(rng, isa):
+def test_strided_and_unaligned_inputs(rng, isa, on_device):
     big = sample(rng, 6, 4, 40)
     x, y = big[::2, :, 1:18], big[1::2, :, 3:20]
-    assert_exact(pv.hypercomplex.product(x, y), pv.hypercomplex.product(x.copy(), y.copy()))
+    dense = pv.hypercomplex.product(on_device(x.copy()), on_device(y.copy()))
+    big = on_device(big)
+    assert_exact(pv.hypercomplex.product(big[::2, :, 1:18], big[1::2, :, 3:20]), dense)
     assert_exact(
         pv.hypercomplex.product(big.swapaxes(1, 2), big.swapaxes(1, 2), axis=-1),
         pv.hypercomplex.product(big, big).swapaxes(1, 2),
@@ -85,13 +87,16 @@ def test_strided_and_unaligned_inputs(rng, isa):
 
 @pytest.mark.parametrize("d", [1, 16, 33])
 @pytest.mark.parametrize("components", [2, 4, 8])
-def test_norm_normalize_conjugate(rng, isa, components, d):
+def test_norm_normalize_conjugate(rng, isa, on_device, components, d):
     x = sample(rng, 5, components, d)
     x[2, :, 0] = 0
-    assert_elementwise(pv.hypercomplex.norm(x), ref.norm(x), ref.norm(x))
-    assert_elementwise(pv.hypercomplex.normalize(x), ref.normalize(x), 1)
+    norms, numbers = ref.norm(x), ref.normalize(x)
+    conjugates = ref.conjugate(x)
+    x = on_device(x)
+    assert_elementwise(pv.hypercomplex.norm(x), norms, norms)
+    assert_elementwise(pv.hypercomplex.normalize(x), numbers, 1)
     assert_exact(pv.hypercomplex.normalize(x)[2, :, 0], np.zeros(components))
-    assert_exact(pv.hypercomplex.conjugate(x), ref.conjugate(x))
+    assert_exact(pv.hypercomplex.conjugate(x), conjugates)
     last = x.swapaxes(1, 2)
     for function in (pv.hypercomplex.normalize, pv.hypercomplex.conjugate):
         assert_exact(function(last, axis=-1), function(x).swapaxes(1, 2))
@@ -102,14 +107,14 @@ def test_norm_normalize_conjugate(rng, isa, components, d):
 @pytest.mark.parametrize("translated", [False, True])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("algebra", ALGEBRAS, ids=str)
-def test_relation_query_equals_the_definition(rng, isa, algebra, normalize, translated, dtype):
+def test_relation_query_equals_the_definition(rng, isa, on_device, algebra, normalize, translated, dtype):
     components = ALGEBRAS[algebra]
     entities, relations, shifts = (sample(rng, n, components, 67, dtype=dtype) for n in (13, 5, 5))
     heads, relation_ids = rng.integers(0, 13, 21), rng.integers(0, 5, 21)
     shifts = shifts if translated else None
-    result = pv.hypercomplex.relation_query(
-        entities, relations, heads, relation_ids, algebra=algebra, translations=shifts, normalize=normalize
-    )
+    tables = [on_device(entities), on_device(relations), on_device(heads), on_device(relation_ids)]
+    translations = on_device(shifts) if translated else None
+    result = pv.hypercomplex.relation_query(*tables, algebra=algebra, translations=translations, normalize=normalize)
     expected = ref.relation_query(entities, relations, heads, relation_ids, algebra, shifts, normalize)
     rotor_size = 1 if normalize else ref.norm(relations)[relation_ids]
     size = np.repeat((ref.norm(entities)[heads] * rotor_size + 3)[:, None, :], components, 1).reshape(21, -1)
@@ -141,7 +146,7 @@ def test_the_caller_gets_the_library_it_gave(rng, lib):
         pv.hypercomplex.relation_query(x, x, [0, 1], [2, 2]),
     ):
         assert type(result) is type(x)
-    out = lib(np.full((3, 4, 5), np.nan, np.float32))
+    out = lib(np.full((3, 4, 5), np.nan, np.float32))  # whatever is not written stays NaN
     assert pv.hypercomplex.product(x, x, out=out) is out
     assert_exact(out, pv.hypercomplex.product(x, x))
 

@@ -136,6 +136,9 @@ Array Args::read(const char* name, const py::object& object) {
         fail<TypeError>(op_, name, " must be an array, got ", std::string(py::str(py::type::of(object))));
     }
     require<TypeError>(a.device == device_, op_, name, " must be on ", name_of(device_), ", got ", name_of(a.device));
+    if (device_index_ < 0) device_index_ = a.device_index;
+    require<TypeError>(device_ == Device::cpu || a.device_index == device_index_, op_, name,
+                       " must be on cuda:", device_index_, " as the first array, got cuda:", a.device_index);
     return a;
 }
 

@@ -32,6 +32,7 @@ private:
     const char* op_;
     Device device_;
     std::intptr_t stream_;
+    int device_index_ = -1;  // of the first array; the others must share it
     std::vector<py::object> owners_;
     std::vector<Array> inputs_;
 };

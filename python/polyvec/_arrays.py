@@ -7,6 +7,7 @@ between devices and no float dtype is changed silently; an input that is not C-c
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -107,12 +108,17 @@ def as_array(
     return contiguous(x) if dense else x
 
 
-def as_ids(op: str, name: str, x: Any, *, ndim: int | None = 1) -> Any:
-    """Return integer ids as a contiguous int64 array; other integer dtypes are converted, floats are refused."""
+def as_ids(op: str, name: str, x: Any, *, ndim: int | None = 1, like: Any = None) -> Any:
+    """Return integer ids as a contiguous int64 array; other integer dtypes are converted, floats are refused.
+
+    A list goes to the GPU that `like` is on; an array stays where it is.
+    """
     if not is_array(x):
         x = np.asarray(x)
         if x.size == 0:
             x = x.astype(np.int64)
+        if like is not None and device_name(like) != "cpu":
+            x = to_device_of(like, x)
     x = native(x)
     dtype = dtype_name(x)
     if not dtype.startswith(("int", "uint")):
@@ -137,7 +143,21 @@ def contiguous(x: Any) -> Any:
         return x if x.flags.c_contiguous else np.ascontiguousarray(x)
     if is_torch(x):
         return x.contiguous()
-    return x  # other libraries hand out dense arrays; a kernel refuses one that is not
+    xp = _namespace(x)
+    return xp.ascontiguousarray(x) if hasattr(xp, "ascontiguousarray") else x  # others hand out dense arrays only
+
+
+def _namespace(x: Any) -> Any:
+    return x.__array_namespace__() if hasattr(x, "__array_namespace__") else importlib.import_module(_root(x))
+
+
+def to_device_of(like: Any, x: Any) -> Any:
+    """Return the numpy array `x` as an array of `like`'s library and device."""
+    if is_torch(like):
+        import torch
+
+        return torch.from_numpy(x).to(like.device)
+    return _namespace(like).asarray(x)
 
 
 def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
@@ -148,7 +168,7 @@ def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
         return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
     if device_name(like) == "cpu":
         return np.empty(shape, dtype)
-    xp = like.__array_namespace__() if hasattr(like, "__array_namespace__") else __import__(_root(like))
+    xp = _namespace(like)
     return xp.empty(shape, dtype=getattr(xp, dtype))
 
 

@@ -20,16 +20,20 @@ def cuda_module() -> ModuleType | None:
         return None
 
 
+_DEFAULT_STREAM = 1  # cudaStreamLegacy; libraries say 0, which __dlpack__ does not take
+
+
 def _stream_of(x: Any) -> int:
+    stream = 0
     if is_torch(x):
         import torch
 
-        return int(torch.cuda.current_stream(x.device).cuda_stream)
-    if type(x).__module__.partition(".")[0] == "cupy":
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+    elif type(x).__module__.partition(".")[0] == "cupy":
         import cupy
 
-        return int(cupy.cuda.get_current_stream().ptr)
-    return 0
+        stream = cupy.cuda.get_current_stream(x.device.id).ptr
+    return int(stream) or _DEFAULT_STREAM
 
 
 def threads(op: str, num_threads: int | None) -> int:
@@ -40,19 +44,18 @@ def threads(op: str, num_threads: int | None) -> int:
 def run(op: str, function: str, like: Any, *args: Any, num_threads: int | None = None) -> Any:
     """Call `function` of the module that serves `like`'s device, on which all array arguments must be."""
     device = device_name(like)
+    if device not in ("cpu", "cuda"):
+        raise TypeError(f"{op}: arrays must be on cpu or cuda, got {device}")
     for arg in args:
         if is_array(arg) and device_name(arg) != device:
             raise TypeError(f"{op}: arrays must be on one device, got {device} and {device_name(arg)}")
-    if device == "cpu":
-        return getattr(_core, function)(*args, threads(op, num_threads))
-    if device != "cuda":
-        raise TypeError(f"{op}: arrays must be on cpu or cuda, got {device}")
-    module = cuda_module()
+    module = _core if device == "cpu" else cuda_module()
     if module is None:
         raise RuntimeError(f"{op}: {_MISSING}")
     if not hasattr(module, function):
         raise TypeError(f"{op}: arrays must be on cpu, got cuda; this function has no CUDA form yet")
-    return getattr(module, function)(*args, _stream_of(like))
+    where = threads(op, num_threads) if device == "cpu" else _stream_of(like)
+    return getattr(module, function)(*args, where)
 
 
 def require_finite(op: str, name: str, x: Any, num_threads: int | None = None) -> None:

@@ -283,7 +283,7 @@ def relation_query(
     TypeError
         Dtypes other than float32 and float64, or mixed ones.
     IndexError
-        An id outside its table.
+        An id outside its table. On a GPU ids cannot be checked without waiting for it: there such a row becomes NaN.
 
     Notes
     -----
@@ -307,7 +307,9 @@ def relation_query(
     dtype = (dtype_name(table),)
     rotors = as_array(op, "relations", relations, dtypes=dtype, ndim=3)
     shifts = None if translations is None else as_array(op, "translations", translations, dtypes=dtype, ndim=3)
-    heads, relation_rows = as_ids(op, "head_ids", head_ids), as_ids(op, "relation_ids", relation_ids)
+    heads, relation_rows = (
+        as_ids(op, name, ids, like=table) for name, ids in (("head_ids", head_ids), ("relation_ids", relation_ids))
+    )
     _check_components(op, "entities", table, False, len(sign_table(algebra)))
     out = output(op, out, table, (int(heads.shape[0]), int(table.shape[1] * table.shape[2])), dtype[0])
     _backend.run(

@@ -108,7 +108,7 @@ struct RelationQuery {
         require_ndim(op, out, 2);
         require_dim(op, out, 0, head_ids.dim(0), "one row a head id");
         require_dim(op, out, 1, entities.dim(1) * entities.dim(2), "components times d columns");
-        if (entities.device == Device::cpu) {  // on a GPU the caller's ids are not readable here
+        if (entities.device == Device::cpu) {  // a GPU's ids are not readable here: its kernel writes NaN rows instead
             require_ids(op, head_ids, entities.dim(0));
             require_ids(op, relation_ids, relations.dim(0));
         }

@@ -1,0 +1,245 @@
+"""The CUDA module: what it refuses and reports without a GPU, and what only a GPU can show."""
+
+import ctypes
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import polyvec as pv
+from accuracy import assert_elementwise, assert_exact, on_host
+from polyvec import _backend, _core
+from reference import hypercomplex as ref
+
+cuda = pytest.importorskip("polyvec._cuda", reason="polyvec was built without CUDA")
+
+
+class Elsewhere:
+    """A numpy array that says it lies on a GPU: what a call does before it touches the data needs no GPU."""
+
+    def __init__(self, array, device=2, index=0):
+        self.array, self.place, self.streams = array, (device, index), []
+        self.shape, self.dtype = array.shape, array.dtype
+
+    def __dlpack_device__(self):
+        return self.place
+
+    def __dlpack__(self, stream=None):
+        self.streams.append(stream)
+        capsule = self.array.__dlpack__()
+        pointer = ctypes.pythonapi.PyCapsule_GetPointer
+        pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
+        tensor = pointer(capsule, b"dltensor")
+        device = (ctypes.c_int32 * 2).from_address(tensor + ctypes.sizeof(ctypes.c_void_p))  # after the data pointer
+        device[:] = self.place
+        return capsule
+
+    def __array_namespace__(self):
+        return SimpleNamespace(
+            float32="float32",
+            int64="int64",
+            empty=lambda shape, dtype: Elsewhere(np.empty(shape, dtype)),
+            asarray=Elsewhere,
+        )
+
+
+def elsewhere(*shape, dtype=np.float32, **place):
+    return Elsewhere(np.ones(shape, dtype), **place)
+
+
+def test_info():
+    info = cuda.info()
+    assert sorted(info) == ["architectures", "devices", "error", "runtime"]
+    assert "90-virtual" in info["architectures"]
+    assert re.fullmatch(r"\d+\.\d", info["runtime"])
+    assert info["error"] is None or (isinstance(info["error"], str) and info["devices"] == [])
+    assert pv.runtime_info()["cuda"] == info
+
+
+def test_info_without_a_device(python):
+    code = "import polyvec._cuda as c; i = c.info(); assert i['devices'] == [] and i['error'], i; print(i['error'])"
+    assert python(code, CUDA_VISIBLE_DEVICES="").stdout.strip()
+
+
+def test_every_function_is_one_of_the_cpu_module():
+    names = {name for name in dir(cuda) if not name.startswith("_")} - {"info"}
+    assert names
+    assert names <= set(dir(_core))
+
+
+@pytest.mark.skipif(cuda.info()["error"] is None, reason="needs a machine without a GPU")
+@pytest.mark.parametrize(
+    ("op", "call"),
+    [
+        ("hypercomplex.product", lambda x: pv.hypercomplex.product(x, x)),
+        ("hypercomplex.norm", lambda x: pv.hypercomplex.norm(x)),
+        ("hypercomplex.relation_query", lambda x: pv.hypercomplex.relation_query(x, x, [0, 1], [2, 2])),
+    ],
+)
+def test_without_a_gpu_a_call_says_so(op, call):
+    with pytest.raises(pv.CudaError) as caught:
+        call(elsewhere(3, 4, 5))
+    assert str(caught.value) == f"{op}: CUDA failed: {cuda.info()['error']}"
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (
+            lambda: pv.hypercomplex.product(elsewhere(4, 3), np.ones((4, 3), np.float32)),
+            TypeError,
+            "hypercomplex.product: arrays must be on one device, got cuda and cpu",
+        ),
+        (
+            lambda: pv.hypercomplex.product(np.ones((4, 3), np.float32), elsewhere(4, 3)),
+            TypeError,
+            "hypercomplex.product: arrays must be on one device, got cpu and cuda",
+        ),
+        (
+            lambda: pv.hypercomplex.product(elsewhere(4, 3), elsewhere(4, 3, index=1)),
+            TypeError,
+            "hypercomplex.product: y must be on cuda:0 as the first array, got cuda:1",
+        ),
+        (
+            lambda: pv.hypercomplex.product(
+                elsewhere(4, 3, device=10), elsewhere(4, 3, device=10), out=elsewhere(4, 3)
+            ),
+            TypeError,
+            "hypercomplex.product: out must be on device type 10, got cuda",
+        ),
+        (
+            lambda: pv.hypercomplex.norm(elsewhere(4, 3, device=10), out=elsewhere(3, device=10)),
+            TypeError,
+            "hypercomplex.norm: arrays must be on cpu or cuda, got device type 10",
+        ),
+        (
+            lambda: pv.hypercomplex.normalize(elsewhere(4, 3, dtype=np.float16)),
+            TypeError,
+            "hypercomplex.normalize: x must be float32 or float64, got float16; cast it with .astype('float32')",
+        ),
+        (
+            lambda: pv.hypercomplex.relation_query(elsewhere(3, 4, 2), elsewhere(2, 4, 2), np.zeros(1, int), [0]),
+            TypeError,
+            "hypercomplex.relation_query: arrays must be on one device, got cuda and cpu",
+        ),
+        (
+            lambda: _backend.require_finite("scan.topk", "items", elsewhere(3, 4)),
+            TypeError,
+            "scan.topk: arrays must be on cpu, got cuda; this function has no CUDA form yet",
+        ),
+    ],
+)
+def test_errors(call, error, text):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == text
+
+
+def test_a_build_without_cuda_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(_backend, "cuda_module", lambda: None)
+    with pytest.raises(RuntimeError) as caught:
+        pv.hypercomplex.norm(elsewhere(4, 3))
+    assert str(caught.value) == (
+        "hypercomplex.norm: polyvec was built without CUDA; "
+        "install it with: pip install polyvec -Ccmake.define.POLYVEC_CUDA=ON"
+    )
+
+
+@pytest.mark.skipif(cuda.info()["error"] is None, reason="needs a machine without a GPU")
+def test_arrays_are_asked_for_on_the_stream_that_the_kernel_uses(monkeypatch):
+    x, out = elsewhere(4, 3), elsewhere(3)
+    monkeypatch.setattr(_backend, "_stream_of", lambda x: 77)
+    with pytest.raises(pv.CudaError):
+        pv.hypercomplex.norm(x, out=out)
+    assert (x.streams, out.streams) == ([77], [77])
+
+
+def test_the_default_stream_has_the_name_that_dlpack_takes():
+    assert _backend._stream_of(elsewhere(4, 3)) == 1
+
+
+# What follows runs on a GPU only: pytest --device cuda.
+
+
+def sample(rng, *shape, dtype=np.float32):
+    return rng.standard_normal(shape).astype(dtype)
+
+
+@pytest.mark.parametrize("shapes", [((4, 3), (5, 4, 3)), ((2, 1, 4, 33), (3, 4, 33)), ((7, 4, 1), (4, 300))], ids=str)
+def test_leading_axes_broadcast(rng, on_device, gpu, shapes):
+    x, y = (sample(rng, *shape) for shape in shapes)
+    wide = np.broadcast_arrays(x, y)
+    scale = ref.norm(wide[0]) * ref.norm(wide[1])
+    result = pv.hypercomplex.product(on_device(x), on_device(y))
+    assert_elementwise(result, ref.product(*wide), scale[..., None, :])
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 257, 4099])
+@pytest.mark.parametrize("d", [0, 1, 31, 32, 33, 127, 129, 1000])
+def test_every_entry_is_written(rng, on_device, gpu, rows, d):
+    x = on_device(sample(rng, rows, 4, d))
+    ids = on_device(rng.integers(0, max(1, rows), rows))
+    outs = [on_device(np.full(shape, np.nan, np.float32)) for shape in ((rows, 4, d), (rows, d), (rows, 4 * d))]
+    pv.hypercomplex.product(x, x, out=outs[0])
+    pv.hypercomplex.norm(x, out=outs[1])
+    pv.hypercomplex.relation_query(x, x, ids, ids, out=outs[2])
+    for out in outs:
+        assert np.isfinite(on_host(out)).all()
+
+
+def test_rows_of_ids_outside_the_tables_are_nan(rng, on_device, gpu):
+    entities, relations = on_device(sample(rng, 5, 4, 40)), on_device(sample(rng, 3, 4, 40))
+    heads, rows = np.array([0, 5, -1, 4, 1, 2**62]), np.array([2, 0, 1, 3, -(2**62), 0])
+    result = on_host(pv.hypercomplex.relation_query(entities, relations, on_device(heads), on_device(rows)))
+    assert np.isfinite(result[0]).all()
+    assert np.isnan(result[1:]).all()
+
+
+def test_a_call_is_queued_on_the_current_stream_and_does_not_wait(rng, on_device, gpu):
+    x = on_device(sample(rng, 100, 4, 32))
+    expected = pv.hypercomplex.product(x, x)
+    stream = gpu.cuda.Stream()
+    gpu.cuda.synchronize()
+    with gpu.cuda.stream(stream):
+        gpu.cuda._sleep(500_000_000)  # cycles: a quarter of a second
+        y = x * 1
+        result = pv.hypercomplex.product(y, y)
+        assert not stream.query()  # the call came back before the stream had reached it
+    stream.synchronize()
+    assert_exact(result, expected)
+
+
+def test_a_call_can_be_captured_in_a_graph(rng, on_device, gpu):
+    x = on_device(sample(rng, 100, 4, 32))
+    ids = on_device(rng.integers(0, 100, 50))
+    out = gpu.zeros(50, 128, device="cuda")
+    pv.hypercomplex.relation_query(x, x, ids, ids, out=out)  # the module loads its kernels at the first launch
+    expected = out.clone()
+    graph = gpu.cuda.CUDAGraph()
+    with gpu.cuda.graph(graph):
+        pv.hypercomplex.relation_query(x, x, ids, ids, out=out)
+    out.fill_(float("nan"))
+    graph.replay()
+    gpu.cuda.synchronize()
+    assert_exact(out, expected)
+
+
+def test_the_tensors_device_is_used_and_the_callers_restored(rng, gpu):
+    if gpu.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    x = gpu.randn(3, 4, 5, device="cuda:1")
+    result = pv.hypercomplex.product(x, x)
+    assert result.device == x.device
+    assert gpu.cuda.current_device() == 0
+    assert_exact(result, pv.hypercomplex.product(x.to("cuda:0"), x.to("cuda:0")))
+
+
+def test_more_entries_than_an_int_counts(gpu):
+    d = 1 << 20
+    rows = 515  # x 4 x 2^20 > 2^31
+    if gpu.cuda.mem_get_info()[0] < 3 * rows * 4 * d * 4:
+        pytest.skip("needs 26 GB of free GPU memory")
+    x, one = gpu.randn(rows, 4, d, device="cuda"), gpu.zeros(4, d, device="cuda")
+    one[0] = 1
+    assert gpu.equal(pv.hypercomplex.product(x, one), x)
