@@ -18,6 +18,8 @@ import numpy as np
 from polyvec import _backend
 from polyvec._arrays import ArrayT, as_array, as_ids, contiguous, dtype_name, is_torch, output
 
+__all__ = ["conjugate", "norm", "normalize", "product", "relation_query"]
+
 Algebra = str | tuple[float, float]
 
 _FLOATS = ("float32", "float64")
@@ -198,6 +200,12 @@ def conjugate(x: ArrayT, *, axis: int = -2, out: ArrayT | None = None, num_threa
     Returns
     -------
     array of x's shape, dtype, library and device
+
+    Examples
+    --------
+    >>> import numpy as np, polyvec as pv
+    >>> pv.hypercomplex.conjugate(np.float32([1, 2, 3, 4]), axis=-1)
+    array([ 1., -2., -3., -4.], dtype=float32)
     """
     return _map("hypercomplex.conjugate", x, axis, out, num_threads, keeps_shape=True)  # type: ignore[no-any-return]
 
@@ -218,6 +226,12 @@ def norm(x: ArrayT, *, axis: int = -2, out: ArrayT | None = None, num_threads: i
     Returns
     -------
     array of shape (..., d), or (...) with axis=-1; x's dtype, library and device
+
+    Examples
+    --------
+    >>> import numpy as np, polyvec as pv
+    >>> pv.hypercomplex.norm(np.float32([[3, 4, 0, 0], [1, 1, 1, 1]]), axis=-1)
+    array([5., 2.], dtype=float32)
     """
     return _map("hypercomplex.norm", x, axis, out, num_threads, keeps_shape=False)  # type: ignore[no-any-return]
 
@@ -235,6 +249,13 @@ def normalize(x: ArrayT, *, axis: int = -2, out: ArrayT | None = None, num_threa
     Returns
     -------
     array of x's shape, dtype, library and device
+
+    Examples
+    --------
+    >>> import numpy as np, polyvec as pv
+    >>> pv.hypercomplex.normalize(np.float32([[3, 0, 0, 0], [0, 0, 0, 0]]), axis=-1)
+    array([[1., 0., 0., 0.],
+           [0., 0., 0., 0.]], dtype=float32)
     """
     return _map("hypercomplex.normalize", x, axis, out, num_threads, keeps_shape=True)  # type: ignore[no-any-return]
 

@@ -1,0 +1,234 @@
+"""The rules of the house that a tool can check; CONTRIBUTING.md says why each is there."""
+
+import ast
+import doctest
+import importlib
+import importlib.util
+import inspect
+import pathlib
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import polyvec as pv
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "python" / "polyvec"
+MODULES = sorted(name for _, name, _ in pkgutil.iter_modules(pv.__path__) if name not in ("_core", "_cuda", "__main__"))
+PUBLIC_MODULES = [name for name in MODULES if not name.startswith("_")]
+
+# Layering
+
+
+def includes(path):
+    return re.findall(r'^#include\s+([<"][^>"]+[>"])', path.read_text(), re.MULTILINE)
+
+
+def headers_of(folder):
+    return {f'"{path.name}"' for path in (ROOT / folder).glob("*.hpp")}
+
+
+STANDARD = r"<[a-z_]+>"
+CPP_RULES = {  # folder -> what its files may include
+    "cpp/include/polyvec": rf'{STANDARD}|"polyvec/\w+\.hpp"',
+    "cpp/src": rf'{STANDARD}|<(pthread|sched)\.h>|"polyvec/\w+\.hpp"|"tables\.hpp"',
+    "cpp/kernels": r'<cstddef>|<cstdint>|<immintrin\.h>|<arm_neon\.h>|"\w+\.hpp"',
+    "cpp/bindings": rf'{STANDARD}|<pybind11/\w+\.h>|"polyvec/\w+\.hpp"|"\w+\.hpp"',
+}
+OWN_HEADERS = {
+    "cpp/src": {'"tables.hpp"'},
+    "cpp/kernels": headers_of("cpp/kernels"),
+    "cpp/bindings": headers_of("cpp/bindings"),
+}
+
+
+@pytest.mark.parametrize("folder", CPP_RULES)
+def test_each_layer_of_cpp_includes_only_what_is_below_it(folder):
+    files = sorted((ROOT / folder).glob("*.[ch]pp"))
+    assert files
+    for path in files:
+        for name in includes(path):
+            assert re.fullmatch(CPP_RULES[folder], name), f"{path.name} includes {name}"
+            if re.fullmatch(r'"\w+\.hpp"', name):
+                assert name in OWN_HEADERS[folder], f"{path.name} includes {name}"
+
+
+def imports(path):
+    """Modules that a file of the package imports at its top level: (name, names)."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, ()) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module, tuple(alias.name for alias in node.names)
+
+
+def imported_siblings(path):
+    for module, names in imports(path):
+        if module == "polyvec":
+            yield from names
+        elif module.startswith("polyvec."):
+            yield module.partition(".")[2]
+
+
+ENGINES = sorted(
+    path.stem for path in (ROOT / "cpp" / "bindings").glob("*.hpp") if (PACKAGE / f"{path.stem}.py").exists()
+)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engines_import_private_modules_only(engine):
+    assert not [name for name in imported_siblings(PACKAGE / f"{engine}.py") if not name.startswith("_")]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_torch_is_imported_where_it_is_needed_only(module):
+    for name, _ in imports(PACKAGE / f"{module}.py"):
+        assert name.partition(".")[0] not in ("torch", "cupy") or module == "torch"
+    assert "torch" not in imported_siblings(PACKAGE / f"{module}.py")
+
+
+# Compiled objects
+
+OBJECTS = sorted(ROOT.glob("build*/**/polyvec_kernels_*.dir/**/*.o"))
+
+
+@pytest.mark.skipif(not (OBJECTS and shutil.which("nm")), reason="needs nm and a build folder with kernel objects")
+def test_kernel_objects_define_nothing_that_the_linker_could_mix_up():
+    """A weak or global function compiled for AVX-512 could become the copy that every level, and every CPU, calls."""
+    for path in OBJECTS:
+        listing = subprocess.run(
+            ["nm", "-C", "--defined-only", path], capture_output=True, text=True, check=True
+        ).stdout
+        for line in listing.splitlines():
+            kind, name = re.fullmatch(r"\S+ (\S) (.*)", line).groups()
+            if kind.isupper() or kind in "wvu":
+                isa = re.search(r"polyvec_kernels_(\w+)\.dir", str(path))[1]
+                assert kind in "RD", f"{path}: {line}"
+                assert re.fullmatch(rf"polyvec::{isa}::(\w+_kernels|table)", name), f"{path}: {line}"
+
+
+def test_no_flag_changes_floating_point_for_the_process():
+    for path in ROOT.glob("c*/CMakeLists.txt"):
+        code = re.sub(r"#.*", "", path.read_text())
+        assert not re.search(r"-ffast-math|-Ofast|-march=native|use_fast_math", code)
+
+
+# Source texts
+
+
+def sources(*folders):
+    suffixes = {".cpp", ".hpp", ".cu", ".cuh", ".py", ".pyi", ".txt", ".toml", ".yaml", ".yml"}
+    for folder in folders:
+        yield from (p for p in sorted((ROOT / folder).rglob("*")) if p.suffix in suffixes and "data" not in p.parts)
+
+
+def test_sources_are_ascii():
+    for path in sources("cpp", "cuda", "python", "scripts"):
+        assert path.read_text(encoding="utf-8").isascii(), path
+
+
+def test_the_library_never_prints_or_aborts():
+    words = r"\b(printf|fprintf|puts|std::cout|std::cerr|std::clog|abort|std::exit|_exit|terminate|assert)\b\s*[(<;]"
+    for path in sources("cpp", "cuda"):
+        assert not re.search(words, re.sub(r"//.*", "", path.read_text())), path
+    for path in PACKAGE.glob("*.py"):
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        assert path.name == "__main__.py" or "print" not in {getattr(call, "id", "") for call in calls}, path
+
+
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("pybind11_stubgen", "ruff"))), reason="needs the extra `dev`"
+)
+def test_the_stub_is_up_to_date():
+    command = [sys.executable, ROOT / "scripts" / "make_stubs", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# The public interface
+
+PUBLIC = {
+    "polyvec": [
+        "CudaError",
+        "FormatError",
+        "Ragged",
+        "__version__",
+        "get_num_threads",
+        "hypercomplex",
+        "num_threads",
+        "runtime_info",
+        "set_num_threads",
+    ],
+    "polyvec.hypercomplex": ["conjugate", "norm", "normalize", "product", "relation_query"],
+}
+
+
+def test_public_names():
+    """A name that is added or removed here is a line of CHANGELOG.md, too."""
+    names = {"polyvec": sorted(pv.__all__)}
+    for module in PUBLIC_MODULES:
+        names[f"polyvec.{module}"] = sorted(importlib.import_module(f"polyvec.{module}").__all__)
+    assert names == PUBLIC
+
+
+def public_callables():
+    """(name, function) of every public function and method of the engines and pipelines."""
+    for module in PUBLIC_MODULES:
+        for name in PUBLIC[f"polyvec.{module}"]:
+            value = getattr(importlib.import_module(f"polyvec.{module}"), name)
+            if inspect.isfunction(value):
+                yield f"{module}.{name}", value
+            elif inspect.isclass(value):
+                yield f"{module}.{name}", value
+                for attribute, member in vars(value).items():
+                    function = getattr(member, "__func__", member)
+                    if inspect.isfunction(function) and not attribute.startswith("_"):
+                        yield f"{module}.{name}.{attribute}", function
+
+
+CALLABLES = dict(public_callables())
+SECTIONS = ["Parameters", "Attributes", "Returns", "Yields", "Raises", "Notes", "References", "Examples"]
+POSITIONAL_OPTIONS = {"ids", "lengths"}  # optional data, not options
+
+
+def parameters_of(value):
+    return [p for p in inspect.signature(value).parameters.values() if p.name not in ("self", "cls")]
+
+
+def sections_of(value):
+    """The sections of a numpydoc docstring: {title: text}."""
+    parts = re.split(r"^(\w+)\n-{3,}\n", inspect.getdoc(value), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+def test_docstrings_have_their_sections(name):
+    value = CALLABLES[name]
+    sections = sections_of(value)
+    assert list(sections) == [title for title in SECTIONS if title in sections], "sections stand in numpydoc's order"
+    documented = re.findall(r"^([*\w][\w, *]*?)(?: :.*)?$", sections.get("Parameters", ""), re.MULTILINE)
+    assert [n.strip() for line in documented for n in line.split(",")] == [p.name for p in parameters_of(value)]
+    if inspect.isfunction(value) and value.__annotations__["return"] not in ("None", "Self"):
+        assert "Returns" in sections
+    if name.count(".") == 1:
+        assert "Examples" in sections
+
+
+@pytest.mark.parametrize("name", CALLABLES)
+def test_options_are_keywords(name):
+    for p in parameters_of(CALLABLES[name]):
+        data = p.default is p.empty or p.name in POSITIONAL_OPTIONS
+        assert p.kind is p.KEYWORD_ONLY or (p.kind is p.POSITIONAL_OR_KEYWORD and data), p.name
+        if p.name == "num_threads":
+            assert (p.kind, p.default) == (p.KEYWORD_ONLY, None)
+
+
+@pytest.mark.parametrize("module", ["", *MODULES])
+def test_examples_of_docstrings_run(module):
+    module = importlib.import_module(f"polyvec.{module}".rstrip("."))
+    failed, _ = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert failed == 0
