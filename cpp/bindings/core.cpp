@@ -1,5 +1,6 @@
 /// The table of contents of polyvec._core.
 #include "hypercomplex.hpp"
+#include "maxsim.hpp"
 #include "polyvec/finite.hpp"
 #include "polyvec/isa.hpp"
 #include "polyvec/parallel.hpp"
@@ -57,4 +58,5 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
     set_interrupt_hook(interrupt_hook);
     bind_runtime(m);
     bind_hypercomplex<Cpu>(m);
+    bind_maxsim<Cpu>(m);
 }

@@ -8,12 +8,14 @@ namespace polyvec::POLYVEC_ISA {
 
 extern const HypercomplexKernels hypercomplex_kernels;
 extern const DistanceKernels distance_kernels;
+extern const MaxsimKernels maxsim_kernels;
 
 extern const Kernels table;
 const Kernels table{
     .isa = POLYVEC_TEXT(POLYVEC_ISA),
     .hypercomplex = &hypercomplex_kernels,
     .distance = &distance_kernels,
+    .maxsim = &maxsim_kernels,
 };
 
 }  // namespace polyvec::POLYVEC_ISA

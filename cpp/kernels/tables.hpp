@@ -43,10 +43,31 @@ struct DistanceKernels {
     DistanceKernel<std::int64_t> i64;
 };
 
+/// Query tokens are handed over in panels (pack): transposed, so that a register holds one element of many tokens.
+/// Panels and maxima of n tokens need room for n rounded up to panel_width.
+template <class T>
+struct MaxsimKernel {
+    std::size_t panel_width;
+    void (*pack)(const T* tokens, std::size_t n, std::size_t d, T* panels) noexcept;
+    /// best[i] = max over the rows of doc (rows, d) of <token i, row>, -inf without rows. `next` is the document after
+    /// this one: its beginning is fetched meanwhile.
+    void (*maxima)(const T* panels, std::size_t n, const T* doc, std::size_t rows, const T* next, std::size_t d,
+                   T* best) noexcept;
+    /// The maxima and the rows they are found in, the first of equals; -1 without rows.
+    void (*align)(const T* panels, std::size_t n, const T* doc, std::size_t rows, std::size_t d, T* best,
+                  std::int64_t* row) noexcept;
+};
+
+struct MaxsimKernels {
+    MaxsimKernel<float> f32;
+    MaxsimKernel<double> f64;
+};
+
 struct Kernels {
     const char* isa;
     const HypercomplexKernels* hypercomplex;
     const DistanceKernels* distance;
+    const MaxsimKernels* maxsim;
 };
 
 /// The table of the active level. Fetched once an op, not once an element.

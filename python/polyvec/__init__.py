@@ -8,7 +8,7 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-from polyvec import hypercomplex
+from polyvec import hypercomplex, maxsim
 from polyvec._errors import CudaError, FormatError
 from polyvec._ragged import Ragged
 from polyvec._runtime import runtime_info
@@ -21,6 +21,7 @@ __all__ = [
     "__version__",
     "get_num_threads",
     "hypercomplex",
+    "maxsim",
     "num_threads",
     "runtime_info",
     "set_num_threads",

@@ -27,4 +27,24 @@ def hypercomplex_relation_query(
     normalize: bool,
     where: int,
 ) -> None: ...
+def maxsim_align(query: typing.Any, doc: typing.Any, ids: typing.Any, similarities: typing.Any, where: int) -> None: ...
+def maxsim_score(
+    queries: typing.Any,
+    query_offsets: typing.Any,
+    docs: typing.Any,
+    doc_offsets: typing.Any,
+    out: typing.Any,
+    where: int,
+) -> None: ...
+def maxsim_topk(
+    queries: typing.Any,
+    query_offsets: typing.Any,
+    docs: typing.Any,
+    doc_offsets: typing.Any,
+    candidate_offsets: typing.Any,
+    candidate_ids: typing.Any,
+    scores: typing.Any,
+    ids: typing.Any,
+    where: int,
+) -> None: ...
 def set_num_threads(n: int) -> None: ...

@@ -148,11 +148,14 @@ class Ragged:
         return f"Ragged({len(self)} sets, {self.values.shape[0]} rows, d={self.dim}, {dtype_name(self.values)}{where})"
 
 
-def as_ragged(op: str, name: str, x: Any, *, dtypes: Sequence[str] = ("float32",), dim: int | None = None) -> Ragged:
+def as_ragged(
+    op: str, name: str, x: Any, *, dtypes: Sequence[str] = ("float32",), dim: int | None = None, like: str = ""
+) -> Ragged:
     """Return token sets in any accepted form as a Ragged of contiguous values.
 
     Accepted: a Ragged; `(values (T, d), offsets (n + 1,))`; `(padded (n, t, d), lengths (n,))`; a padded array
-    (n, t, d) without padding; a list of `(n_i, d)` arrays. `dim` is the width that the sets must have.
+    (n, t, d) without padding; a list of `(n_i, d)` arrays. `dim` is the width that the sets must have, as the argument
+    `like` has it.
     """
     try:
         if isinstance(x, Ragged):
@@ -173,6 +176,7 @@ def as_ragged(op: str, name: str, x: Any, *, dtypes: Sequence[str] = ("float32",
     except (TypeError, ValueError) as error:
         raise type(error)(f"{op}: {str(error).replace('Ragged: ', f'{name}: ')}") from None
     if dim is not None and sets.dim != dim:
-        raise ValueError(f"{op}: {name} must have d = {dim}, got {sets.dim}")
+        rule = f"have the same d as {like} ({dim})" if like else f"have d = {dim}"
+        raise ValueError(f"{op}: {name} must {rule}, got {sets.dim}")
     values = as_array(op, name, sets.values, dtypes=dtypes, ndim=2)
     return sets if values is sets.values else Ragged(values, sets.offsets)

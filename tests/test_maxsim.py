@@ -1,0 +1,359 @@
+"""MaxSim scores, search, alignment and packed tokens."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import polyvec as pv
+import ranking
+from accuracy import assert_exact, assert_reduction
+from reference import maxsim as ref
+
+WIDTHS = [0, 1, 2, 3, 15, 16, 17, 35, 64, 130]
+# Around the lane counts (2 to 16), the panels (4 to 64) and the tiles (2 to 12 rows).
+QUERY_TOKENS = [0, 1, 2, 3, 4, 5, 7, 8, 9, 11, 15, 16, 17, 19, 31, 32, 33, 47, 48, 49, 64, 65, 130]
+DOC_TOKENS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 15, 16, 23, 24, 25, 0, 37]
+
+
+def sample(rng, lengths, d, dtype=np.float32):
+    return [rng.standard_normal((n, d)).astype(dtype) for n in lengths]
+
+
+def integers(rng, lengths, d):
+    """Tokens whose inner products are exact in any order, and often equal."""
+    return [rng.integers(-2, 3, (n, d)).astype(np.float32) for n in lengths]
+
+
+def assert_scores(scores, queries, docs):
+    length = queries[0].shape[1]
+    assert_reduction(scores, ref.score(queries, docs), np.abs(ref.scale(queries, docs)), length=length)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("d", WIDTHS)
+def test_score_equals_the_definition(rng, isa, d, dtype):
+    queries, docs = sample(rng, QUERY_TOKENS, d, dtype), sample(rng, DOC_TOKENS, d, dtype)
+    scores = pv.maxsim.score(queries, docs)
+    assert scores.dtype == dtype
+    assert_scores(scores, queries, docs)
+
+
+@pytest.mark.parametrize("d", [512, 1024])
+def test_rows_a_multiple_of_a_page_apart(rng, isa, d):
+    queries, docs = sample(rng, [17], d), sample(rng, [1, 3, 12, 29], d)
+    assert_scores(pv.maxsim.score(queries, docs), queries, docs)
+
+
+@settings(max_examples=60)
+@given(
+    query_lengths=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    doc_lengths=st.lists(st.integers(0, 30), min_size=1, max_size=8),
+    d=st.integers(0, 20),
+    seed=st.integers(0, 9),
+)
+def test_ragged_shapes(query_lengths, doc_lengths, d, seed):
+    rng = np.random.default_rng(seed)
+    queries, docs = integers(rng, query_lengths, d), integers(rng, doc_lengths, d)
+    expected = ref.score(queries, docs)
+    assert_exact(pv.maxsim.score(queries, docs), expected)
+    scores, ids = pv.maxsim.topk(queries, docs, 5)
+    assert_exact(ids, ref.topk(expected, 5))
+    best = -np.sort(-expected, axis=1)[:, :5]
+    assert_exact(scores, np.pad(best, ((0, 0), (0, 5 - best.shape[1])), constant_values=-np.inf))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_score_does_not_depend_on_the_batch(rng, isa, dtype):
+    queries, docs = sample(rng, [5, 0, 32, 17, 300, 1, 64, *[20] * 40], 33, dtype), sample(rng, DOC_TOKENS, 33, dtype)
+    together = pv.maxsim.score(queries, docs)
+    assert_exact(np.concatenate([pv.maxsim.score([query], docs) for query in queries]), together)
+    assert_exact(np.concatenate([pv.maxsim.score(queries, [doc]) for doc in docs], axis=1), together)
+    assert_exact(pv.maxsim.score(queries[::-1], docs[::-1])[::-1, ::-1], together)
+
+
+@pytest.mark.parametrize("k", [1, 7, 300])
+def test_topk_is_the_sorted_score(rng, isa, k):
+    queries, docs = sample(rng, rng.integers(0, 40, 50), 24), sample(rng, rng.integers(0, 60, 250), 24)
+    expected = pv.maxsim.score(queries, docs)
+    scores, ids = pv.maxsim.topk(queries, docs, k)
+    assert (scores.dtype, ids.dtype) == (np.float32, np.int64)
+    assert_exact(ids, ref.topk(expected, k))
+    assert_exact(scores[:, :250], -np.sort(-expected, axis=1)[:, :k])
+    assert_exact(scores[:, 250:], np.full((50, max(0, k - 250)), -np.inf))
+
+
+def test_topk_of_candidates(rng, isa):
+    queries, docs = sample(rng, rng.integers(0, 40, 50), 24), sample(rng, rng.integers(0, 60, 250), 24)
+    lists = [rng.choice(250, n, replace=False) for n in [0, 1, 200, *rng.integers(0, 30, 47)]]
+    offsets = np.cumsum([0, *map(len, lists)])
+    candidates = (offsets, np.concatenate(lists))
+    expected = pv.maxsim.score(queries, docs)
+    scores, ids = pv.maxsim.topk(queries, docs, 12, candidates=candidates)
+    assert_exact(ids, ref.topk(expected, 12, lists))
+    assert_exact(scores, np.where(ids < 0, -np.inf, np.take_along_axis(expected, ids, 1)))
+    everything = (np.arange(51) * 250, np.tile(np.arange(250), 50))
+    for a, b in zip(
+        pv.maxsim.topk(queries, docs, 12, candidates=everything), pv.maxsim.topk(queries, docs, 12), strict=True
+    ):
+        assert_exact(a, b)
+
+
+def test_an_id_that_a_list_names_twice_is_ranked_twice(rng):
+    queries, docs = sample(rng, [3], 8), sample(rng, [4, 4, 4], 8)
+    _, ids = pv.maxsim.topk(queries, docs, 4, candidates=([0, 3], [2, 2, 1]))
+    assert sorted(ids[0].tolist()) == [-1, 1, 2, 2]
+
+
+def test_empty_documents_come_last(rng):
+    queries, docs = [np.ones((2, 4), np.float32)], [np.empty((0, 4), np.float32), -np.ones((3, 4), np.float32)]
+    scores, ids = pv.maxsim.topk(queries, docs, 3)
+    assert ids.tolist() == [[1, 0, -1]]
+    assert scores.tolist() == [[-8, -np.inf, -np.inf]]
+
+
+def test_a_similarity_that_is_nan_is_never_the_maximum(rng, isa):
+    query, doc = sample(rng, [20, 30], 16)
+    expected = pv.maxsim.score([query], [doc[1:]])
+    doc[0] = np.nan
+    assert_exact(pv.maxsim.score([query], [doc]), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("tq", "td"), [(0, 5), (5, 0), (1, 1), (15, 30), (17, 180), (33, 13), (130, 7)])
+def test_align(rng, isa, tq, td, dtype):
+    query, doc = sample(rng, [tq, td], 19, dtype)
+    ids, similarities = pv.maxsim.align(query, doc)
+    assert (ids.dtype, similarities.dtype) == (np.int64, dtype)
+    exact = ref.similarities(query, doc)
+    assert_exact(ids, exact.argmax(1) if td else np.full(tq, -1))
+    size = ref.similarities(abs(query), abs(doc)).max(1, initial=0)
+    assert_reduction(similarities, exact.max(1, initial=-np.inf), size, length=19)
+    if tq and td:
+        total = np.add.reduce(similarities, dtype=np.float64).astype(dtype)
+        np.testing.assert_allclose(pv.maxsim.score([query], [doc])[0, 0], total, rtol=1e-6)
+
+
+def test_align_takes_the_first_of_equals(rng, isa):
+    query, doc = integers(rng, [40, 90], 2)
+    ids, similarities = pv.maxsim.align(query, doc)
+    assert_exact(ids, ref.similarities(query, doc).argmax(1))
+    assert_exact(similarities, ref.similarities(query, doc).max(1))
+
+
+def test_result_does_not_depend_on_thread_count(rng):
+    queries, docs = sample(rng, rng.integers(0, 50, 70), 40), sample(rng, rng.integers(0, 100, 400), 40)
+    candidates = (np.arange(71) * 100, rng.integers(0, 400, 7000))
+
+    def results(threads):
+        return (
+            pv.maxsim.score(queries, docs, num_threads=threads),
+            *pv.maxsim.topk(queries, docs, 9, num_threads=threads),
+            *pv.maxsim.topk(queries, docs, 9, candidates=candidates, num_threads=threads),
+            *pv.maxsim.align(np.concatenate(queries), docs[3], num_threads=threads),
+        )
+
+    one = results(1)
+    for threads in (2, 7):
+        for a, b in zip(one, results(threads), strict=True):
+            assert_exact(a, b)
+
+
+def test_every_form_of_token_sets(rng):
+    lengths = [3, 0, 5, 1]
+    docs = sample(rng, lengths, 8)
+    padded = np.full((4, 5, 8), np.nan, np.float32)
+    for row, doc in zip(padded, docs, strict=True):
+        row[: len(doc)] = doc
+    ragged = pv.Ragged.from_list(docs)
+    wide = np.zeros((9, 16), np.float32)
+    wide[:, ::2] = ragged.values
+    expected = pv.maxsim.score(docs, docs)
+    for form in (ragged, (ragged.values, ragged.offsets), (padded, lengths), (wide[:, ::2], ragged.offsets),
+                 pv.maxsim.pack(docs)):  # fmt: skip
+        assert_exact(pv.maxsim.score(form, docs), expected)
+        assert_exact(pv.maxsim.score(docs, form), expected)
+    uniform = np.stack([docs[0]] * 2)
+    assert_exact(pv.maxsim.score(uniform, docs), expected[[0, 0]])
+
+
+def test_no_queries_and_no_documents(rng):
+    docs = sample(rng, [3, 2], 8)
+    assert pv.maxsim.score([], docs).shape == (0, 2)
+    assert pv.maxsim.score(docs, []).shape == (2, 0)
+    assert pv.maxsim.score([], np.empty((0, 4, 8), np.float32)).shape == (0, 0)
+    scores, ids = pv.maxsim.topk(docs, [], 3)
+    assert_exact(ids, np.full((2, 3), -1))
+    assert_exact(scores, np.full((2, 3), -np.inf))
+    assert pv.maxsim.topk([], docs, 3)[1].shape == (0, 3)
+
+
+def test_the_caller_gets_the_library_it_gave(rng, lib):
+    queries, docs = ([lib(a) for a in sample(rng, lengths, 8)] for lengths in ([3, 4], [5, 6, 7]))
+    scores = lib(np.full((2, 3), np.nan, np.float32))
+    assert pv.maxsim.score(queries, docs, out=scores) is scores
+    assert_exact(scores, pv.maxsim.score(queries, docs))
+    out = (lib(np.zeros((2, 2), np.float32)), lib(np.zeros((2, 2), np.int64)))
+    best = pv.maxsim.topk(queries, pv.maxsim.pack(docs), 2, candidates=(lib(np.array([0, 2, 3])), [0, 1, 2]), out=out)
+    assert best[0] is out[0]
+    assert best[1] is out[1]
+    for result in (pv.maxsim.score(queries, docs), *pv.maxsim.topk(queries, docs, 1),
+                   *pv.maxsim.align(queries[0], docs[0])):  # fmt: skip
+        assert type(result) is type(queries[0])
+
+
+def test_packed_tokens(rng, lib):
+    docs = sample(rng, [3, 0, 5, 1, 2], 8)
+    packed = pv.maxsim.pack(pv.Ragged(lib(np.concatenate(docs)), [0, 3, 3, 8, 9, 11]))
+    assert (len(packed), packed.dim, packed.dtype, packed.nbytes) == (5, 8, "float32", 11 * 8 * 4 + 6 * 8)
+    assert repr(packed) == "PackedTokens(5 documents, 11 tokens, dim=8, dtype='float32')"
+    scores = pv.maxsim.score(docs, packed)
+    for documents in (slice(1, 4), slice(None), slice(2, 2), slice(4, 1), slice(-2, None), slice(None, None, -2)):
+        assert_exact(pv.maxsim.score(docs, packed[documents]), scores[:, documents])
+    assert_exact(pv.maxsim.score(docs, packed.take([4, 0, 0])), scores[:, [4, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("name", "exact", "pooled"),
+    [("cranfield", 0.4382, 0.3854), ("limit-small", 0.9919, 0.3418), ("scifact", 0.6975, 0.5707)],
+)
+def test_exact_maxsim_beats_mean_pooled_tokens(data, name, exact, pooled):
+    docs, queries, relevance = ranking.read(data / name)
+    judged = [q for q, grades in enumerate(relevance) if grades]
+    queries, relevance = queries.take(judged), [relevance[q] for q in judged]
+    _, ids = pv.maxsim.topk(queries, pv.maxsim.pack(docs), 10)
+    assert round(ranking.ndcg(ids, relevance), 4) == exact
+    query_means, doc_means = (np.array([tokens.mean(0) for tokens in sets]) for sets in (queries, docs))
+    doc_means /= np.linalg.norm(doc_means, axis=1, keepdims=True)
+    ids = np.argsort(-query_means @ doc_means.T, axis=1, kind="stable")[:, :10]
+    assert round(ranking.ndcg(ids, relevance), 4) == pooled
+
+
+def zeros(*shape, dtype=np.float32):
+    return np.zeros(shape, dtype)
+
+
+def with_value(value, row):
+    docs = [zeros(2, 3), zeros(0, 3), zeros(4, 3)]
+    docs[2][row] = value
+    return docs
+
+
+DOCS = [zeros(2, 3), zeros(4, 3)]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (
+            lambda: pv.maxsim.score(zeros(1, 2, 128), zeros(1, 2, 96)),
+            ValueError,
+            "maxsim.score: docs must have the same d as queries (128), got 96",
+        ),
+        (
+            lambda: pv.maxsim.score(DOCS, zeros(1, 2, 3, dtype=np.float64)),
+            TypeError,
+            "maxsim.score: docs must be float32, got float64; cast it with .astype('float32')",
+        ),
+        (
+            lambda: pv.maxsim.score(zeros(1, 2, 3, dtype=np.float16), DOCS),
+            TypeError,
+            "maxsim.score: queries must be float32 or float64, got float16; cast it with .astype('float32')",
+        ),
+        (
+            lambda: pv.maxsim.score(zeros(2, 3), DOCS),
+            ValueError,
+            "maxsim.score: queries must be a Ragged, (values, offsets), a list of (n_i, d) arrays or a padded "
+            "(n, t, d) array, got shape (2, 3)",
+        ),
+        (
+            lambda: pv.maxsim.score((zeros(4, 3), [0, 3, 2, 4]), DOCS),
+            ValueError,
+            "maxsim.score: queries: offsets must not run backwards, got 3 then 2 at position 1",
+        ),
+        (
+            lambda: pv.maxsim.score(DOCS, DOCS, out=zeros(2, 3)),
+            ValueError,
+            "maxsim.score: out must have shape (2, 2), got (2, 3)",
+        ),
+        (
+            lambda: pv.maxsim.score(DOCS, DOCS, num_threads=0),
+            ValueError,
+            "maxsim.score: num_threads must be at least 1, got 0",
+        ),
+        (
+            lambda: pv.maxsim.topk(DOCS, DOCS, 0),
+            ValueError,
+            "maxsim.topk: k must be at least 1, got 0",
+        ),
+        (
+            lambda: pv.maxsim.topk(DOCS, DOCS, 1, candidates=([0, 1, 2], [0, 2])),
+            IndexError,
+            "maxsim.topk: candidates ids must be in [0, 2), got 2 at position 1",
+        ),
+        (
+            lambda: pv.maxsim.topk(DOCS, DOCS, 1, candidates=([0, 1], [0])),
+            ValueError,
+            "maxsim.topk: candidates offsets must have one entry a query and one more (3), got 2",
+        ),
+        (
+            lambda: pv.maxsim.topk(DOCS, DOCS, 1, candidates=([0, 2, 1], [0])),
+            ValueError,
+            "maxsim.topk: candidates offsets must not run backwards, got 2 then 1 at position 1",
+        ),
+        (
+            lambda: pv.maxsim.topk(DOCS, DOCS, 1, candidates=[[0, 1], [0]]),
+            TypeError,
+            "maxsim.topk: candidates must be a pair (offsets, ids), got list",
+        ),
+        (
+            lambda: pv.maxsim.topk(DOCS, DOCS, 1, candidates=([0, 1, 2], [0.5, 1])),
+            TypeError,
+            "maxsim.topk: candidates ids must be integers, got float64",
+        ),
+        (
+            lambda: pv.maxsim.align(zeros(2, 3), zeros(2, 4)),
+            ValueError,
+            "maxsim.align: doc must have the same d as query (3), got 4",
+        ),
+        (
+            lambda: pv.maxsim.align(zeros(1, 2, 3), zeros(2, 3)),
+            ValueError,
+            "maxsim.align: query must have 2 axes, got shape (1, 2, 3)",
+        ),
+        (
+            lambda: pv.maxsim.pack(with_value(np.nan, 3)),
+            ValueError,
+            "maxsim.pack: docs must be finite, got NaN or Inf in token 3 of document 2",
+        ),
+        (
+            lambda: pv.maxsim.pack(with_value(-np.inf, 0)),
+            ValueError,
+            "maxsim.pack: docs must be finite, got NaN or Inf in token 0 of document 2",
+        ),
+        (
+            lambda: pv.maxsim.pack(DOCS, "int8"),
+            ValueError,
+            "maxsim.pack: dtype must be one of 'float32', got 'int8'",
+        ),
+        (
+            lambda: pv.maxsim.pack(zeros(1, 2, 3, dtype=np.float64)),
+            TypeError,
+            "maxsim.pack: docs must be float32, got float64; cast it with .astype('float32')",
+        ),
+        (
+            lambda: pv.maxsim.pack(DOCS)[1],
+            TypeError,
+            "PackedTokens: index must be a slice, got int; use take(ids)",
+        ),
+        (
+            lambda: pv.maxsim.pack(DOCS).take([0, 1, -1]),
+            IndexError,
+            "PackedTokens.take: ids must be in [0, 2), got -1 at position 2",
+        ),
+    ],
+)  # fmt: skip
+def test_errors(call, error, text):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == text
