@@ -59,7 +59,7 @@ def test_info():
 
 def test_info_without_a_device(python):
     code = "import polyvec._cuda as c; i = c.info(); assert i['devices'] == [] and i['error'], i; print(i['error'])"
-    assert python(code, CUDA_VISIBLE_DEVICES="").stdout.strip()
+    assert python("-c", code, CUDA_VISIBLE_DEVICES="").stdout.strip()
 
 
 def test_every_function_is_one_of_the_cpu_module():
