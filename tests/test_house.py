@@ -159,11 +159,13 @@ PUBLIC = {
         "__version__",
         "get_num_threads",
         "hypercomplex",
+        "maxsim",
         "num_threads",
         "runtime_info",
         "set_num_threads",
     ],
     "polyvec.hypercomplex": ["conjugate", "norm", "normalize", "product", "relation_query"],
+    "polyvec.maxsim": ["PackedTokens", "align", "pack", "score", "topk"],
 }
 
 
@@ -192,7 +194,7 @@ def public_callables():
 
 CALLABLES = dict(public_callables())
 SECTIONS = ["Parameters", "Attributes", "Returns", "Yields", "Raises", "Notes", "References", "Examples"]
-POSITIONAL_OPTIONS = {"ids", "lengths"}  # optional data, not options
+POSITIONAL_OPTIONS = {"ids", "lengths", "dtype"}  # optional data; pack(docs, "float32")
 
 
 def parameters_of(value):

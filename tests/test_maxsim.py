@@ -213,6 +213,22 @@ def test_packed_tokens(rng, lib):
     assert_exact(pv.maxsim.score(docs, packed.take([4, 0, 0])), scores[:, [4, 0, 0]])
 
 
+@pytest.mark.parametrize("mmap", [False, True])
+def test_save_and_load(rng, tmp_path, lib, mmap):
+    docs = sample(rng, [3, 0, 5], 8)
+    path = tmp_path / "docs.safetensors"
+    pv.maxsim.pack([lib(doc) for doc in docs]).save(path)
+    packed = pv.maxsim.PackedTokens.load(path, mmap=mmap)
+    assert (len(packed), packed.dim, packed.dtype) == (3, 8, "float32")
+    assert_exact(pv.maxsim.score(docs, packed), pv.maxsim.score(docs, docs))
+    assert_exact(pv.maxsim.topk(docs, packed[1:], 1)[1], pv.maxsim.topk(docs, docs[1:], 1)[1])
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole[:-40] + b"?" + whole[-39:]):
+        path.write_bytes(damaged)
+        with pytest.raises(pv.FormatError):
+            pv.maxsim.PackedTokens.load(path)
+
+
 @pytest.mark.parametrize(
     ("name", "exact", "pooled"),
     [("cranfield", 0.4382, 0.3854), ("limit-small", 0.9919, 0.3418), ("scifact", 0.6975, 0.5707)],

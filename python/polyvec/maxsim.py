@@ -9,13 +9,16 @@ scores 0. Documents that are scored many times are prepared once by `pack`.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
 
-from polyvec import _backend
+from polyvec import _backend, _files
 from polyvec._arrays import as_array, as_count, as_ids, choice, dtype_name, output, outputs
 from polyvec._ragged import Ragged, as_ragged
+
+__all__ = ["PackedTokens", "align", "pack", "score", "topk"]
 
 _FLOATS = ("float32", "float64")
 _PACKED = ("float32",)
@@ -25,6 +28,18 @@ class PackedTokens:
     """Token sets prepared for scoring, as `pack` makes them; accepted wherever token sets are.
 
     `packed[a:b]` are the documents a to b - 1 and share the memory of `packed`.
+
+    Parameters
+    ----------
+    sets : Ragged, float32
+        Finite tokens; `pack` checks them.
+
+    Examples
+    --------
+    >>> import numpy as np, polyvec as pv
+    >>> packed = pv.maxsim.pack(np.ones((3, 2, 4), np.float32))
+    >>> packed[1:]
+    PackedTokens(2 documents, 4 tokens, dim=4, dtype='float32')
     """
 
     __slots__ = ("_sets",)
@@ -60,13 +75,80 @@ class PackedTokens:
         return PackedTokens(Ragged(self._sets.values[int(offsets[0]) : int(offsets[-1])], offsets - offsets[0]))
 
     def take(self, ids: Any) -> PackedTokens:
-        """Return the documents `ids`, in that order (copies their tokens)."""
+        """Return some of the documents; their tokens are copied.
+
+        Parameters
+        ----------
+        ids : integer array of shape (n,)
+            Documents, in the order wanted.
+
+        Returns
+        -------
+        PackedTokens
+        """
         ids = np.asarray(as_ids("PackedTokens.take", "ids", ids))
         outside = np.flatnonzero((ids < 0) | (ids >= len(self)))
         if len(outside):
             at = int(outside[0])
             raise IndexError(f"PackedTokens.take: ids must be in [0, {len(self)}), got {ids[at]} at position {at}")
         return PackedTokens(self._sets.take(ids))
+
+    def state(self) -> _files.State:
+        """Return what `save` writes.
+
+        Returns
+        -------
+        State
+            `values` and `offsets`, and the dtype.
+        """
+        return _files.State({"values": self._sets.values, "offsets": self._sets.offsets}, {"dtype": self.dtype})
+
+    @classmethod
+    def from_state(cls, state: _files.State) -> PackedTokens:
+        """Build packed tokens from a state.
+
+        Parameters
+        ----------
+        state : State
+            As `state` returned it.
+
+        Returns
+        -------
+        PackedTokens
+        """
+        choice("PackedTokens.from_state", "dtype", state.params["dtype"], _PACKED)
+        return cls(as_ragged("PackedTokens.from_state", "tokens", Ragged(**state.tensors)))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the tokens as one safetensors file, whole or not at all.
+
+        Parameters
+        ----------
+        path : path
+            An existing file is replaced.
+        """
+        _files.save(path, "maxsim.PackedTokens", self.state())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, mmap: bool = False) -> PackedTokens:
+        """Read tokens that `save` wrote.
+
+        Parameters
+        ----------
+        path : path
+        mmap : bool
+            Leave the tokens in the file: they are read, unverified, when they are scored.
+
+        Returns
+        -------
+        PackedTokens
+
+        Raises
+        ------
+        FormatError
+            A file that is damaged, truncated or something else.
+        """
+        return _files.load(path, "maxsim.PackedTokens", cls.from_state, mmap=mmap, lazy=("values",))
 
     def __repr__(self) -> str:
         tokens = self._sets.values.shape[0]
