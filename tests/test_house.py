@@ -162,10 +162,12 @@ PUBLIC = {
         "maxsim",
         "num_threads",
         "runtime_info",
+        "scan",
         "set_num_threads",
     ],
     "polyvec.hypercomplex": ["conjugate", "norm", "normalize", "product", "relation_query"],
     "polyvec.maxsim": ["PackedTokens", "align", "pack", "score", "topk"],
+    "polyvec.scan": ["nearest", "rank", "score_pairs", "topk"],
 }
 
 

@@ -5,6 +5,7 @@
 #include "polyvec/isa.hpp"
 #include "polyvec/parallel.hpp"
 #include "run_op.hpp"
+#include "scan.hpp"
 
 // The names that threadpoolctl looks up in this library.
 extern "C" {
@@ -59,4 +60,5 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
     bind_runtime(m);
     bind_hypercomplex<Cpu>(m);
     bind_maxsim<Cpu>(m);
+    bind_scan<Cpu>(m);
 }

@@ -9,6 +9,7 @@ namespace polyvec::POLYVEC_ISA {
 extern const HypercomplexKernels hypercomplex_kernels;
 extern const DistanceKernels distance_kernels;
 extern const MaxsimKernels maxsim_kernels;
+extern const ScanKernels scan_kernels;
 
 extern const Kernels table;
 const Kernels table{
@@ -16,6 +17,7 @@ const Kernels table{
     .hypercomplex = &hypercomplex_kernels,
     .distance = &distance_kernels,
     .maxsim = &maxsim_kernels,
+    .scan = &scan_kernels,
 };
 
 }  // namespace polyvec::POLYVEC_ISA

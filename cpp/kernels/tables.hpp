@@ -63,11 +63,44 @@ struct MaxsimKernels {
     MaxsimKernel<double> f64;
 };
 
+/// A panel of queries (ScanKernels::pack) and a block of consecutive rows of a table.
+/// The value of a pair is product * scale[row] + offset[row], or the product where scale is null.
+struct ScanBlock {
+    const float* panel;
+    const float* rows;  // (n, d)
+    std::size_t n, d;
+    const float *scale = nullptr, *offset = nullptr;  // (n,), both or none
+    std::uint64_t first_row = 0;                      // the row of the table that rows starts with
+    /// Pairs that do not take part: row of the table * panel_width + lane, ascending, from this block on.
+    const std::uint64_t *excluded = nullptr, *excluded_end = nullptr;
+};
+
+struct ScanHit {
+    float value;
+    std::uint32_t at;  // row of the block * panel_width + lane
+};
+
+struct ScanKernels {
+    std::size_t panel_width;  // queries in a panel
+    /// Transposes `count` rows, at most panel_width, `stride` elements apart, into a panel (d, panel_width); lanes
+    /// without a query hold zeros.
+    void (*pack)(const float* rows, std::size_t count, std::size_t stride, std::size_t d, float* panel) noexcept;
+    /// All values of the block: (n, panel_width).
+    void (*values)(const ScanBlock&, float* out) noexcept;
+    /// Writes the pairs whose value is above floor[lane] to `hits`, which has room for all, and returns their number.
+    std::size_t (*select)(const ScanBlock&, const float* floor, ScanHit* hits) noexcept;
+    /// Adds to each lane how many values are above and how many equal to its target.
+    void (*count)(const ScanBlock&, const float* target, std::int32_t* greater, std::int32_t* equal) noexcept;
+    /// Replaces best[lane] and id[lane] by the value and the row of the table that are above them; the first of equals.
+    void (*nearest)(const ScanBlock&, float* best, std::int32_t* id) noexcept;
+};
+
 struct Kernels {
     const char* isa;
     const HypercomplexKernels* hypercomplex;
     const DistanceKernels* distance;
     const MaxsimKernels* maxsim;
+    const ScanKernels* scan;
 };
 
 /// The table of the active level. Fetched once an op, not once an element.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-from polyvec import hypercomplex, maxsim
+from polyvec import hypercomplex, maxsim, scan
 from polyvec._errors import CudaError, FormatError
 from polyvec._ragged import Ragged
 from polyvec._runtime import runtime_info
@@ -24,5 +24,6 @@ __all__ = [
     "maxsim",
     "num_threads",
     "runtime_info",
+    "scan",
     "set_num_threads",
 ]

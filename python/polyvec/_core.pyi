@@ -47,4 +47,33 @@ def maxsim_topk(
     ids: typing.Any,
     where: int,
 ) -> None: ...
+def scan_nearest(
+    x: typing.Any, centroids: typing.Any, ids: typing.Any, distances: typing.Any, metric: str, where: int
+) -> None: ...
+def scan_rank(
+    queries: typing.Any,
+    items: typing.Any,
+    targets: typing.Any,
+    bias: typing.Any,
+    known_offsets: typing.Any,
+    known_ids: typing.Any,
+    ranks: typing.Any,
+    metric: str,
+    ties: str,
+    where: int,
+) -> None: ...
+def scan_score_pairs(
+    queries: typing.Any, items: typing.Any, ids: typing.Any, bias: typing.Any, out: typing.Any, metric: str, where: int
+) -> None: ...
+def scan_topk(
+    queries: typing.Any,
+    items: typing.Any,
+    bias: typing.Any,
+    exclude_offsets: typing.Any,
+    exclude_ids: typing.Any,
+    scores: typing.Any,
+    ids: typing.Any,
+    metric: str,
+    where: int,
+) -> None: ...
 def set_num_threads(n: int) -> None: ...

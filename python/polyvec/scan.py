@@ -1,0 +1,320 @@
+"""Exact search: every query against every item, without storing the product.
+
+The score of a query q and an item x, `bias` being an optional number an item:
+
+=========  ==============================  ================
+metric     score                           best
+=========  ==============================  ================
+"ip"       q . x + bias                    highest
+"cosine"   q . x / (|q| |x|) + bias        highest
+"l2"       |q - x|^2 - bias                lowest
+=========  ==============================  ================
+
+A cosine with a zero vector is 0. Inner products keep their sign, and l2 is the squared distance: a bias always raises
+an item's standing. All data are float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polyvec import _backend
+from polyvec._arrays import ArrayT, as_array, as_count, as_ids, choice, output, outputs
+
+__all__ = ["nearest", "rank", "score_pairs", "topk"]
+
+_METRICS = ("ip", "l2", "cosine")
+
+
+def _vectors(op: str, queries: Any, items: Any, names: tuple[str, str]) -> tuple[Any, Any]:
+    queries = as_array(op, names[0], queries, ndim=2)
+    items = as_array(op, names[1], items, ndim=2)
+    if items.shape[1] != queries.shape[1]:
+        raise ValueError(
+            f"{op}: {names[1]} must have the same d as {names[0]} ({queries.shape[1]}), got {items.shape[1]}"
+        )
+    return queries, items
+
+
+def _bias(op: str, bias: Any) -> Any:
+    return None if bias is None else as_array(op, "bias", bias, ndim=1)
+
+
+def _id_lists(op: str, name: str, lists: Any) -> tuple[Any, Any]:
+    """Return the offsets and the ids of one list of item ids a query."""
+    if lists is None:
+        return None, None
+    if not (isinstance(lists, tuple) and len(lists) == 2):
+        raise TypeError(f"{op}: {name} must be a pair (offsets, ids), got {type(lists).__name__}")
+    return as_ids(op, f"{name} offsets", lists[0]), as_ids(op, f"{name} ids", lists[1])
+
+
+def topk(
+    queries: ArrayT,
+    items: Any,
+    k: int,
+    *,
+    metric: str = "ip",
+    bias: Any = None,
+    exclude: tuple[Any, Any] | None = None,
+    out: tuple[Any, Any] | None = None,
+    num_threads: int | None = None,
+) -> tuple[ArrayT, ArrayT]:
+    """Find the k best items of each query, best first; equal scores come by smaller id.
+
+    Parameters
+    ----------
+    queries : array of shape (nq, d), float32
+    items : array of shape (n, d), float32
+    k : int
+        At least 1. Where fewer than k items take part, the rest is id -1 with score -inf (+inf for "l2").
+    metric : {"ip", "l2", "cosine"}
+        "ip" and "cosine": higher is better. "l2": squared distance, lower is better.
+    bias : array of shape (n,), float32, optional
+        Added to the score of each item; for "l2" it is taken off the distance.
+    exclude : (offsets, ids), optional
+        Integer arrays of shapes (nq + 1,) and (m,): query i does not get the items `ids[offsets[i]:offsets[i + 1]]`,
+        in any order.
+    out : pair of arrays of shape (nq, k), float32 and int64, optional
+        Written and returned.
+    num_threads : int, optional
+        CPU threads; the process setting when None.
+
+    Returns
+    -------
+    scores : array of shape (nq, k), float32, queries' library and device
+    ids : array of shape (nq, k), int64
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit, k below 1, an unknown metric, offsets that run backwards.
+    TypeError
+        A dtype other than float32, ids that are not integers.
+    IndexError
+        An excluded id outside the items.
+
+    Notes
+    -----
+    2 nq n d flops, accumulated in float32; items are read once for thousands of queries, and for few queries memory is
+    the limit. Beside the outputs it needs 16 k bytes a query and a few megabytes. Items are not searched for NaN: one
+    whose score is NaN or -inf is never returned. With "l2" the items are chosen by q . x - |x|^2 / 2, whose rounding
+    can swap the last of them where distances differ by less than about 1e-7 |x|^2; the returned distances are
+    computed directly, without that cancellation, and ordered. The result does not depend on the number of threads.
+
+    Examples
+    --------
+    >>> import numpy as np, polyvec as pv
+    >>> items = np.float32([[0, 1], [2, 0], [1, 1]])
+    >>> scores, ids = pv.scan.topk(np.float32([[1, 0]]), items, 2)
+    >>> scores.tolist(), ids.tolist()
+    ([[2.0, 1.0]], [[1, 2]])
+    """
+    op = "scan.topk"
+    q, x = _vectors(op, queries, items, ("queries", "items"))
+    k = as_count(op, "k", k)
+    choice(op, "metric", metric, _METRICS)
+    scores, ids = outputs(op, out, q, (int(q.shape[0]), k), ("float32", "int64"), ("scores", "ids"))
+    lists = _id_lists(op, "exclude", exclude)
+    _backend.run(op, "scan_topk", q, q, x, _bias(op, bias), *lists, scores, ids, metric, num_threads=num_threads)
+    return scores, ids
+
+
+def nearest(
+    x: ArrayT,
+    centroids: Any,
+    *,
+    metric: str = "l2",
+    out: tuple[Any, Any] | None = None,
+    num_threads: int | None = None,
+) -> tuple[ArrayT, ArrayT]:
+    """Find the one best centroid of each row; of equal ones the smaller id.
+
+    Parameters
+    ----------
+    x : array of shape (n, d), float32
+    centroids : array of shape (k, d), float32
+        At least one row.
+    metric : {"l2", "ip", "cosine"}
+        "l2": squared distance, lower is better. "ip" and "cosine": higher is better.
+    out : pair of arrays of shape (n,), int64 and float32, optional
+        Written and returned.
+    num_threads : int, optional
+        CPU threads; the process setting when None.
+
+    Returns
+    -------
+    ids : array of shape (n,), int64, x's library and device
+    distances : array of shape (n,), float32
+        Squared distances, or inner products, or cosines.
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit, no centroid, an unknown metric, NaN or Inf in x or in centroids.
+    TypeError
+        A dtype other than float32.
+
+    Notes
+    -----
+    2 n k d flops, accumulated in float32. With "l2" the centroid is chosen by x . c - |c|^2 / 2, and its distance
+    computed directly, without cancellation. Rows of x are split among threads; the result does not depend on how.
+
+    Examples
+    --------
+    >>> import numpy as np, polyvec as pv
+    >>> ids, distances = pv.scan.nearest(np.float32([[0.5, 0], [5, 5]]), np.float32([[1, 0], [4, 4]]))
+    >>> ids.tolist(), distances.tolist()
+    ([0, 1], [0.25, 2.0])
+    """
+    op = "scan.nearest"
+    rows, table = _vectors(op, x, centroids, ("x", "centroids"))
+    choice(op, "metric", metric, _METRICS)
+    _backend.require_finite(op, "x", rows, num_threads)
+    _backend.require_finite(op, "centroids", table, num_threads)
+    ids, distances = outputs(op, out, rows, (int(rows.shape[0]),), ("int64", "float32"), ("ids", "distances"))
+    _backend.run(op, "scan_nearest", rows, rows, table, ids, distances, metric, num_threads=num_threads)
+    return ids, distances
+
+
+def rank(
+    queries: ArrayT,
+    items: Any,
+    targets: Any,
+    *,
+    metric: str = "ip",
+    bias: Any = None,
+    known: tuple[Any, Any] | None = None,
+    ties: str = "realistic",
+    out: Any = None,
+    num_threads: int | None = None,
+) -> ArrayT:
+    """Return the rank of one target item among all items for each query; 1 is the best.
+
+    `optimistic = 1 + (items better than the target)`, `pessimistic = (items better or equal, the target among them)`,
+    `realistic` is their mean.
+
+    Parameters
+    ----------
+    queries : array of shape (nq, d), float32
+    items : array of shape (n, d), float32
+    targets : integer array of shape (nq,)
+        The item whose rank is asked for.
+    metric : {"ip", "l2", "cosine"}
+        "ip" and "cosine": higher is better. "l2": squared distance, lower is better.
+    bias : array of shape (n,), float32, optional
+        Added to the score of each item; for "l2" it is taken off the distance.
+    known : (offsets, ids), optional
+        Integer arrays of shapes (nq + 1,) and (m,): for query i the items `ids[offsets[i]:offsets[i + 1]]`, in any
+        order, do not count, except the target itself: the filtered rank.
+    ties : {"realistic", "optimistic", "pessimistic"}
+        What an item that scores exactly as the target counts.
+    out : array of shape (nq,), float64, optional
+        Written and returned.
+    num_threads : int, optional
+        CPU threads; the process setting when None.
+
+    Returns
+    -------
+    array of shape (nq,), float64, queries' library and device
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit, an unknown metric or rule for ties, offsets that run backwards, a target whose score is
+        NaN.
+    TypeError
+        A dtype other than float32, ids that are not integers.
+    IndexError
+        A target or a known id outside the items.
+
+    Notes
+    -----
+    2 nq n d flops, accumulated in float32; the scores of a query with different items are computed alike, so that equal
+    items tie. An item whose score is NaN counts for nothing. The nq x n scores are never stored: it needs a few
+    megabytes. The result does not depend on the number of threads.
+
+    References
+    ----------
+    Translating Embeddings for Modeling Multi-relational Data (Bordes et al. 2013), section 4.2: the filtered setting.
+    On the Ambiguity of Rank-Based Evaluation of Entity Alignment or Link Prediction Methods (Berrendorf et al. 2020),
+    section 3: the three ranks.
+
+    Examples
+    --------
+    >>> import numpy as np, polyvec as pv
+    >>> items = np.float32([[3], [2], [2], [1]])
+    >>> queries = np.ones((2, 1), np.float32)
+    >>> pv.scan.rank(queries, items, [1, 3], known=([0, 1, 3], [0, 0, 2]))
+    array([1.5, 2. ])
+    """
+    op = "scan.rank"
+    q, x = _vectors(op, queries, items, ("queries", "items"))
+    choice(op, "metric", metric, _METRICS)
+    choice(op, "ties", ties, ("realistic", "optimistic", "pessimistic"))
+    targets = as_ids(op, "targets", targets)
+    out = output(op, out, q, (int(q.shape[0]),), "float64")
+    lists = _id_lists(op, "known", known)
+    _backend.run(op, "scan_rank", q, q, x, targets, _bias(op, bias), *lists, out, metric, ties, num_threads=num_threads)
+    return out  # type: ignore[no-any-return]
+
+
+def score_pairs(
+    queries: ArrayT,
+    items: Any,
+    ids: Any,
+    *,
+    metric: str = "ip",
+    bias: Any = None,
+    out: Any = None,
+    num_threads: int | None = None,
+) -> ArrayT:
+    """Score each query with items of its own: `out[i, j]` is the score of query i and item `ids[i, j]`.
+
+    Parameters
+    ----------
+    queries : array of shape (nq, d), float32
+    items : array of shape (n, d), float32
+    ids : integer array of shape (nq, m)
+        Rows of `items`, in any order, repeats allowed.
+    metric : {"ip", "l2", "cosine"}
+        "ip" and "cosine": higher is better. "l2": squared distance, lower is better.
+    bias : array of shape (n,), float32, optional
+        Added to the score of each item; for "l2" it is taken off the distance.
+    out : array of shape (nq, m), float32, optional
+        Written and returned.
+    num_threads : int, optional
+        CPU threads; the process setting when None.
+
+    Returns
+    -------
+    array of shape (nq, m), float32, queries' library and device
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit, an unknown metric.
+    TypeError
+        A dtype other than float32, ids that are not integers.
+    IndexError
+        An id outside the items.
+
+    Notes
+    -----
+    2 nq m d flops (3 for "l2"), accumulated in float32, and 4 nq m d bytes read from wherever the rows lie; they are
+    prefetched, and no nq x m x d array is ever made.
+
+    Examples
+    --------
+    >>> import numpy as np, polyvec as pv
+    >>> items = np.float32([[0, 1], [2, 0], [1, 1]])
+    >>> pv.scan.score_pairs(np.float32([[1, 0]]), items, [[1, 1, 0]])
+    array([[2., 2., 0.]], dtype=float32)
+    """
+    op = "scan.score_pairs"
+    q, x = _vectors(op, queries, items, ("queries", "items"))
+    choice(op, "metric", metric, _METRICS)
+    rows = as_ids(op, "ids", ids, ndim=2)
+    out = output(op, out, q, (int(q.shape[0]), int(rows.shape[1])), "float32")
+    _backend.run(op, "scan_score_pairs", q, q, x, rows, _bias(op, bias), out, metric, num_threads=num_threads)
+    return out  # type: ignore[no-any-return]

@@ -1,0 +1,63 @@
+"""Definitions in float64: the whole score matrix, sorted or counted."""
+
+import numpy as np
+
+
+def scores(queries, items, metric="ip", bias=None):
+    """Score of every pair; for "l2" lower is better."""
+    q, x = np.asarray(queries, np.float64), np.asarray(items, np.float64)
+    bias = np.zeros(len(x)) if bias is None else np.asarray(bias, np.float64)
+    if metric == "l2":
+        return np.array([((row - x) ** 2).sum(1) for row in q]).reshape(len(q), len(x)) - bias
+    if metric == "cosine":
+        size = np.linalg.norm(q, axis=1)[:, None] * np.linalg.norm(x, axis=1)
+        return np.divide(q @ x.T, size, out=np.zeros(size.shape), where=size > 0) + bias
+    return q @ x.T + bias
+
+
+def lists(pair, n):
+    """The id list of each query."""
+    offsets, ids = pair
+    return [np.asarray(ids)[offsets[i] : offsets[i + 1]] for i in range(n)]
+
+
+def topk(queries, items, k, metric="ip", bias=None, exclude=None):
+    """Scores and ids, best first, equal scores by smaller id, padded."""
+    sign = -1 if metric == "l2" else 1
+    value = sign * scores(queries, items, metric, bias)
+    if exclude is not None:
+        for row, ids in zip(value, lists(exclude, len(value)), strict=True):
+            row[ids] = -np.inf
+    order = np.argsort(-value, axis=1, kind="stable")[:, :k]
+    best = np.full((len(value), k), -np.inf)
+    best[:, : order.shape[1]] = np.take_along_axis(value, order, 1)
+    ids = np.full((len(value), k), -1)
+    ids[:, : order.shape[1]] = order
+    return sign * best, np.where(np.isinf(best), -1, ids)
+
+
+def nearest(x, centroids, metric="l2"):
+    """Ids and distances (or similarities)."""
+    value = scores(x, centroids, metric)
+    ids = value.argmin(1) if metric == "l2" else value.argmax(1)
+    return ids, np.take_along_axis(value, ids[:, None], 1)[:, 0]
+
+
+def rank(queries, items, targets, metric="ip", bias=None, known=None, ties="realistic"):
+    """One rank a query, by counting."""
+    value = (-1 if metric == "l2" else 1) * scores(queries, items, metric, bias)
+    ranks = []
+    for i, target in enumerate(targets):
+        counts = np.ones(len(items), bool)
+        if known is not None:
+            counts[lists(known, len(value))[i]] = False
+        counts[target] = True
+        above = (value[i, counts] > value[i, target]).sum()
+        same = (value[i, counts] == value[i, target]).sum()
+        ranks.append({"optimistic": above + 1, "pessimistic": above + same, "realistic": above + (1 + same) / 2}[ties])
+    return np.array(ranks, np.float64)
+
+
+def score_pairs(queries, items, ids, metric="ip", bias=None):
+    """The chosen entries of the score matrix."""
+    return np.take_along_axis(scores(queries, items, metric, bias), np.asarray(ids), 1)

@@ -1,0 +1,392 @@
+"""Exact search: top-k, nearest, rank, pair scores."""
+
+import lzma
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import polyvec as pv
+from accuracy import assert_exact, assert_reduction
+from polyvec import _core
+from reference import scan as ref
+
+METRICS = ["ip", "l2", "cosine"]
+# Around the lane counts 4, 8 and 16, the panels of 8 and 32 queries, tiles of 3 to 12 rows and the first block of 64.
+QUERIES = [0, 1, 4, 7, 8, 9, 15, 31, 32, 33, 67]
+ITEMS = [0, 1, 2, 3, 5, 6, 7, 11, 12, 13, 24, 35, 63, 64, 65, 200]
+WIDTHS = [0, 1, 3, 4, 5, 7, 8, 9, 11, 15, 16, 17, 31, 33, 35, 64, 67]
+
+
+def sample(rng, *shape):
+    return rng.standard_normal(shape, np.float32)
+
+
+def whole(rng, *shape, size=3):
+    """Whole numbers: every sum is exact, and many are equal."""
+    return rng.integers(-size, size + 1, shape).astype(np.float32)
+
+
+def id_lists(rng, n, items, most=9):
+    lengths = rng.integers(0, most if items else 1, n)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return offsets, rng.integers(0, max(items, 1), offsets[-1])
+
+
+def sizes(rng, queries, items, metric):
+    """The sum of absolute products behind each score."""
+    q, x = np.linalg.norm(queries, axis=1)[:, None], np.linalg.norm(items, axis=1)
+    return {"ip": q * x, "l2": (q + x) ** 2, "cosine": np.ones((len(queries), len(items)))}[metric]
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+@pytest.mark.parametrize("nq", QUERIES)
+def test_topk_is_exact_on_whole_numbers(rng, isa, nq, metric):
+    for n in ITEMS:
+        d, k = int(rng.choice(WIDTHS)), int(rng.choice([1, 2, 10, 80]))
+        q, x, bias = whole(rng, nq, d), whole(rng, n, d), whole(rng, n) * 2
+        exclude = id_lists(rng, nq, n)
+        for options in ({}, {"bias": bias}, {"exclude": exclude}, {"bias": bias, "exclude": exclude}):
+            result = pv.scan.topk(q, x, k, metric=metric, **options)
+            for actual, expected in zip(result, ref.topk(q, x, k, metric, **options), strict=True):
+                assert_exact(actual, expected)
+
+
+@given(
+    nq=st.integers(0, 70), n=st.integers(0, 300), d=st.integers(0, 40), k=st.integers(1, 60), seed=st.integers(0, 99),
+    metric=st.sampled_from(METRICS[:2]),
+)  # fmt: skip
+@settings(max_examples=30, deadline=None)
+def test_topk_over_shapes(nq, n, d, k, seed, metric):
+    rng = np.random.default_rng(seed)
+    q, x, exclude = whole(rng, nq, d), whole(rng, n, d), id_lists(rng, nq, n, 40)
+    result = pv.scan.topk(q, x, k, metric=metric, exclude=exclude)
+    for actual, expected in zip(result, ref.topk(q, x, k, metric, exclude=exclude), strict=True):
+        assert_exact(actual, expected)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("nq", [3, 40])
+def test_topk_of_real_numbers(rng, isa, nq, metric):
+    for d in WIDTHS[1:]:
+        q, x, bias = sample(rng, nq, d), sample(rng, 500, d), sample(rng, 500)
+        scores, ids = pv.scan.topk(q, x, 20, metric=metric, bias=bias)
+        every, size = ref.scores(q, x, metric, bias), sizes(rng, q, x, metric) + np.abs(bias)
+        expected, _ = ref.topk(q, x, 20, metric, bias)
+        size = np.take_along_axis(size, ids, 1)
+        assert_reduction(scores, np.take_along_axis(every, ids, 1), size, length=d)  # each is the score of its id
+        assert_reduction(scores, expected, size.max(1, keepdims=True), length=d)  # and no better one is missing
+        assert all(len(set(row)) == 20 for row in ids.tolist())
+        assert (np.diff(scores if metric == "l2" else -scores, axis=1) >= 0).all()
+
+
+@pytest.mark.parametrize("nq", [2, 40])
+@pytest.mark.parametrize("k", [1, 100, 4096])
+def test_topk_over_many_blocks(rng, nq, k):
+    q, x = whole(rng, nq, 6, size=9), whole(rng, 5000, 6, size=9)
+    for actual, expected in zip(pv.scan.topk(q, x, k), ref.topk(q, x, k), strict=True):
+        assert_exact(actual, expected)
+
+
+def test_zero_vectors_have_cosine_0(rng, isa):
+    x = sample(rng, 40, 9)
+    x[:20] = 0
+    scores, ids = pv.scan.topk(x, -x, 40, metric="cosine")
+    assert_exact(scores[0], np.zeros(40))
+    assert_exact(ids[0], np.arange(40))
+    assert_exact(pv.scan.nearest(x, x[:3], metric="cosine")[1], np.zeros(40))
+    assert_exact(pv.scan.score_pairs(x[:2], x, [[0, 30], [1, 39]], metric="cosine"), np.zeros((2, 2)))
+
+
+@pytest.mark.parametrize("nq", [1, 40])
+def test_items_without_a_score_are_never_returned(rng, nq):
+    q, x = sample(rng, nq, 5), sample(rng, 30, 5)
+    x[3], x[17, 2], bias = np.nan, np.nan, np.zeros(30, np.float32)
+    bias[5] = -np.inf
+    scores, ids = pv.scan.topk(q, x, 30, bias=bias)
+    assert_exact(np.sort(ids, axis=1)[:, :3], np.full((nq, 3), -1))
+    assert not np.isin([3, 5, 17], ids).any()
+    assert_exact(scores[:, -3:], np.full((nq, 3), -np.inf))
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+@pytest.mark.parametrize("k", ITEMS[1:])
+def test_nearest_is_exact_on_whole_numbers(rng, isa, k, metric):
+    for n in QUERIES:
+        d = int(rng.choice(WIDTHS))
+        x, centroids = whole(rng, n, d), whole(rng, k, d)
+        for actual, expected in zip(
+            pv.scan.nearest(x, centroids, metric=metric), ref.nearest(x, centroids, metric), strict=True
+        ):
+            assert_exact(actual, expected)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("d", [4, 8, 50, 300])
+def test_nearest_of_real_numbers(rng, isa, d, metric):
+    x, centroids = sample(rng, 270, d), sample(rng, 1500, d)
+    ids, distances = pv.scan.nearest(x, centroids, metric=metric)
+    every, size = ref.scores(x, centroids, metric), sizes(rng, x, centroids, metric)
+    size = size[np.arange(270), ids]
+    assert_reduction(distances, every[np.arange(270), ids], size, length=d)
+    assert_reduction(distances, ref.nearest(x, centroids, metric)[1], size, length=d)
+
+
+def test_distances_do_not_cancel(rng, isa):
+    """Away from the origin |q|^2 - 2 q . x + |x|^2 would lose four digits; the returned distances do not."""
+    x = sample(rng, 50, 20) + 30
+    distances, ids = pv.scan.topk(x, x, 50, metric="l2")
+    np.testing.assert_allclose(distances, np.take_along_axis(ref.scores(x, x, "l2"), ids, 1), rtol=1e-6)
+    assert (np.diff(distances, axis=1) >= 0).all()
+    assert_exact(distances[:, 0], np.zeros(50))
+    assert_exact(pv.scan.nearest(x, x)[1], np.zeros(50))
+
+
+def test_nearest_reads_a_slice_of_columns(rng, isa):
+    x, centroids = whole(rng, 100, 24), whole(rng, 16, 8)
+    ids, distances = np.empty(100, np.int64), np.empty(100, np.float32)
+    _core.scan_nearest(x[:, 8:16], centroids, ids, distances, "l2", 1)
+    assert_exact(ids, ref.nearest(x[:, 8:16], centroids)[0])
+    _core.scan_nearest(x[:, 8:16], centroids, ids, None, "l2", 1)
+    assert_exact(pv.scan.nearest(x[:, 8:16], centroids)[0], ids)
+
+
+@pytest.mark.parametrize("ties", ["realistic", "optimistic", "pessimistic"])
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_rank_is_exact_on_whole_numbers(rng, isa, metric, ties):
+    for nq in QUERIES:
+        n, d = int(rng.choice(ITEMS[1:])), int(rng.choice(WIDTHS))
+        q, x, bias = whole(rng, nq, d), whole(rng, n, d), whole(rng, n) * 2
+        targets, known = rng.integers(0, n, nq), id_lists(rng, nq, n, 30)
+        for options in ({}, {"bias": bias}, {"known": known}, {"bias": bias, "known": known}):
+            result = pv.scan.rank(q, x, targets, metric=metric, ties=ties, **options)
+            assert_exact(result, ref.rank(q, x, targets, metric, ties=ties, **options))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("n", [100, 4500])
+def test_a_target_ties_with_itself_and_its_copies(rng, isa, n, metric):
+    """Wherever an item stands, its score has the same bits."""
+    q, x, bias = sample(rng, 70, 37), sample(rng, n, 37), sample(rng, n)
+    targets = rng.integers(0, n // 2, 70)
+    assert_exact(pv.scan.rank(q, x, targets, metric=metric, bias=bias) % 1, np.zeros(70))
+    x[n // 2 :], bias[n // 2 :] = x[: n // 2], bias[: n // 2]
+    assert_exact(pv.scan.rank(q, x, targets, metric=metric, bias=bias) % 1, np.full(70, 0.5))
+    q[:] = q[0]  # equal queries in different lanes and panels
+    targets[:] = targets[0]
+    assert len(set(pv.scan.rank(q, x, targets, metric=metric, bias=bias))) == 1
+
+
+def test_rank_of_real_numbers_at_the_size_of_wn18rr(rng):
+    q, x = sample(rng, 40, 64), sample(rng, 40943, 64)
+    targets = rng.integers(0, 40943, 40)
+    every = ref.scores(q, x)
+    target = every[np.arange(40), targets][:, None]
+    result = pv.scan.rank(q, x, targets)
+    close = 1e-4  # scores this close may change places
+    assert ((every > target + close).sum(1) < result).all()
+    assert (result <= (every >= target - close).sum(1)).all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("m", [0, 1, 3, 4, 5, 2500])
+def test_score_pairs_equal_the_definition(rng, isa, m, metric):
+    for d in WIDTHS:
+        q, x, bias = sample(rng, 5, d), sample(rng, 60, d), sample(rng, 60)
+        ids = rng.integers(0, 60, (5, m))
+        for b in (None, bias):
+            size = np.take_along_axis(sizes(rng, q, x, metric) + (0 if b is None else np.abs(b)), ids, 1)
+            result = pv.scan.score_pairs(q, x, ids, metric=metric, bias=b)
+            assert_reduction(result, ref.score_pairs(q, x, ids, metric, b), size, length=max(d, 1))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("nq", [1, 5, 300])
+def test_result_does_not_depend_on_thread_count(rng, nq, metric):
+    q, x, bias = sample(rng, nq, 21), sample(rng, 20000, 21), sample(rng, 20000)
+    x[10000:] = x[:10000]
+    targets, lists, ids = rng.integers(0, 20000, nq), id_lists(rng, nq, 20000), rng.integers(0, 20000, (nq, 50))
+    one, two, seven = (
+        (
+            *pv.scan.topk(q, x, 30, metric=metric, bias=bias, exclude=lists, num_threads=n),
+            *pv.scan.nearest(x[:2000], q, metric=metric, num_threads=n),
+            pv.scan.rank(q, x, targets, metric=metric, bias=bias, known=lists, num_threads=n),
+            pv.scan.score_pairs(q, x, ids, metric=metric, bias=bias, num_threads=n),
+        )
+        for n in (1, 2, 7)
+    )
+    for a, b, c in zip(one, two, seven, strict=True):
+        assert_exact(a, b)
+        assert_exact(a, c)
+
+
+def test_the_caller_gets_the_library_it_gave(rng, lib):
+    x = lib(sample(rng, 8, 4))
+    offsets, ids = lib(np.array([0, 1, 1])), lib(np.array([3]))
+    kind = type(x)
+    scores, found = pv.scan.topk(x[:2], x, 3, exclude=(offsets, ids), bias=lib(np.ones(8, np.float32)))
+    assert type(scores) is type(found) is kind
+    assert all(type(a) is kind for a in pv.scan.nearest(x, x))
+    assert type(pv.scan.rank(x[:2], x, ids.repeat(2), known=(offsets, ids))) is kind
+    assert type(pv.scan.score_pairs(x[:1], x, lib(np.array([[1, 2]])))) is kind
+
+    pair = lib(np.zeros((2, 3), np.float32)), lib(np.zeros((2, 3), np.int64))
+    result = pv.scan.topk(x[:2], x, 3, out=pair)
+    assert result[0] is pair[0]
+    assert result[1] is pair[1]
+    assert_exact(pair[1], pv.scan.topk(x[:2], x, 3)[1])
+    for function, arguments, shape, dtype in (
+        (pv.scan.rank, ([1, 2],), 2, np.float64),
+        (pv.scan.score_pairs, ([[1, 1], [2, 7]],), (2, 2), np.float32),
+    ):
+        out = lib(np.zeros(shape, dtype))
+        assert function(x[:2], x, *arguments, out=out) is out
+        assert_exact(out, function(x[:2], x, *arguments))
+
+
+def load(path):
+    with lzma.open(path) as file:
+        return np.load(file)
+
+
+def test_sift_neighbours_are_the_known_ones(data):
+    vectors = load(data / "sift-10k/vectors.npy.xz").astype(np.float32)
+    rows = np.arange(0, 10000, 10)
+    base = np.delete(np.arange(10000), rows)
+    distances, ids = pv.scan.topk(vectors[rows], vectors[base], 100, metric="l2")
+    assert_exact(base[ids], load(data / "sift-10k/neighbors_l2_top100.npy.xz"))
+    assert_exact(distances, load(data / "sift-10k/sqdist_l2_top100.npy.xz"))
+
+
+def test_wordnet_neighbours_are_the_known_ones(data):
+    base = load(data / "wordnet-minilm/base_i8.npy.xz").astype(np.float32)
+    base /= np.linalg.norm(base, axis=1, keepdims=True)
+    queries = load(data / "wordnet-minilm/queries.npy.xz").astype(np.float32)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    known = load(data / "wordnet-minilm/neighbors_ip_top100.npy.xz")
+    for metric in ("ip", "cosine", "l2"):
+        scores, ids = pv.scan.topk(queries, base, 100, metric=metric)
+        assert (ids == known).mean() > 0.999  # scores this close to each other change places
+        best = np.float64(queries[:, None]) @ np.float64(base[known]).swapaxes(1, 2)
+        np.testing.assert_allclose(scores, 2 - 2 * best[:, 0] if metric == "l2" else best[:, 0], rtol=0, atol=1e-6)
+
+
+def zeros(*shape, dtype=np.float32):
+    return np.zeros(shape, dtype)
+
+
+NAN = np.full((3, 4), np.nan, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (
+            lambda: pv.scan.topk(zeros(2, 4), zeros(9, 3), 1),
+            ValueError,
+            "scan.topk: items must have the same d as queries (4), got 3",
+        ),
+        (
+            lambda: pv.scan.topk(zeros(4), zeros(9, 4), 1),
+            ValueError,
+            "scan.topk: queries must have 2 axes, got shape (4,)",
+        ),
+        (
+            lambda: pv.scan.topk(zeros(2, 4, dtype=np.float64), zeros(9, 4), 1),
+            TypeError,
+            "scan.topk: queries must be float32, got float64; cast it with .astype('float32')",
+        ),
+        (lambda: pv.scan.topk(zeros(2, 4), zeros(9, 4), 0), ValueError, "scan.topk: k must be at least 1, got 0"),
+        (lambda: pv.scan.topk(zeros(2, 4), zeros(9, 4), 1.5), TypeError, "scan.topk: k must be an integer, got float"),
+        (
+            lambda: pv.scan.topk(zeros(2, 4), zeros(9, 4), 1, metric="dot"),
+            ValueError,
+            "scan.topk: metric must be one of 'ip', 'l2', 'cosine', got 'dot'",
+        ),
+        (
+            lambda: pv.scan.topk(zeros(2, 4), zeros(9, 4), 1, bias=zeros(8)),
+            ValueError,
+            "scan.topk: bias must have one entry an item (9), got 8",
+        ),
+        (
+            lambda: pv.scan.topk(zeros(2, 4), zeros(9, 4), 1, exclude=[0]),
+            TypeError,
+            "scan.topk: exclude must be a pair (offsets, ids), got list",
+        ),
+        (
+            lambda: pv.scan.topk(zeros(2, 4), zeros(9, 4), 1, exclude=([0, 1, 2], [3, 9])),
+            IndexError,
+            "scan.topk: exclude ids must be in [0, 9), got 9 at position 1",
+        ),
+        (
+            lambda: pv.scan.topk(zeros(2, 4), zeros(9, 4), 1, exclude=([0, 2, 1], [3])),
+            ValueError,
+            "scan.topk: exclude offsets must not run backwards, got 2 then 1 at position 1",
+        ),
+        (
+            lambda: pv.scan.topk(zeros(2, 4), zeros(9, 4), 1, exclude=([0, 1], [3])),
+            ValueError,
+            "scan.topk: exclude offsets must have one entry more than there are queries (3), got 2",
+        ),
+        (
+            lambda: pv.scan.topk(zeros(2, 4), zeros(9, 4), 1, out=(zeros(2, 1), zeros(2, 1))),
+            TypeError,
+            "scan.topk: out ids must be int64, got float32",
+        ),
+        (
+            lambda: pv.scan.nearest(zeros(2, 4), zeros(0, 4)),
+            ValueError,
+            "scan.nearest: centroids must have at least 1 row, got 0",
+        ),
+        (
+            lambda: pv.scan.nearest(NAN, zeros(2, 4)),
+            ValueError,
+            "scan.nearest: x must be finite, got NaN or Inf in row 0",
+        ),
+        (
+            lambda: pv.scan.nearest(zeros(2, 4), NAN),
+            ValueError,
+            "scan.nearest: centroids must be finite, got NaN or Inf in row 0",
+        ),
+        (
+            lambda: pv.scan.rank(zeros(2, 4), zeros(9, 4), [0, 9]),
+            IndexError,
+            "scan.rank: targets must be in [0, 9), got 9 at position 1",
+        ),
+        (
+            lambda: pv.scan.rank(zeros(2, 4), zeros(9, 4), [0]),
+            ValueError,
+            "scan.rank: targets must have one entry a query (2), got 1",
+        ),
+        (
+            lambda: pv.scan.rank(zeros(2, 4), zeros(9, 4), [0, 1], ties="lucky"),
+            ValueError,
+            "scan.rank: ties must be one of 'realistic', 'optimistic', 'pessimistic', got 'lucky'",
+        ),
+        (
+            lambda: pv.scan.rank(NAN, zeros(9, 4), [0, 1, 2]),
+            ValueError,
+            "scan.rank: targets must have scores that are numbers, got NaN for query 0",
+        ),
+        (
+            lambda: pv.scan.score_pairs(zeros(2, 4), zeros(9, 4), [[0], [-1]]),
+            IndexError,
+            "scan.score_pairs: ids must be in [0, 9), got -1 at position 1",
+        ),
+        (
+            lambda: pv.scan.score_pairs(zeros(2, 4), zeros(9, 4), [[0.5], [1]]),
+            TypeError,
+            "scan.score_pairs: ids must be integers, got float64",
+        ),
+        (
+            lambda: pv.scan.score_pairs(zeros(2, 4), zeros(9, 4), [[0]]),
+            ValueError,
+            "scan.score_pairs: ids must have one row a query (2), got 1",
+        ),
+    ],
+)
+def test_errors(call, error, text):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == text
