@@ -183,7 +183,7 @@ def test_errors_of_ids(x, ids, error, text):
 
 def test_tensors_that_require_grad_are_refused(x):
     wants_grad = torch.ones(6, 4, 5, requires_grad=True)
-    text = "must not require grad, got a tensor that does; use polyvec.torch or .detach()"
+    text = "must not require grad, got a tensor that does; use polyvec.torch.product or .detach()"
     with raises(TypeError, f"hypercomplex.product: x {text}"):
         product(wants_grad, x)
     with raises(TypeError, f"hypercomplex.product: out {text}"):

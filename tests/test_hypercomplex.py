@@ -46,6 +46,12 @@ def test_dihedrons_multiply_as_matrices(rng):
     np.testing.assert_allclose(ref.matrix(product), ref.matrix(x) @ ref.matrix(y), rtol=0, atol=1e-13)
 
 
+def test_an_algebra_may_be_given_by_its_table(rng):
+    x, y = (sample(rng, 2, 9, dtype=np.float64) for _ in range(2))
+    hyperbolic = pv.hypercomplex.product(x, y, algebra=[[1, 1], [1, 1]])  # j^2 = 1
+    assert_elementwise(hyperbolic, np.stack([x[0] * y[0] + x[1] * y[1], x[0] * y[1] + x[1] * y[0]]), scale(x, y, ""))
+
+
 @pytest.mark.parametrize(("algebra", "composes"), [("quaternion", True), ("octonion", True), ("dihedron", False)])
 def test_norms_multiply_in_the_division_algebras_only(rng, algebra, composes):
     x, y = (sample(rng, ALGEBRAS[algebra], 40, dtype=np.float64) for _ in range(2))
@@ -181,8 +187,14 @@ def zeros(*shape, dtype=np.float32):
         (
             lambda: pv.hypercomplex.product(zeros(4, 3), zeros(4, 3), algebra="sedenion"),
             ValueError,
-            "hypercomplex: algebra must be one of 'complex', 'quaternion', 'dihedron', 'octonion' or a pair (a, b), "
-            "got 'sedenion'",
+            "hypercomplex: algebra must be one of 'complex', 'quaternion', 'dihedron', 'octonion', a pair (a, b) or a "
+            "C x C table, got 'sedenion'",
+        ),
+        (
+            lambda: pv.hypercomplex.product(zeros(4, 3), zeros(4, 3), algebra=(1.0, 2.0, 3.0)),
+            ValueError,
+            "hypercomplex: algebra must be one of 'complex', 'quaternion', 'dihedron', 'octonion', a pair (a, b) or a "
+            "C x C table, got (1.0, 2.0, 3.0)",
         ),
         (
             lambda: pv.hypercomplex.norm(zeros(3, 3)),

@@ -65,9 +65,14 @@ def _cast_hint(x: Any, dtype: str) -> str:
     return f"; cast it with .to(torch.{dtype})" if is_torch(x) else f"; cast it with .astype('{dtype}')"
 
 
+# Public functions with a twin in polyvec.torch, which nothing here imports.
+DIFFERENTIABLE = ("hypercomplex.normalize", "hypercomplex.product", "hypercomplex.relation_query")
+
+
 def _refuse_grad(op: str, name: str, x: Any) -> None:
     if getattr(x, "requires_grad", False):
-        raise TypeError(f"{op}: {name} must not require grad, got a tensor that does; use polyvec.torch or .detach()")
+        twin = f"polyvec.torch.{op.partition('.')[2]} or " if op in DIFFERENTIABLE else ""
+        raise TypeError(f"{op}: {name} must not require grad, got a tensor that does; use {twin}.detach()")
 
 
 def _one_of(names: Sequence[str]) -> str:

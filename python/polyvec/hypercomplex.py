@@ -5,12 +5,13 @@ components of one number lie side by side, (..., C).
 
 An algebra is "complex" (C = 2), "quaternion", "dihedron" (C = 4), "octonion" (C = 8), or a pair (a, b): the
 4-component algebra with i^2 = a, j^2 = b, ij = -ji = k. The quaternions are (-1, -1), the dihedrons (-1, 1): split
-quaternions, which multiply as real 2 x 2 matrices.
+quaternions, which multiply as real 2 x 2 matrices. Any other algebra whose basis elements multiply as
+e_i e_j = +-e_(i ^ j) is given by its C x C table: `out[c] = sum_i table[c][i] x[i] y[i ^ c]`.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from polyvec._arrays import ArrayT, as_array, as_ids, contiguous, dtype_name, is
 
 __all__ = ["conjugate", "norm", "normalize", "product", "relation_query"]
 
-Algebra = str | tuple[float, float]
+Algebra = str | tuple[float, float] | Sequence[Sequence[float]]
 
 _FLOATS = ("float32", "float64")
 
@@ -44,24 +45,42 @@ def _cayley_dickson(table: list[list[float]], gamma: float) -> list[list[float]]
     return doubled
 
 
-@lru_cache(maxsize=64)
-def sign_table(algebra: Algebra) -> tuple[tuple[float, ...], ...]:
-    """Return the C x C table of an algebra: (x y)_c = sum_i table[c][i] x_i y_(i ^ c)."""
-    named: dict[str, tuple[float, ...]] = {
-        "complex": (-1.0,),
-        "quaternion": (-1.0, -1.0),
-        "dihedron": (-1.0, 1.0),
-        "octonion": (-1.0, -1.0, -1.0),
-    }
-    squares = named.get(algebra) if isinstance(algebra, str) else tuple(float(s) for s in algebra)
-    if squares is None or (not isinstance(algebra, str) and len(squares) != 2):
-        raise ValueError(
-            f"hypercomplex: algebra must be one of {', '.join(map(repr, named))} or a pair (a, b), got {algebra!r}"
-        )
+_SQUARES: dict[str, tuple[float, ...]] = {
+    "complex": (-1.0,),
+    "quaternion": (-1.0, -1.0),
+    "dihedron": (-1.0, 1.0),
+    "octonion": (-1.0, -1.0, -1.0),
+}
+
+
+def _doubled(squares: Iterable[float]) -> list[list[float]]:
     table = [[1.0]]
     for gamma in squares:
         table = _cayley_dickson(table, gamma)
-    return tuple(tuple(row) for row in table)
+    return table
+
+
+_TABLES = {name: _doubled(squares) for name, squares in _SQUARES.items()}
+
+
+def sign_table(algebra: Algebra) -> list[list[float]]:
+    """Return the C x C table of an algebra: (x y)_c = sum_i table[c][i] x_i y_(i ^ c)."""
+    if isinstance(algebra, str):
+        if algebra in _TABLES:
+            return _TABLES[algebra]
+    else:
+        try:
+            values = np.asarray(algebra, dtype=np.float64)
+        except (TypeError, ValueError):
+            values = np.empty(0)
+        if values.shape == (2,):
+            return _doubled(values.tolist())
+        if values.shape in ((2, 2), (4, 4), (8, 8)):
+            return values.tolist()  # type: ignore[no-any-return]
+    raise ValueError(
+        f"hypercomplex: algebra must be one of {', '.join(map(repr, _TABLES))}, a pair (a, b) or a C x C table, "
+        f"got {algebra!r}"
+    )
 
 
 def flat_table(algebra: Algebra) -> list[float]:
@@ -112,7 +131,7 @@ def product(
     ----------
     x, y : arrays of shape (..., C, d), or (..., C) with axis=-1; float32 | float64
         The left and the right factor, of one dtype. Leading axes (and d) broadcast.
-    algebra : {"quaternion", "dihedron", "complex", "octonion"} or (a, b)
+    algebra : {"quaternion", "dihedron", "complex", "octonion"}, (a, b), or a C x C table
         C is 4, 4, 2, 8, and 4.
     axis : {-2, -1}
         Where the components are: -2 planar (fastest), -1 interleaved.
@@ -284,7 +303,7 @@ def relation_query(
         The rotors.
     head_ids, relation_ids : integer arrays of shape (n,)
         Rows of `entities` and of `relations`.
-    algebra : {"quaternion", "dihedron", "complex", "octonion"} or (a, b)
+    algebra : {"quaternion", "dihedron", "complex", "octonion"}, (a, b), or a C x C table
     translations : array of shape (R, C, d), optional
         Added after the rotation.
     normalize : bool

@@ -1,0 +1,271 @@
+"""Differentiable hypercomplex operations for torch, with gradients of any order.
+
+The functions are those of `polyvec.hypercomplex`, on tensors that may require grad. Each is a `torch.library` custom
+op, which `torch.compile` keeps in its graph, and each backward is written with the same ops: the gradient of a product
+is a product with another table.
+"""
+
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from polyvec import hypercomplex
+from polyvec.hypercomplex import Algebra
+
+__all__ = ["normalize", "product", "relation_query"]
+
+_flat_table = torch.compiler.assume_constant_result(hypercomplex.flat_table)
+
+
+def _require_tensors(op: str, **arguments: Any) -> None:
+    for name, x in arguments.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch tensor, got {type(x).__name__}")
+
+
+def _rows(table: list[float]) -> list[list[float]]:
+    n = isqrt(len(table))
+    return [list(table[i : i + n]) for i in range(0, n * n, n)]
+
+
+def _left_table(table: list[float]) -> list[float]:
+    """Return the table of the left factor's gradient: dx[i] = sum_c table[c][i] g[c] y[i ^ c]."""
+    rows = _rows(table)
+    return [row[i] for i in range(len(rows)) for row in rows]
+
+
+def _right_table(table: list[float]) -> list[float]:
+    """Return the table of the right factor's gradient: dy[j] = sum_c table[c][j ^ c] g[c] x[j ^ c]."""
+    rows = _rows(table)
+    return [row[j ^ c] for j in range(len(rows)) for c, row in enumerate(rows)]
+
+
+@custom_op(
+    "polyvec::hypercomplex_product", mutates_args=(), schema="(Tensor x, Tensor y, float[] table, int axis) -> Tensor"
+)
+def _product(x: Tensor, y: Tensor, table: list[float], axis: int) -> Tensor:
+    return hypercomplex.product(x.detach(), y.detach(), algebra=_rows(table), axis=axis)
+
+
+@_product.register_fake
+def _(x: Tensor, y: Tensor, table: list[float], axis: int) -> Tensor:
+    return x.new_empty(torch.broadcast_shapes(x.shape, y.shape))
+
+
+def _save_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, y, ctx.table, ctx.axis = inputs
+    ctx.save_for_backward(x, y)
+
+
+def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, y = ctx.saved_tensors
+    dx = dy = None
+    if ctx.needs_input_grad[0]:
+        dx = _product(grad, y, _left_table(ctx.table), ctx.axis).sum_to_size(x.shape)
+    if ctx.needs_input_grad[1]:
+        dy = _product(grad, x, _right_table(ctx.table), ctx.axis).sum_to_size(y.shape)
+    return dx, dy, None, None
+
+
+_product.register_autograd(_product_backward, setup_context=_save_product)
+
+
+@custom_op("polyvec::hypercomplex_normalize", mutates_args=(), schema="(Tensor x, int axis) -> Tensor")
+def _normalize(x: Tensor, axis: int) -> Tensor:
+    return hypercomplex.normalize(x.detach(), axis=axis)
+
+
+@_normalize.register_fake
+def _(x: Tensor, axis: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _normalize_gradient(x: Tensor, grad: Tensor, axis: int) -> Tensor:
+    """Return (grad - u <u, grad>) / |x| with u = x / |x|, and 0 for a number of norm 0."""
+    unit = _normalize(x, axis)
+    size = torch.linalg.vector_norm(x, dim=axis, keepdim=True)
+    size = torch.where(size > 0, size, torch.inf)
+    return (grad - unit * (unit * grad).sum(axis, keepdim=True)) / size
+
+
+def _save_normalize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.axis = inputs
+    ctx.save_for_backward(x)
+
+
+def _normalize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (x,) = ctx.saved_tensors
+    return _normalize_gradient(x, grad, ctx.axis), None
+
+
+_normalize.register_autograd(_normalize_backward, setup_context=_save_normalize)
+
+
+@custom_op(
+    "polyvec::hypercomplex_relation_query",
+    mutates_args=(),
+    schema="(Tensor entities, Tensor relations, Tensor head_ids, Tensor relation_ids, Tensor? translations, "
+    "float[] table, bool normalize) -> Tensor",
+)
+def _relation_query(
+    entities: Tensor,
+    relations: Tensor,
+    head_ids: Tensor,
+    relation_ids: Tensor,
+    translations: Tensor | None,
+    table: list[float],
+    normalize: bool,
+) -> Tensor:
+    return hypercomplex.relation_query(
+        entities.detach(),
+        relations.detach(),
+        head_ids,
+        relation_ids,
+        algebra=_rows(table),
+        translations=None if translations is None else translations.detach(),
+        normalize=normalize,
+    )
+
+
+@_relation_query.register_fake
+def _(
+    entities: Tensor,
+    relations: Tensor,
+    head_ids: Tensor,
+    relation_ids: Tensor,
+    translations: Tensor | None,
+    table: list[float],
+    normalize: bool,
+) -> Tensor:
+    return entities.new_empty(head_ids.shape[0], entities.shape[1] * entities.shape[2])
+
+
+def _save_relation_query(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, _, ctx.table, ctx.normalize = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _relation_query_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    entities, relations, head_ids, relation_ids = ctx.saved_tensors
+    grad = grad.reshape(-1, *entities.shape[1:])
+    each = torch.arange(grad.shape[0], device=grad.device)
+
+    def gathered(table: Tensor, ids: Tensor, signs: list[float], normalize: bool) -> Tensor:
+        """Multiply each row of grad by a row of `table`."""
+        return _relation_query(grad, table, each, ids, None, signs, normalize).view_as(grad)
+
+    def scattered(rows: Tensor, ids: Tensor, like: Tensor) -> Tensor:
+        return torch.zeros_like(like).index_add(0, ids.long(), rows)
+
+    d_entities = d_relations = d_translations = None
+    if ctx.needs_input_grad[0]:
+        rows = gathered(relations, relation_ids, _left_table(ctx.table), ctx.normalize)
+        d_entities = scattered(rows, head_ids, entities)
+    if ctx.needs_input_grad[1]:
+        rows = gathered(entities, head_ids, _right_table(ctx.table), False)
+        d_relations = scattered(rows, relation_ids, relations)
+        if ctx.normalize:
+            d_relations = _normalize_gradient(relations, d_relations, -2)
+    if ctx.needs_input_grad[4]:
+        d_translations = scattered(grad, relation_ids, relations)
+    return d_entities, d_relations, None, None, d_translations, None, None
+
+
+_relation_query.register_autograd(_relation_query_backward, setup_context=_save_relation_query)
+
+
+def product(x: Tensor, y: Tensor, *, algebra: Algebra = "quaternion", axis: int = -2) -> Tensor:
+    """Multiply hypercomplex numbers: `polyvec.hypercomplex.product` with gradients for both factors.
+
+    Parameters
+    ----------
+    x, y : tensors of shape (..., C, d), or (..., C) with axis=-1; float32 | float64
+        Leading axes (and d) broadcast.
+    algebra : {"quaternion", "dihedron", "complex", "octonion"}, (a, b), or a C x C table
+    axis : {-2, -1}
+        Where the components are: -2 planar (fastest), -1 interleaved.
+
+    Returns
+    -------
+    tensor of the broadcast shape, x's dtype and device
+
+    Notes
+    -----
+    A backward costs one product for each factor that requires grad; broadcast axes are summed.
+
+    Examples
+    --------
+    >>> import torch, polyvec.torch as pvt
+    >>> x = torch.tensor([0.0, 1.0, 0.0, 0.0], requires_grad=True)
+    >>> pvt.product(x, torch.tensor([0.0, 0.0, 1.0, 0.0]), axis=-1)[3].backward()  # the k of i j
+    >>> x.grad
+    tensor([0., 1., 0., 0.])
+    """
+    _require_tensors("torch.product", x=x, y=y)
+    return _product(x, y, _flat_table(algebra), axis)
+
+
+def normalize(x: Tensor, *, axis: int = -2) -> Tensor:
+    """Divide each number by its Euclidean norm: `polyvec.hypercomplex.normalize` with a gradient.
+
+    Parameters
+    ----------
+    x : tensor of shape (..., C, d), or (..., C) with axis=-1; float32 | float64
+        C = 2, 4 or 8.
+    axis : {-2, -1}
+
+    Returns
+    -------
+    tensor of x's shape, dtype and device
+
+    Notes
+    -----
+    A number of norm 0 stays 0, and its gradient is taken as 0.
+    """
+    _require_tensors("torch.normalize", x=x)
+    return _normalize(x, axis)
+
+
+def relation_query(
+    entities: Tensor,
+    relations: Tensor,
+    head_ids: Tensor,
+    relation_ids: Tensor,
+    *,
+    algebra: Algebra = "quaternion",
+    translations: Tensor | None = None,
+    normalize: bool = True,
+) -> Tensor:
+    """Compose (head, relation) pairs: `polyvec.hypercomplex.relation_query` with gradients for its tables.
+
+    Parameters
+    ----------
+    entities : tensor of shape (N, C, d), float32 | float64
+    relations : tensor of shape (R, C, d), entities' dtype
+    head_ids, relation_ids : integer tensors of shape (n,)
+    algebra : {"quaternion", "dihedron", "complex", "octonion"}, (a, b), or a C x C table
+    translations : tensor of shape (R, C, d), optional
+    normalize : bool
+        Divide each rotor by its Euclidean norm.
+
+    Returns
+    -------
+    tensor of shape (n, C * d), entities' dtype and device
+
+    Notes
+    -----
+    A backward costs one fused product and one `index_add` for each table that requires grad. On a GPU `index_add` sums
+    in no fixed order: see `torch.use_deterministic_algorithms`.
+    """
+    _require_tensors(
+        "torch.relation_query",
+        entities=entities,
+        relations=relations,
+        head_ids=head_ids,
+        relation_ids=relation_ids,
+        **({} if translations is None else {"translations": translations}),
+    )
+    return _relation_query(entities, relations, head_ids, relation_ids, translations, _flat_table(algebra), normalize)

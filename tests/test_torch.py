@@ -1,0 +1,183 @@
+"""Differentiable ops: equal to the plain functions, right in their gradients, whole under torch.compile."""
+
+import pytest
+
+import polyvec as pv
+from polyvec import _arrays
+
+torch = pytest.importorskip("torch")
+pvt = pytest.importorskip("polyvec.torch")
+
+ALGEBRAS = {"complex": 2, "quaternion": 4, "dihedron": 4, (0.5, -2.0): 4, "octonion": 8}
+HEADS, RELATION_IDS = [0, 6, 6, 2, 1, 0], [4, 0, 0, 2, 2, 1]  # ids that repeat: their gradients add up
+
+
+def tensor(rng, *shape, dtype=torch.float64):
+    return torch.from_numpy(rng.standard_normal(shape)).to(dtype).requires_grad_()
+
+
+def graph(rng, components=4, d=3):
+    """Entities, relations, translations; head ids, relation ids."""
+    tables = [tensor(rng, n, components, d) for n in (7, 5, 5)]
+    return (*tables, torch.tensor(HEADS), torch.tensor(RELATION_IDS))
+
+
+@pytest.mark.parametrize("axis", [-2, -1])
+@pytest.mark.parametrize("algebra", ALGEBRAS, ids=str)
+def test_the_gradients_of_a_product(rng, algebra, axis):
+    shapes = [(2, 1, ALGEBRAS[algebra], 3), (3, ALGEBRAS[algebra], 1)]
+    x, y = (tensor(rng, *shape) for shape in shapes)  # axes that broadcast: their gradients add up
+    if axis == -1:
+        x, y = (a.detach().transpose(-1, -2).requires_grad_() for a in (x, y))
+
+    def product(x, y):
+        return pvt.product(x, y, algebra=algebra, axis=axis)
+
+    assert torch.equal(product(x, y), pv.hypercomplex.product(x.detach(), y.detach(), algebra=algebra, axis=axis))
+    assert torch.autograd.gradcheck(product, (x, y))
+    assert torch.autograd.gradgradcheck(product, (x, y), fast_mode=True)
+
+
+@pytest.mark.parametrize("axis", [-2, -1])
+def test_the_gradients_of_normalize(rng, axis):
+    x = tensor(rng, 3, 4, 2)
+    if axis == -1:
+        x = x.detach().transpose(-1, -2).requires_grad_()
+    assert torch.equal(pvt.normalize(x, axis=axis), pv.hypercomplex.normalize(x.detach(), axis=axis))
+    assert torch.autograd.gradcheck(lambda x: pvt.normalize(x, axis=axis), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: pvt.normalize(x, axis=axis), (x,))
+
+
+def test_a_number_of_norm_zero_has_gradient_zero():
+    x = torch.zeros(4, 3, requires_grad=True)
+    (first,) = torch.autograd.grad(pvt.normalize(x).sum(), x, create_graph=True)
+    assert torch.equal(first, torch.zeros(4, 3))
+    (second,) = torch.autograd.grad(first.sum(), x)
+    assert torch.equal(second, torch.zeros(4, 3))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("algebra", ALGEBRAS, ids=str)
+def test_the_gradients_of_a_relation_query(rng, algebra, normalize):
+    entities, relations, translations, heads, relation_ids = graph(rng, ALGEBRAS[algebra], d=1)
+
+    def query(entities, relations, translations):
+        return pvt.relation_query(
+            entities,
+            relations,
+            heads,
+            relation_ids,
+            algebra=algebra,
+            translations=translations,
+            normalize=normalize,
+        )
+
+    tables = (entities, relations, translations)
+    detached = [table.detach() for table in tables]
+    expected = pv.hypercomplex.relation_query(
+        *detached[:2], heads, relation_ids, algebra=algebra, translations=detached[2], normalize=normalize
+    )
+    assert torch.equal(query(*tables), expected)
+    assert torch.autograd.gradcheck(query, tables, fast_mode=True)
+    assert torch.autograd.gradgradcheck(query, tables, fast_mode=True)
+
+
+def test_only_what_requires_grad_gets_a_gradient(rng):
+    entities, relations, _, heads, relation_ids = graph(rng)
+    pvt.relation_query(entities, relations.detach(), heads.short(), relation_ids.int()).sum().backward()
+    assert entities.grad is not None
+    assert entities.grad[3].eq(0).all()  # no head
+    fixed = tensor(rng, 4, 3).detach()
+    assert not pvt.product(fixed, fixed).requires_grad
+
+
+def samples(rng):
+    x, y = tensor(rng, 2, 4, 3), tensor(rng, 4, 3)
+    entities, relations, translations, heads, relation_ids = graph(rng)
+    table = pv.hypercomplex.flat_table("dihedron")
+    ops = torch.ops.polyvec
+    return [
+        (ops.hypercomplex_product, (x, y, table, -2)),
+        (ops.hypercomplex_normalize, (x, -2)),
+        (ops.hypercomplex_relation_query, (entities, relations, heads, relation_ids, translations, table, True)),
+        (ops.hypercomplex_relation_query, (entities, relations, heads, relation_ids, None, table, False)),
+    ]
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_torch_accepts_the_registration(rng, case):
+    op, arguments = samples(rng)[case]
+    torch.library.opcheck(op, arguments)
+
+
+def test_compile_keeps_the_ops_in_one_graph(rng):
+    entities, relations, translations, heads, relation_ids = graph(rng)
+
+    def loss(entities, relations, translations):
+        queries = pvt.relation_query(entities, relations, heads, relation_ids, translations=translations)
+        return (
+            pvt.product(pvt.normalize(entities), relations[0], algebra=(-1, 1)).sum() + queries.square().sum()
+        ).sin()
+
+    tables = (entities, relations, translations)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for a, b in zip(
+        torch.autograd.grad(compiled(*tables), tables), torch.autograd.grad(loss(*tables), tables), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_plain_functions_point_here_for_gradients_where_there_are_any(rng):
+    assert sorted(name.partition(".")[2] for name in _arrays.DIFFERENTIABLE) == sorted(pvt.__all__)
+    x = tensor(rng, 4, 3)
+    with pytest.raises(TypeError) as caught:
+        pv.hypercomplex.product(x, x)
+    assert str(caught.value) == (
+        "hypercomplex.product: x must not require grad, got a tensor that does; use polyvec.torch.product or .detach()"
+    )
+    with pytest.raises(TypeError) as caught:
+        pv.hypercomplex.conjugate(x)
+    assert str(caught.value) == (
+        "hypercomplex.conjugate: x must not require grad, got a tensor that does; use .detach()"
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (
+            lambda x: pvt.product(x, x.float()),
+            TypeError,
+            "hypercomplex.product: y must be float64, got float32; cast it with .to(torch.float64)",
+        ),
+        (
+            lambda x: pvt.product(x, x, algebra="octonion"),
+            ValueError,
+            "hypercomplex.product: x must have 8 components for this algebra, got 4",
+        ),
+        (
+            lambda x: pvt.relation_query(x[None], x[None], torch.tensor([1]), torch.tensor([0])),
+            IndexError,
+            "hypercomplex.relation_query: head_ids must be in [0, 1), got 1 at position 0",
+        ),
+        (
+            lambda x: pvt.product(x.detach().numpy(), x),
+            TypeError,
+            "torch.product: x must be a torch tensor, got ndarray",
+        ),
+        (
+            lambda x: pvt.relation_query(x[None], x[None], [0], torch.tensor([0])),
+            TypeError,
+            "torch.relation_query: head_ids must be a torch tensor, got list",
+        ),
+    ],
+)
+def test_errors(rng, call, error, text):
+    with pytest.raises(error) as caught:
+        call(tensor(rng, 4, 3))
+    assert str(caught.value) == text
+
+
+def test_importing_polyvec_does_not_import_torch(python):
+    code = "import sys, polyvec; assert 'torch' not in sys.modules and 'polyvec.torch' not in sys.modules"
+    python("-c", code)
