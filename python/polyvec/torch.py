@@ -224,6 +224,14 @@ def normalize(x: Tensor, *, axis: int = -2) -> Tensor:
     Notes
     -----
     A number of norm 0 stays 0, and its gradient is taken as 0.
+
+    Examples
+    --------
+    >>> import torch, polyvec.torch as pvt
+    >>> x = torch.tensor([3.0, 4.0, 0.0, 0.0], requires_grad=True)
+    >>> pvt.normalize(x, axis=-1)[2].backward()
+    >>> x.grad
+    tensor([0.0000, 0.0000, 0.2000, 0.0000])
     """
     _require_tensors("torch.normalize", x=x)
     return _normalize(x, axis)
@@ -259,6 +267,14 @@ def relation_query(
     -----
     A backward costs one fused product and one `index_add` for each table that requires grad. On a GPU `index_add` sums
     in no fixed order: see `torch.use_deterministic_algorithms`.
+
+    Examples
+    --------
+    >>> import torch, polyvec.torch as pvt
+    >>> entities, relations = torch.ones(3, 4, 2, requires_grad=True), torch.ones(1, 4, 2)
+    >>> pvt.relation_query(entities, relations, torch.tensor([2, 2]), torch.tensor([0, 0])).sum().backward()
+    >>> entities.grad[:, 0].tolist()
+    [[0.0, 0.0], [0.0, 0.0], [4.0, 4.0]]
     """
     _require_tensors(
         "torch.relation_query",
