@@ -310,7 +310,7 @@ DOCS = [zeros(2, 3), zeros(4, 3)]
         (
             lambda: pv.maxsim.topk(DOCS, DOCS, 1, candidates=([0, 1], [0])),
             ValueError,
-            "maxsim.topk: candidates offsets must have one entry a query and one more (3), got 2",
+            "maxsim.topk: candidates offsets must have one entry more than there are queries (3), got 2",
         ),
         (
             lambda: pv.maxsim.topk(DOCS, DOCS, 1, candidates=([0, 2, 1], [0])),

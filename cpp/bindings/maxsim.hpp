@@ -27,13 +27,13 @@ void bind_maxsim(py::module_& m) {
            const py::object& scores, const py::object& ids, std::intptr_t where) {
             Args args = args_for<Exec>(MaxsimTopk::op, where);
             const Array tokens = args.in("queries", queries);
-            run_op<Exec>(MaxsimTopk{{tokens, args.in("query offsets", query_offsets)},
-                                    {args.in("docs", docs), args.in("doc offsets", doc_offsets)},
-                                    args.in("candidates offsets", candidate_offsets),
-                                    args.in("candidates ids", candidate_ids),
-                                    args.out("out scores", scores),
-                                    args.out("out ids", ids)},
-                         where, tokens);
+            run_op<Exec>(
+                MaxsimTopk{{tokens, args.in("query offsets", query_offsets)},
+                           {args.in("docs", docs), args.in("doc offsets", doc_offsets)},
+                           {args.in("candidates offsets", candidate_offsets), args.in("candidates ids", candidate_ids)},
+                           args.out("out scores", scores),
+                           args.out("out ids", ids)},
+                where, tokens);
         },
         py::arg("queries"), py::arg("query_offsets"), py::arg("docs"), py::arg("doc_offsets"),
         py::arg("candidate_offsets"), py::arg("candidate_ids"), py::arg("scores"), py::arg("ids"), py::arg("where"));

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from polyvec import _backend, _files
-from polyvec._arrays import as_array, as_count, as_ids, choice, dtype_name, output, outputs
+from polyvec._arrays import as_array, as_count, as_id_lists, as_ids, choice, dtype_name, output, outputs
 from polyvec._ragged import Ragged, as_ragged
 
 __all__ = ["PackedTokens", "align", "pack", "score", "topk"]
@@ -321,13 +321,7 @@ def topk(
     op = "maxsim.topk"
     k = as_count(op, "k", k)
     q, d = _queries_and_docs(op, queries, docs)
-    offsets = ids = None
-    if candidates is not None:
-        if not (isinstance(candidates, tuple) and len(candidates) == 2):
-            raise TypeError(f"{op}: candidates must be a pair (offsets, ids), got {type(candidates).__name__}")
-        offsets, ids = (
-            as_ids(op, f"candidates {name}", x) for name, x in zip(("offsets", "ids"), candidates, strict=True)
-        )
+    offsets, ids = as_id_lists(op, "candidates", candidates)
     scores, found = outputs(op, out, q.values, (len(q), k), ("float32", "int64"), ("scores", "ids"))
     _backend.run(
         op, "maxsim_topk", q.values,

@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 from polyvec import _backend
-from polyvec._arrays import ArrayT, as_array, as_count, as_ids, choice, output, outputs
+from polyvec._arrays import ArrayT, as_array, as_count, as_id_lists, as_ids, choice, output, outputs
 
 __all__ = ["nearest", "rank", "score_pairs", "topk"]
 
@@ -38,15 +38,6 @@ def _vectors(op: str, queries: Any, items: Any, names: tuple[str, str]) -> tuple
 
 def _bias(op: str, bias: Any) -> Any:
     return None if bias is None else as_array(op, "bias", bias, ndim=1)
-
-
-def _id_lists(op: str, name: str, lists: Any) -> tuple[Any, Any]:
-    """Return the offsets and the ids of one list of item ids a query."""
-    if lists is None:
-        return None, None
-    if not (isinstance(lists, tuple) and len(lists) == 2):
-        raise TypeError(f"{op}: {name} must be a pair (offsets, ids), got {type(lists).__name__}")
-    return as_ids(op, f"{name} offsets", lists[0]), as_ids(op, f"{name} ids", lists[1])
 
 
 def topk(
@@ -115,7 +106,7 @@ def topk(
     k = as_count(op, "k", k)
     choice(op, "metric", metric, _METRICS)
     scores, ids = outputs(op, out, q, (int(q.shape[0]), k), ("float32", "int64"), ("scores", "ids"))
-    lists = _id_lists(op, "exclude", exclude)
+    lists = as_id_lists(op, "exclude", exclude)
     _backend.run(op, "scan_topk", q, q, x, _bias(op, bias), *lists, scores, ids, metric, num_threads=num_threads)
     return scores, ids
 
@@ -254,7 +245,7 @@ def rank(
     choice(op, "ties", ties, ("realistic", "optimistic", "pessimistic"))
     targets = as_ids(op, "targets", targets)
     out = output(op, out, q, (int(q.shape[0]),), "float64")
-    lists = _id_lists(op, "known", known)
+    lists = as_id_lists(op, "known", known)
     _backend.run(op, "scan_rank", q, q, x, targets, _bias(op, bias), *lists, out, metric, ties, num_threads=num_threads)
     return out  # type: ignore[no-any-return]
 

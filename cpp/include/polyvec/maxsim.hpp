@@ -8,6 +8,7 @@
 #include "polyvec/array.hpp"
 #include "polyvec/error.hpp"
 #include "polyvec/exec.hpp"
+#include "polyvec/id_lists.hpp"
 #include "polyvec/token_sets.hpp"
 
 namespace polyvec {
@@ -34,29 +35,22 @@ struct MaxsimScore {
     }
 };
 
-/// The k best documents of each query, equal scores by the smaller id; of all documents, or of those that its list of
-/// candidates names. Query q's list is candidate_ids[candidate_offsets[q] .. candidate_offsets[q + 1]].
+/// The k best documents of each query, equal scores by the smaller id: of all documents, or of its candidates.
 struct MaxsimTopk {
     static constexpr const char* op = "maxsim.topk";
     TokenSets queries, docs;
-    Array candidate_offsets, candidate_ids;  // (queries + 1,), (n,) int64; or both absent
-    Array scores, ids;                       // (queries, k) float32, int64
+    IdLists candidates;
+    Array scores, ids;  // (queries, k) float32, int64
 
     void validate() const {
         require_pair(op, queries, docs);
+        candidates.validate(op, queries.size(), docs.size());
         require_out(op, scores, DType::f32);
         require_out(op, ids, DType::i64);
         require_ndim(op, scores, 2);
         require_dim(op, scores, 0, queries.size(), "one row a query");
         require(ids.ndim == 2 && ids.shape == scores.shape, op, "ids must have the shape of scores ",
                 scores.shape_text(), ", got ", ids.shape_text());
-        if (!candidate_offsets) return;
-        require_ndim(op, candidate_ids, 1);
-        require_dtype(op, candidate_ids, DType::i64);
-        require_contiguous(op, candidate_ids);
-        require_offsets(op, candidate_offsets, candidate_ids.dim(0));
-        require_dim(op, candidate_offsets, 0, queries.size() + 1, "one entry a query and one more");
-        require_ids(op, candidate_ids, docs.size());
     }
 };
 

@@ -11,6 +11,7 @@
 #include "polyvec/array.hpp"
 #include "polyvec/error.hpp"
 #include "polyvec/exec.hpp"
+#include "polyvec/id_lists.hpp"
 #include "polyvec/metric.hpp"
 
 namespace polyvec {
@@ -35,21 +36,6 @@ inline void require_scan(const char* op, const Array& queries, const Array& item
     require_contiguous(op, bias);
     require_dim(op, bias, 0, items.dim(0), "one entry an item");
 }
-
-/// A list of item ids for each query: list i is ids[offsets[i]:offsets[i + 1]], in any order, repeats allowed.
-struct IdLists {
-    Array offsets, ids;  // (n + 1,), (m,) int64; both absent: empty lists
-
-    void validate(const char* op, std::int64_t n, std::int64_t items) const {
-        if (!offsets) return;
-        require_ndim(op, ids, 1);
-        require_dtype(op, ids, DType::i64);
-        require_contiguous(op, ids);
-        require_offsets(op, offsets, ids.dim(0));
-        require_dim(op, offsets, 0, n + 1, "one entry more than there are queries");
-        require_ids(op, ids, items);
-    }
-};
 
 /// The k best items of each query, best first; equal scores by smaller id. Missing ones are id -1, score -inf (l2:
 /// inf).
