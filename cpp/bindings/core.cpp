@@ -1,4 +1,5 @@
 /// The table of contents of polyvec._core.
+#include "fde.hpp"
 #include "hypercomplex.hpp"
 #include "maxsim.hpp"
 #include "polyvec/finite.hpp"
@@ -61,4 +62,5 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
     bind_hypercomplex<Cpu>(m);
     bind_maxsim<Cpu>(m);
     bind_scan<Cpu>(m);
+    bind_fde<Cpu>(m);
 }

@@ -10,6 +10,7 @@ extern const HypercomplexKernels hypercomplex_kernels;
 extern const DistanceKernels distance_kernels;
 extern const MaxsimKernels maxsim_kernels;
 extern const ScanKernels scan_kernels;
+extern const FdeKernels fde_kernels;
 
 extern const Kernels table;
 const Kernels table{
@@ -18,6 +19,7 @@ const Kernels table{
     .distance = &distance_kernels,
     .maxsim = &maxsim_kernels,
     .scan = &scan_kernels,
+    .fde = &fde_kernels,
 };
 
 }  // namespace polyvec::POLYVEC_ISA

@@ -95,12 +95,32 @@ struct ScanKernels {
     void (*nearest)(const ScanBlock&, float* best, std::int32_t* id) noexcept;
 };
 
+constexpr std::uint32_t fde_end = ~std::uint32_t(0);  // ends a chain of tokens
+
+/// Matrices (d, n) are packed for these alike at every level: n is rounded up to a multiple of 16, and the columns lie
+/// in panels [d][32], the last one [d][16] where 16 are left; columns beyond n are zero.
+struct FdeKernels {
+    /// Bit c of row t of `signs` (n rows, `stride` bytes apart) is [<token t, plane c> > 0], as float64 decides it.
+    /// slack[c] * max |x_i| bounds the rounding error of a float32 product with plane c.
+    void (*signs)(const float* tokens, std::size_t n, std::size_t d, const float* planes, const float* slack,
+                  std::size_t columns, std::uint8_t* signs, std::size_t stride) noexcept;
+    /// out (d,) = the sum or the mean of the tokens first, next[first], ... up to fde_end.
+    void (*reduce)(const float* tokens, std::size_t d, const std::uint32_t* next, std::uint32_t first, bool mean,
+                   float* out) noexcept;
+    /// out[blocks[k]] = rows[k] times the projection (d, width), for k < n; blocks are `width` long.
+    void (*project)(const float* const* rows, const std::uint32_t* blocks, std::size_t n, std::size_t d,
+                    const float* projection, std::size_t width, float* out) noexcept;
+    /// out[index[i]] += sign[i] * x[i] for i < n.
+    void (*sketch)(const float* x, const std::int32_t* index, const float* sign, std::size_t n, float* out) noexcept;
+};
+
 struct Kernels {
     const char* isa;
     const HypercomplexKernels* hypercomplex;
     const DistanceKernels* distance;
     const MaxsimKernels* maxsim;
     const ScanKernels* scan;
+    const FdeKernels* fde;
 };
 
 /// The table of the active level. Fetched once an op, not once an element.

@@ -1,0 +1,44 @@
+#pragma once
+
+#include "polyvec/fde.hpp"
+#include "run_op.hpp"
+
+namespace polyvec {
+
+template <class Exec>
+void bind_fde(py::module_& m) {
+    py::class_<FdeMatrices>(m, "FdeMatrices")
+        .def(py::init([](const py::object& hyperplanes, const py::object& projections, const py::object& sketch_index,
+                         const py::object& sketch_sign, std::int64_t final_dim) {
+                 Args args = args_for<Cpu>(FdeMatrices::op, 0);
+                 return FdeMatrices(args.in("hyperplanes", hyperplanes), args.in("projections", projections),
+                                    args.in("final_projection index", sketch_index),
+                                    args.in("final_projection sign", sketch_sign), final_dim);
+             }),
+             py::arg("hyperplanes"), py::arg("projections"), py::arg("sketch_index"), py::arg("sketch_sign"),
+             py::arg("final_dim"))
+        .def_readonly("output_dim", &FdeMatrices::output_dim);
+    m.def(
+        "fde_encode",
+        [](const FdeMatrices& matrices, const py::object& tokens, const py::object& offsets, const py::object& out,
+           bool mean, bool fill, bool lowest_bucket, std::intptr_t where) {
+            const char* op = mean ? "fde.Encoder.encode_docs" : "fde.Encoder.encode_queries";
+            Args args = args_for<Exec>(op, where);
+            const Array a = args.in("tokens", tokens);
+            run_op<Exec>(FdeEncode{op, matrices, TokenSets{a, args.in("offsets", offsets)}, args.out("out", out), mean,
+                                   fill, lowest_bucket},
+                         where, a);
+        },
+        py::arg("matrices"), py::arg("tokens"), py::arg("offsets"), py::arg("out"), py::arg("mean"), py::arg("fill"),
+        py::arg("lowest_bucket"), py::arg("where"));
+    m.def(
+        "fde_partition",
+        [](const FdeMatrices& matrices, const py::object& tokens, const py::object& out, std::intptr_t where) {
+            Args args = args_for<Exec>(FdePartition::op, where);
+            const Array a = args.in("tokens", tokens);
+            run_op<Exec>(FdePartition{matrices, a, args.out("out", out)}, where, a);
+        },
+        py::arg("matrices"), py::arg("tokens"), py::arg("out"), py::arg("where"));
+}
+
+}  // namespace polyvec

@@ -1,0 +1,84 @@
+/// Fixed dimensional encodings: a set of vectors becomes one vector, such that the inner product of a query's and a
+/// document's encoding approximates the sum over query tokens of their best inner product with a document token.
+///
+/// For each of R repetitions, `bits` hyperplanes cut the space into B = 2^bits buckets: bit j of a token's bucket id is
+/// [<token, plane j> > 0]. A bucket's block is the sum (queries) or the mean (documents) of its tokens, projected to
+/// `width` columns. The blocks, in the order [repetition][bucket][column], are the encoding, or go through a count
+/// sketch into a shorter one.
+/// Paper: MUVERA: Multi-Vector Retrieval via Fixed Dimensional Encodings (Dhulipala et al. 2024), section 2.
+#pragma once
+
+#include <cstdint>
+
+#include "polyvec/aligned.hpp"
+#include "polyvec/array.hpp"
+#include "polyvec/error.hpp"
+#include "polyvec/exec.hpp"
+#include "polyvec/token_sets.hpp"
+
+namespace polyvec {
+
+/// The random matrices of an encoder, checked, copied and laid out for the kernels (see kernels/tables.hpp).
+struct FdeMatrices {
+    static constexpr const char* op = "fde.Encoder";
+    static constexpr std::int64_t max_bits = 16;
+
+    /// hyperplanes (R, d, bits); projections (R, d, width), or absent: blocks then keep the tokens' d columns;
+    /// sketch_index int64 and sketch_sign (R * B * width,), or absent: entry i of the long encoding is added, times
+    /// its sign, to entry index[i] of the final one.
+    FdeMatrices(const Array& hyperplanes, const Array& projections, const Array& sketch_index, const Array& sketch_sign,
+                std::int64_t final_dim);
+
+    std::int64_t repetitions, d, bits, width, output_dim;
+    Aligned<float> planes, slack;
+    Aligned<float> projections;          // null when absent
+    Aligned<std::int32_t> sketch_index;  // null when absent
+    Aligned<float> sketch_sign;
+
+    std::int64_t buckets() const { return std::int64_t(1) << bits; }
+};
+
+/// out[i] = the encoding of set i; an empty set's is zero.
+struct FdeEncode {
+    const char* op;
+    const FdeMatrices& matrices;
+    TokenSets sets;
+    Array out;           // (n, output_dim)
+    bool mean;           // documents: means rather than sums
+    bool fill;           // an empty bucket holds the token whose id differs from the bucket's in the fewest bits
+    bool lowest_bucket;  // ties: the first token of the lowest bucket, rather than the lowest token
+
+    void validate() const {
+        sets.validate(op);
+        require_dtype(op, sets.tokens, DType::f32);
+        require_dim(op, sets.tokens, 1, matrices.d, "the encoder's d");
+        require_out(op, out, DType::f32);
+        require_ndim(op, out, 2);
+        require_dim(op, out, 0, sets.size(), "one row a set");
+        require_dim(op, out, 1, matrices.output_dim, "the encoder's output_dim");
+    }
+};
+
+/// out[t][r] = the bucket id of token t in repetition r.
+struct FdePartition {
+    static constexpr const char* op = "fde.Encoder.partition";
+    const FdeMatrices& matrices;
+    Array tokens;  // (T, d)
+    Array out;     // (T, R) int32
+
+    void validate() const {
+        require_ndim(op, tokens, 2);
+        require_dtype(op, tokens, DType::f32);
+        require_contiguous(op, tokens);
+        require_dim(op, tokens, 1, matrices.d, "the encoder's d");
+        require_out(op, out, DType::i32);
+        require_ndim(op, out, 2);
+        require_dim(op, out, 0, tokens.dim(0), "one row a token");
+        require_dim(op, out, 1, matrices.repetitions, "one column a repetition");
+    }
+};
+
+void run(const FdeEncode&, Cpu);
+void run(const FdePartition&, Cpu);
+
+}  // namespace polyvec

@@ -1,0 +1,317 @@
+#include "polyvec/fde.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "polyvec/aligned.hpp"
+#include "polyvec/parallel.hpp"
+#include "tables.hpp"
+
+namespace polyvec {
+namespace {
+
+constexpr std::int64_t tokens_per_piece = 512;  // a piece costs a fraction of a millisecond
+
+/// Columns of a packed matrix of n columns.
+std::int64_t packed_columns(std::int64_t n) {
+    return (n + 15) / 16 * 16;
+}
+
+/// Packs column `column` of a matrix of d rows, whose entries lie `stride` apart.
+void pack(float* packed, std::int64_t columns, std::int64_t column, const float* x, std::int64_t stride,
+          std::int64_t d) {
+    const std::int64_t panel = column / 32 * 32, width = std::min<std::int64_t>(32, columns - panel);
+    for (std::int64_t i = 0; i < d; ++i) packed[panel * d + i * width + column % 32] = x[i * stride];
+}
+
+template <class T, class From>
+Aligned<T> copy_of(const From* x, std::int64_t n) {
+    Aligned<T> copy = aligned<T>(n);
+    std::copy_n(x, n, copy.get());
+    return copy;
+}
+
+Aligned<float> zeros(std::int64_t n) {
+    Aligned<float> x = aligned<float>(n);
+    std::fill_n(x.get(), n, 0.0f);
+    return x;
+}
+
+/// The sign bits of tokens: repetition r has bits [r * bits, (r + 1) * bits) of a token's row.
+class Signs {
+public:
+    Signs(const FdeMatrices& m, std::int64_t max_tokens)
+        : m_(m),
+          stride_(packed_columns(m.repetitions * m.bits) / 8),
+          rows_(aligned<std::uint8_t>(max_tokens * stride_ + sizeof(std::uint32_t))) {}
+
+    void compute(const float* tokens, std::int64_t n) {
+        kernels().fde->signs(tokens, n, m_.d, m_.planes.get(), m_.slack.get(), 8 * stride_, rows_.get(), stride_);
+    }
+
+    /// Bucket ids of the tokens from `first` on, in repetition r, as a function of the token.
+    auto buckets(std::int64_t first, std::int64_t r) const {
+        const std::int64_t bit = r * m_.bits;
+        return [row = rows_.get() + first * stride_ + bit / 8, stride = stride_, shift = bit % 8,
+                mask = (1u << m_.bits) - 1](std::int64_t token) {
+            std::uint32_t word;  // holds up to 16 bits at any shift
+            std::memcpy(&word, row + token * stride, sizeof word);
+            return word >> shift & mask;
+        };
+    }
+
+private:
+    const FdeMatrices& m_;
+    std::int64_t stride_;
+    Aligned<std::uint8_t> rows_;
+};
+
+/// One worker: encodes sets one after the other.
+class Encoder {
+public:
+    Encoder(const FdeEncode& op, std::int64_t longest_set, std::int64_t longest_piece)
+        : op_(op),
+          m_(op.matrices),
+          kernel_(*kernels().fde),
+          buckets_(m_.buckets()),
+          block_size_(buckets_ * m_.width),
+          signs_(m_, longest_piece),
+          next_(aligned<std::uint32_t>(longest_set)),
+          first_(aligned<std::uint32_t>(buckets_)),
+          filled_(aligned<std::uint32_t>(buckets_)),
+          nearest_(aligned<std::uint64_t>(buckets_)),
+          rows_(aligned<const float*>(buckets_ + 3)),
+          blocks_(aligned<std::uint32_t>(buckets_ + 3)),
+          sums_(aligned<float>(std::min(buckets_, longest_set / 2) * m_.d)),
+          repetition_(aligned<float>(m_.sketch_index ? block_size_ : 0)) {}
+
+    void encode_sets(std::int64_t begin, std::int64_t end) {
+        const TokenSets& sets = op_.sets;
+        signs_.compute(sets.set<float>(begin), sets.begin(end) - sets.begin(begin));
+        for (std::int64_t i = begin; i < end; ++i)
+            if (m_.sketch_index || sets.length(i) == 0) std::fill_n(out(i), m_.output_dim, 0.0f);
+        for (std::int64_t r = 0; r < m_.repetitions; ++r) {  // outside: its matrices are read once for all sets
+            for (std::int64_t i = begin; i < end; ++i) {
+                if (sets.length(i) == 0) continue;
+                float* blocks = m_.sketch_index ? repetition_.get() : out(i) + r * block_size_;
+                encode(sets.set<float>(i), sets.length(i), signs_.buckets(sets.begin(i) - sets.begin(begin), r), r,
+                       blocks);
+                if (m_.sketch_index) sketch(blocks, r * block_size_, out(i));
+            }
+        }
+    }
+
+private:
+    float* out(std::int64_t i) const { return op_.out.as<float>() + i * m_.output_dim; }
+
+    /// Writes the blocks of one repetition; those of empty buckets are 0, unless they are filled.
+    template <class BucketOf>
+    void encode(const float* tokens, std::int64_t n, BucketOf bucket_of, std::int64_t r, float* blocks) {
+        chain(n, bucket_of);
+        std::int64_t rows = reduce(tokens);
+        const bool empty = rows < buckets_;
+        if (empty && op_.fill) rows = choose_fill(tokens, rows, bucket_of);
+        if (empty && !op_.fill) std::fill_n(blocks, block_size_, 0.0f);
+        if (m_.projections) {
+            for (; rows % 4; ++rows) {  // the tile likes fours, and a row may be written twice
+                rows_[rows] = rows_[rows - 1];
+                blocks_[rows] = blocks_[rows - 1];
+            }
+            kernel_.project(rows_.get(), blocks_.get(), rows, m_.d,
+                            m_.projections.get() + r * m_.d * packed_columns(m_.width), m_.width, blocks);
+        } else {
+            for (std::int64_t k = 0; k < rows; ++k) std::copy_n(rows_[k], m_.d, blocks + blocks_[k] * m_.d);
+        }
+        if (empty && op_.fill) copy_filled(blocks);
+    }
+
+    /// Chains the tokens of each bucket in their order.
+    template <class BucketOf>
+    void chain(std::int64_t n, BucketOf bucket_of) {
+        std::fill_n(first_.get(), buckets_, fde_end);
+        for (std::int64_t t = n; t-- > 0;) {
+            std::uint32_t& first = first_[bucket_of(t)];
+            next_[t] = first;
+            first = static_cast<std::uint32_t>(t);
+        }
+    }
+
+    /// One row a bucket that is not empty; returns how many.
+    std::int64_t reduce(const float* tokens) {
+        std::int64_t rows = 0;
+        float* sum = sums_.get();
+        for (std::int64_t b = 0; b < buckets_; ++b) {
+            const std::uint32_t first = first_[b];
+            if (first == fde_end) continue;
+            const bool single = next_[first] == fde_end;
+            if (!single) kernel_.reduce(tokens, m_.d, next_.get(), first, op_.mean, sum);
+            filled_[b] = single ? static_cast<std::uint32_t>(b) : fde_end;
+            rows_[rows] = single ? tokens + first * m_.d : sum;
+            blocks_[rows++] = static_cast<std::uint32_t>(b);
+            sum += single ? 0 : m_.d;
+        }
+        return rows;
+    }
+
+    /// Finds the token of each empty bucket and adds it to the rows, unless it is one of them already; returns how
+    /// many there are then.
+    ///
+    /// That token is the first of a bucket: of the buckets at the least Hamming distance, the one whose first token,
+    /// or whose id, is lowest. All these minima of (distance, token or id) come from one round a bit over the
+    /// hypercube, since a Hamming distance is a sum over bits.
+    template <class BucketOf>
+    std::int64_t choose_fill(const float* tokens, std::int64_t rows, BucketOf bucket_of) {
+        constexpr std::uint64_t farther = std::uint64_t(1) << 40, nothing = ~std::uint64_t(0) >> 1;
+        for (std::int64_t b = 0; b < buckets_; ++b)
+            nearest_[b] = first_[b] == fde_end ? nothing : op_.lowest_bucket ? std::uint64_t(b) : first_[b];
+        for (std::int64_t bit = 1; bit < buckets_; bit *= 2) {
+            for (std::int64_t first = 0; first < buckets_; first += 2 * bit) {
+                for (std::int64_t b = first; b < first + bit; ++b) {
+                    const std::uint64_t low = nearest_[b], high = nearest_[b + bit];
+                    nearest_[b] = std::min(low, high + farther);
+                    nearest_[b + bit] = std::min(high, low + farther);
+                }
+            }
+        }
+        for (std::int64_t b = 0; b < buckets_; ++b) {
+            if (first_[b] != fde_end) continue;
+            const std::uint64_t source = nearest_[b] % farther;
+            const std::uint64_t bucket = op_.lowest_bucket ? source : bucket_of(static_cast<std::int64_t>(source));
+            nearest_[b] = bucket;
+            if (filled_[bucket] != fde_end) continue;
+            filled_[bucket] = static_cast<std::uint32_t>(b);
+            rows_[rows] = tokens + first_[bucket] * m_.d;
+            blocks_[rows++] = static_cast<std::uint32_t>(b);
+        }
+        return rows;
+    }
+
+    /// A token that fills several buckets, or is alone in its own, was projected once.
+    void copy_filled(float* blocks) {
+        for (std::int64_t b = 0; b < buckets_; ++b) {
+            if (first_[b] != fde_end) continue;
+            const std::int64_t from = filled_[nearest_[b]];
+            if (from != b) std::copy_n(blocks + from * m_.width, m_.width, blocks + b * m_.width);
+        }
+    }
+
+    /// Adds one repetition's blocks, entries [begin, ...) of the long encoding, to the final one.
+    void sketch(const float* blocks, std::int64_t begin, float* out) {
+        const std::int32_t* index = m_.sketch_index.get() + begin;
+        const float* sign = m_.sketch_sign.get() + begin;
+        if (op_.fill) return kernel_.sketch(blocks, index, sign, block_size_, out);
+        for (std::int64_t b = 0, i = 0; b < buckets_; ++b, i += m_.width)
+            if (first_[b] != fde_end) kernel_.sketch(blocks + i, index + i, sign + i, m_.width, out);
+    }
+
+    const FdeEncode& op_;
+    const FdeMatrices& m_;
+    const FdeKernels& kernel_;
+    const std::int64_t buckets_, block_size_;
+    Signs signs_;
+    Aligned<std::uint32_t> next_, first_;  // a token's successor in its bucket, a bucket's first token
+    Aligned<std::uint32_t> filled_;        // the block that holds the projection of a bucket's first token
+    Aligned<std::uint64_t> nearest_;       // the bucket that fills an empty one
+    Aligned<const float*> rows_;           // what is projected, or copied ...
+    Aligned<std::uint32_t> blocks_;        // ... to which block
+    Aligned<float> sums_;                  // the rows of buckets of two tokens or more
+    Aligned<float> repetition_;            // a repetition's blocks on their way into the final sketch
+};
+
+/// Cuts the sets into pieces of at least tokens_per_piece tokens: where each begins, and the end.
+std::vector<std::int64_t> cut(const TokenSets& sets) {
+    std::vector<std::int64_t> pieces{0};
+    for (std::int64_t i = 1; i <= sets.size(); ++i)
+        if (i == sets.size() || sets.begin(i) - sets.begin(pieces.back()) >= tokens_per_piece) pieces.push_back(i);
+    return pieces;
+}
+
+}  // namespace
+
+FdeMatrices::FdeMatrices(const Array& planes_in, const Array& projections_in, const Array& index_in,
+                         const Array& sign_in, std::int64_t final_dim) {
+    for (const Array* a : {&planes_in, &projections_in, &sign_in}) {
+        if (!*a) continue;
+        require_dtype(op, *a, DType::f32);
+        require_contiguous(op, *a);
+    }
+    require_ndim(op, planes_in, 3);
+    repetitions = planes_in.dim(0), d = planes_in.dim(1), bits = planes_in.dim(2);
+    require(bits <= max_bits, op, planes_in.name, " must have at most ", max_bits, " planes a repetition, got ", bits);
+
+    const std::int64_t planes_n = repetitions * bits, columns = packed_columns(planes_n);
+    planes = zeros(columns * d);
+    slack = zeros(columns);
+    for (std::int64_t c = 0; c < planes_n; ++c) {
+        const float* plane = planes_in.as<const float>() + c / bits * d * bits + c % bits;
+        pack(planes.get(), columns, c, plane, bits, d);
+        double size = 0;
+        for (std::int64_t i = 0; i < d; ++i) size += std::abs(plane[i * bits]);
+        slack[c] = static_cast<float>((static_cast<double>(d) + 2) * 6e-8 * size);  // 6e-8 > 2^-24, the unit roundoff
+    }
+
+    width = d;
+    if (projections_in) {
+        require_ndim(op, projections_in, 3);
+        require_dim(op, projections_in, 0, repetitions, "as many repetitions as hyperplanes");
+        require_dim(op, projections_in, 1, d, "the same d as hyperplanes");
+        width = projections_in.dim(2);
+        const std::int64_t size = d * packed_columns(width);
+        projections = zeros(repetitions * size);
+        for (std::int64_t r = 0; r < repetitions; ++r)
+            for (std::int64_t c = 0; c < width; ++c)
+                pack(projections.get() + r * size, packed_columns(width), c,
+                     projections_in.as<const float>() + r * d * width + c, width, d);
+    }
+
+    output_dim = repetitions * buckets() * width;
+    if (index_in) {
+        require_dtype(op, index_in, DType::i64);
+        require_contiguous(op, index_in);
+        require(final_dim <= std::numeric_limits<std::int32_t>::max(), op, "final_dim must be below 2^31, got ",
+                final_dim);
+        for (const Array* a : {&index_in, &sign_in}) {
+            require_ndim(op, *a, 1);
+            require_dim(op, *a, 0, output_dim, "one entry a column of the long encoding");
+        }
+        require_ids(op, index_in, final_dim);
+        sketch_index = copy_of<std::int32_t>(index_in.as<const std::int64_t>(), output_dim);
+        sketch_sign = copy_of<float>(sign_in.as<const float>(), output_dim);
+        output_dim = final_dim;
+    }
+}
+
+void run(const FdeEncode& op, Cpu cpu) {
+    const std::vector<std::int64_t> pieces = cut(op.sets);
+    const std::int64_t n = static_cast<std::int64_t>(pieces.size()) - 1;
+    std::int64_t longest_set = 0, longest_piece = 0;
+    for (std::int64_t i = 0; i < op.sets.size(); ++i) longest_set = std::max(longest_set, op.sets.length(i));
+    for (std::int64_t p = 0; p < n; ++p)
+        longest_piece = std::max(longest_piece, op.sets.begin(pieces[p + 1]) - op.sets.begin(pieces[p]));
+    require(longest_set < fde_end, op.op, "tokens must have fewer than ", fde_end, " rows a set, got ", longest_set);
+
+    std::vector<Encoder> workers;
+    for (int w = 0; w < workers_for(n, 1, cpu.num_threads); ++w) workers.emplace_back(op, longest_set, longest_piece);
+    parallel_for(n, 1, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int worker) {
+        for (std::int64_t p = begin; p < end; ++p) workers[worker].encode_sets(pieces[p], pieces[p + 1]);
+    });
+}
+
+void run(const FdePartition& op, Cpu cpu) {
+    const std::int64_t repetitions = op.matrices.repetitions, d = op.matrices.d;
+    parallel_for(op.tokens.dim(0), tokens_per_piece, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+        Signs signs(op.matrices, end - begin);
+        signs.compute(op.tokens.as<const float>() + begin * d, end - begin);
+        auto* out = op.out.as<std::int32_t>() + begin * repetitions;
+        for (std::int64_t r = 0; r < repetitions; ++r) {
+            const auto bucket_of = signs.buckets(0, r);
+            for (std::int64_t t = 0; t < end - begin; ++t)
+                out[t * repetitions + r] = static_cast<std::int32_t>(bucket_of(t));
+        }
+    });
+}
+
+}  // namespace polyvec

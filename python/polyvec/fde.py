@@ -1,0 +1,423 @@
+"""Fixed dimensional encodings (MUVERA): a set of vectors becomes one vector, so that inner-product search finds sets.
+
+The inner product of a query's and a document's encoding approximates their MaxSim, times the number of repetitions.
+Token sets are accepted in every form of `polyvec.maxsim`: a `polyvec.Ragged`, `(values, offsets)`, a list of (n_i, d)
+arrays, or a padded (n, t, d) array, alone or with its lengths as `(padded, lengths)`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from polyvec import _backend, _core, _files
+from polyvec._arrays import as_array, as_count, as_ids, choice, output
+from polyvec._progress import Progress, reporting
+from polyvec._ragged import as_ragged
+
+__all__ = ["Encoder"]
+
+_KIND = "fde.Encoder"
+_TIES = ("first_token", "first_bucket")
+_SETS_PER_REPORT = 1024  # a tenth of a second of work
+
+Floats = npt.NDArray[np.float32]
+
+
+class Encoder:
+    """Encodes token sets as vectors whose inner product approximates MaxSim, times `repetitions`.
+
+    In each repetition r, hyperplanes cut the space into 2^simhash_bits buckets: bit j of a token's bucket id is 1 where
+    `<token, hyperplanes[r, :, j]> > 0`. Each bucket becomes one block of the encoding::
+
+        query block     = sum of the bucket's tokens, 0 when there are none
+        document block  = mean of the bucket's tokens; of an empty bucket the token whose id differs in the fewest bits
+        encoding        = the blocks times projections[r], in the order [repetition][bucket][column]
+
+    With `final_dim`, a count sketch shortens it: `out[index[i]] += sign[i] * encoding[i]`.
+
+    Parameters
+    ----------
+    dim : int
+        Width d of the tokens, which should have norm 1 or nearly so.
+    repetitions : int
+        R. More are better, and cost output.
+    simhash_bits : int
+        Hyperplanes a repetition, 0 to 16.
+    projection_dim : int or None
+        Columns that a block is projected to. None, dim or more: blocks keep the tokens' dim columns.
+    final_dim : int, optional
+        Width of the encoding after the count sketch; none when None.
+    fill_empty : bool
+        Fill the empty buckets of documents; they are 0 otherwise.
+    seed : int
+        Draws, in this order and from one `numpy.random.default_rng(seed)`, the matrices that are not given:
+        `standard_normal((R, dim, simhash_bits))`, `choice([-1, 1], (R, dim, projection_dim)) / sqrt(projection_dim)`,
+        then index `integers(0, final_dim, n)` and sign `choice([-1, 1], n)`, n the length before the sketch.
+    fill_ties : {"first_token", "first_bucket"}
+        Among tokens at the same distance, an empty bucket takes the one of lowest index, or the first one of the bucket
+        of lowest id.
+    hyperplanes : array of shape (R, dim, simhash_bits), float32, optional
+    projections : array of shape (R, dim, projection_dim), float32, optional
+        Used as they are: any scale is the caller's.
+    final_projection : (index, sign), arrays of shape (n,), integer and float32, optional
+
+    Attributes
+    ----------
+    output_dim : int
+        Width of an encoding: final_dim, or R * 2^simhash_bits * projection_dim.
+    hyperplanes : numpy array of shape (R, dim, simhash_bits), float32, read-only
+    projections : numpy array of shape (R, dim, projection_dim), float32, read-only; or None
+    final_projection : (index int32, sign float32), numpy arrays of shape (n,), read-only; or None
+
+    Raises
+    ------
+    ValueError
+        A size out of range, a matrix of another shape or with NaN or Inf, an unknown fill_ties.
+    IndexError
+        An entry of final_projection's index outside [0, final_dim).
+    TypeError
+        Matrices of another dtype.
+
+    Notes
+    -----
+    Encodings are not divided by R, as in the paper: an inner product is about R times the MaxSim, and the ranking is
+    the same. Bucket ids are those of float64 arithmetic: signs too close to 0 for float32 are decided there. All else
+    is summed in float32. Immutable, so that threads may share an encoder.
+
+    `Encoder(dim, seed=s, fill_ties="first_bucket")` draws the matrices of fastembed's `Muvera(dim, random_seed=s)`,
+    and encodes as it does up to float32 rounding.
+
+    References
+    ----------
+    MUVERA: Multi-Vector Retrieval via Fixed Dimensional Encodings (Dhulipala et al. 2024), section 2; it recommends
+    (repetitions, simhash_bits, projection_dim) = (20, 5, 16), (20, 4, 8) or (20, 3, 8), or without projection
+    (40, 6, None) and final_dim=10240.
+
+    Examples
+    --------
+    >>> import numpy as np, polyvec as pv
+    >>> encoder = pv.fde.Encoder(4, repetitions=3, simhash_bits=2, projection_dim=2)
+    >>> encoder
+    Encoder(dim=4, repetitions=3, simhash_bits=2, projection_dim=2, output_dim=24)
+    >>> tokens = np.eye(4, dtype=np.float32)
+    >>> encoder.encode_docs([tokens, tokens[:1]]).shape
+    (2, 24)
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        repetitions: int = 20,
+        simhash_bits: int = 5,
+        projection_dim: int | None = 16,
+        final_dim: int | None = None,
+        fill_empty: bool = True,
+        seed: int = 0,
+        fill_ties: str = "first_token",
+        hyperplanes: Any = None,
+        projections: Any = None,
+        final_projection: tuple[Any, Any] | None = None,
+    ) -> None:
+        op = _KIND
+        self.dim = as_count(op, "dim", dim)
+        self.repetitions = as_count(op, "repetitions", repetitions)
+        self.simhash_bits = as_count(op, "simhash_bits", simhash_bits, least=0)
+        width = self.dim if projection_dim is None else min(as_count(op, "projection_dim", projection_dim), self.dim)
+        if self.simhash_bits > 16:
+            raise ValueError(f"{op}: simhash_bits must be at most 16, got {simhash_bits}")
+        self.projection_dim = None if width == self.dim else width
+        self.final_dim = None if final_dim is None else as_count(op, "final_dim", final_dim)
+        self.fill_empty = bool(fill_empty)
+        self.fill_ties = str(choice(op, "fill_ties", fill_ties, _TIES))
+        if projections is not None and self.projection_dim is None:
+            raise ValueError(
+                f"{op}: projections must be None without a projection_dim below dim ({self.dim}), "
+                f"got shape {tuple(np.shape(projections))}"
+            )
+        if final_projection is not None and self.final_dim is None:
+            raise ValueError(
+                f"{op}: final_projection must be None without a final_dim, got {type(final_projection).__name__}"
+            )
+
+        rng = np.random.default_rng(as_count(op, "seed", seed, least=0))
+        r, d, bits = self.repetitions, self.dim, self.simhash_bits
+        if hyperplanes is None:
+            hyperplanes = rng.standard_normal((r, d, bits)).astype(np.float32)
+        self.hyperplanes = _matrix("hyperplanes", hyperplanes, (r, d, bits))
+        self.projections: Floats | None = None
+        if self.projection_dim is not None:
+            if projections is None:
+                signs = rng.choice([-1, 1], (r, d, width))
+                projections = (signs / np.sqrt(width)).astype(np.float32)
+            self.projections = _matrix("projections", projections, (r, d, width))
+        self.final_projection: tuple[npt.NDArray[np.int32], Floats] | None = None
+        index: Any = None
+        sign: Any = None
+        if self.final_dim is not None:
+            n = r * 2**bits * width
+            if final_projection is None:
+                final_projection = rng.integers(0, self.final_dim, n), rng.choice([-1, 1], n).astype(np.float32)
+            index, sign = _sketch(final_projection, n)
+        self._matrices = _core.FdeMatrices(self.hyperplanes, self.projections, index, sign, self.final_dim or 0)
+        if self.final_dim is not None:
+            self.final_projection = _frozen(index.astype(np.int32)), sign
+        self.output_dim: int = self._matrices.output_dim
+
+    def encode_queries(
+        self, tokens: Any, *, out: Any = None, num_threads: int | None = None, progress: Progress = None
+    ) -> Any:
+        """Encode queries: the blocks are sums of tokens, and empty buckets stay 0.
+
+        Parameters
+        ----------
+        tokens : token sets, float32, width dim
+        out, num_threads, progress
+            As for `encode_docs`.
+
+        Returns
+        -------
+        array of shape (n, output_dim), float32; the tokens' library and device
+            0 for a query without tokens.
+
+        Raises
+        ------
+        ValueError
+            Tokens of another width, offsets that run backwards, an `out` of another shape.
+        TypeError
+            Tokens that are not float32.
+
+        Notes
+        -----
+        As for `encode_docs`.
+
+        References
+        ----------
+        MUVERA (Dhulipala et al. 2024), section 2, equation of the query encoding.
+
+        Examples
+        --------
+        >>> import numpy as np, polyvec as pv
+        >>> tokens = np.ones((1, 3, 4), np.float32)
+        >>> encoder = pv.fde.Encoder(4, repetitions=1, simhash_bits=0, projection_dim=None)
+        >>> encoder.encode_queries(tokens)
+        array([[3., 3., 3., 3.]], dtype=float32)
+        >>> encoder.encode_docs(tokens)
+        array([[1., 1., 1., 1.]], dtype=float32)
+        """
+        return self._encode("fde.Encoder.encode_queries", tokens, out, num_threads, progress, docs=False)
+
+    def encode_docs(
+        self, tokens: Any, *, out: Any = None, num_threads: int | None = None, progress: Progress = None
+    ) -> Any:
+        """Encode documents: the blocks are means of tokens, and empty buckets are filled.
+
+        Parameters
+        ----------
+        tokens : token sets, float32, width dim
+        out : array of shape (n, output_dim), float32, optional
+            Written and returned. It may be a `numpy.memmap`: with `progress`, it is filled 1024 sets at a time.
+        num_threads : int, optional
+            CPU threads; the process setting when None.
+        progress : bool or callable, optional
+            True: a progress bar. A callable is called with (done, total).
+
+        Returns
+        -------
+        array of shape (n, output_dim), float32; the tokens' library and device
+            0 for a document without tokens.
+
+        Raises
+        ------
+        ValueError
+            Tokens of another width, offsets that run backwards, an `out` of another shape.
+        TypeError
+            Tokens that are not float32.
+
+        Notes
+        -----
+        With T tokens and B = 2^simhash_bits buckets: 2 T d R simhash_bits flops for the signs, T d R additions, and
+        at most 2 min(B, 2 T) d R projection_dim flops for the projections, since tokens are summed before they are
+        projected, and a token that fills several buckets is projected once. The encoding before a final sketch is
+        never stored. A NaN or Inf in a token reaches its set's encoding, and no other. Bits do not depend on the number
+        of threads, nor on the other sets of the call.
+
+        References
+        ----------
+        MUVERA (Dhulipala et al. 2024), section 2, equation of the document encoding, fill_empty_clusters and final
+        projections.
+
+        Examples
+        --------
+        >>> import numpy as np, polyvec as pv
+        >>> encoder = pv.fde.Encoder(4, repetitions=2, simhash_bits=1, projection_dim=None)
+        >>> encoder.encode_docs([np.ones((1, 4), np.float32), np.ones((0, 4), np.float32)]).sum(1)
+        array([16.,  0.], dtype=float32)
+        """
+        return self._encode("fde.Encoder.encode_docs", tokens, out, num_threads, progress, docs=True)
+
+    def _encode(
+        self, op: str, tokens: Any, out: Any, num_threads: int | None, progress: Progress, *, docs: bool
+    ) -> Any:
+        sets = as_ragged(op, "tokens", tokens, dim=self.dim)
+        out = output(op, out, sets.values, (len(sets), self.output_dim), "float32")
+        fill, lowest_bucket = docs and self.fill_empty, self.fill_ties == "first_bucket"
+        step = _SETS_PER_REPORT if progress else max(1, len(sets))
+        with reporting(op, progress, len(sets), "documents" if docs else "queries") as report:
+            for first in range(0, len(sets), step):
+                offsets = sets.offsets[first : first + step + 1]
+                values = sets.values[int(offsets[0]) : int(offsets[-1])]
+                _backend.run(
+                    op, "fde_encode", values,
+                    self._matrices, values, offsets - offsets[0], out[first : first + step], docs, fill, lowest_bucket,
+                    num_threads=num_threads,
+                )  # fmt: skip
+                report(len(offsets) - 1)
+        return out
+
+    def partition(self, tokens: Any, *, out: Any = None, num_threads: int | None = None) -> Any:
+        """Return the bucket of each token in each repetition.
+
+        Parameters
+        ----------
+        tokens : array of shape (T, dim), float32
+        out : array of shape (T, R), int32, optional
+            Written and returned.
+        num_threads : int, optional
+            CPU threads; the process setting when None.
+
+        Returns
+        -------
+        array of shape (T, R), int32; the tokens' library and device
+            Bucket ids in [0, 2^simhash_bits): bit j is 1 where `<token, hyperplanes[r, :, j]> > 0` in float64.
+
+        Raises
+        ------
+        ValueError
+            Tokens of another rank or width, an `out` of another shape.
+        TypeError
+            Tokens that are not float32.
+
+        Notes
+        -----
+        2 d R simhash_bits flops a token.
+
+        References
+        ----------
+        MUVERA (Dhulipala et al. 2024), section 2: SimHash as the partition of the space.
+
+        Examples
+        --------
+        >>> import numpy as np, polyvec as pv
+        >>> planes = np.eye(3, dtype=np.float32)[None]  # bit j of the one repetition: the sign of entry j
+        >>> encoder = pv.fde.Encoder(3, repetitions=1, simhash_bits=3, projection_dim=None, hyperplanes=planes)
+        >>> encoder.partition(np.array([[0, 0, 0], [1, -1, 1]], np.float32))
+        array([[0],
+               [5]], dtype=int32)
+        """
+        op = "fde.Encoder.partition"
+        rows = as_array(op, "tokens", tokens, ndim=2)
+        out = output(op, out, rows, (int(rows.shape[0]), self.repetitions), "int32")
+        _backend.run(op, "fde_partition", rows, self._matrices, rows, out, num_threads=num_threads)
+        return out
+
+    def state(self) -> _files.State:
+        """Return what `save` writes.
+
+        Returns
+        -------
+        State
+            The matrices, and the parameters but `seed`.
+        """
+        tensors: dict[str, npt.NDArray[Any]] = {"hyperplanes": self.hyperplanes}
+        if self.projections is not None:
+            tensors["projections"] = self.projections
+        if self.final_projection is not None:
+            tensors["sketch_index"], tensors["sketch_sign"] = self.final_projection
+        names = ("dim", "repetitions", "simhash_bits", "projection_dim", "final_dim", "fill_empty", "fill_ties")
+        return _files.State(tensors, {name: getattr(self, name) for name in names})
+
+    @classmethod
+    def from_state(cls, state: _files.State) -> Encoder:
+        """Build an encoder from a state: the matrices are those of the state, whatever numpy draws today.
+
+        Parameters
+        ----------
+        state : State
+            As `state` returned it.
+
+        Returns
+        -------
+        Encoder
+        """
+        matrices: dict[str, Any] = {"hyperplanes": state.tensors["hyperplanes"]}
+        if state.params["projection_dim"] is not None:
+            matrices["projections"] = state.tensors["projections"]
+        if state.params["final_dim"] is not None:
+            matrices["final_projection"] = state.tensors["sketch_index"], state.tensors["sketch_sign"]
+        return cls(**state.params, **matrices)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the encoder as one safetensors file, whole or not at all.
+
+        Parameters
+        ----------
+        path : path
+            An existing file is replaced.
+        """
+        _files.save(path, _KIND, self.state())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Encoder:
+        """Read an encoder that `save` wrote; it encodes to the same bits.
+
+        Parameters
+        ----------
+        path : path
+
+        Returns
+        -------
+        Encoder
+
+        Raises
+        ------
+        FormatError
+            A file that is damaged, truncated or something else.
+        """
+        return _files.load(path, _KIND, cls.from_state)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Encoder.from_state, (self.state(),)
+
+    def __repr__(self) -> str:
+        names = ("dim", "repetitions", "simhash_bits", "projection_dim", "output_dim")
+        return f"Encoder({', '.join(f'{name}={getattr(self, name)}' for name in names)})"
+
+
+def _frozen(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    x.flags.writeable = False
+    return x
+
+
+def _matrix(name: str, x: Any, shape: tuple[int, ...]) -> Floats:
+    """Return a read-only copy of a matrix after checking its shape, and that it is finite."""
+    matrix: Floats = np.asarray(as_array(_KIND, name, x)).copy()
+    if matrix.shape != shape:
+        raise ValueError(f"{_KIND}: {name} must have shape {shape}, got {matrix.shape}")
+    _backend.require_finite(_KIND, name, matrix)
+    return _frozen(matrix)
+
+
+def _sketch(final_projection: Any, n: int) -> tuple[npt.NDArray[np.int64], Floats]:
+    if not (isinstance(final_projection, tuple) and len(final_projection) == 2):
+        raise TypeError(
+            f"{_KIND}: final_projection must be a pair (index, sign), got {type(final_projection).__name__}"
+        )
+    index = np.asarray(as_ids(_KIND, "final_projection index", final_projection[0]))
+    if index.shape != (n,):
+        raise ValueError(f"{_KIND}: final_projection index must have shape {(n,)}, got {index.shape}")
+    return index, _matrix("final_projection sign", final_projection[1], (n,))
