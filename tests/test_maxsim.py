@@ -15,6 +15,8 @@ WIDTHS = [0, 1, 2, 3, 15, 16, 17, 35, 64, 130]
 QUERY_TOKENS = [0, 1, 2, 3, 4, 5, 7, 8, 9, 11, 15, 16, 17, 19, 31, 32, 33, 47, 48, 49, 64, 65, 130]
 DOC_TOKENS = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 15, 16, 23, 24, 25, 0, 37]
 
+WIDE = 150  # a few hundred query tokens of this width are work for several pieces
+
 
 def sample(rng, lengths, d, dtype=np.float32):
     return [rng.standard_normal((n, d)).astype(dtype) for n in lengths]
@@ -65,7 +67,8 @@ def test_ragged_shapes(query_lengths, doc_lengths, d, seed):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_score_does_not_depend_on_the_batch(rng, isa, dtype):
-    queries, docs = sample(rng, [5, 0, 32, 17, 300, 1, 64, *[20] * 40], 33, dtype), sample(rng, DOC_TOKENS, 33, dtype)
+    queries = sample(rng, [5, 0, 32, 17, 300, 1, 64, *[20] * 40], WIDE, dtype)
+    docs = sample(rng, DOC_TOKENS, WIDE, dtype)
     together = pv.maxsim.score(queries, docs)
     assert_exact(np.concatenate([pv.maxsim.score([query], docs) for query in queries]), together)
     assert_exact(np.concatenate([pv.maxsim.score(queries, [doc]) for doc in docs], axis=1), together)
@@ -74,7 +77,7 @@ def test_a_score_does_not_depend_on_the_batch(rng, isa, dtype):
 
 @pytest.mark.parametrize("k", [1, 7, 300])
 def test_topk_is_the_sorted_score(rng, isa, k):
-    queries, docs = sample(rng, rng.integers(0, 40, 50), 24), sample(rng, rng.integers(0, 60, 250), 24)
+    queries, docs = sample(rng, rng.integers(0, 40, 50), WIDE), sample(rng, rng.integers(0, 60, 250), WIDE)
     expected = pv.maxsim.score(queries, docs)
     scores, ids = pv.maxsim.topk(queries, docs, k)
     assert (scores.dtype, ids.dtype) == (np.float32, np.int64)
@@ -84,7 +87,7 @@ def test_topk_is_the_sorted_score(rng, isa, k):
 
 
 def test_topk_of_candidates(rng, isa):
-    queries, docs = sample(rng, rng.integers(0, 40, 50), 24), sample(rng, rng.integers(0, 60, 250), 24)
+    queries, docs = sample(rng, rng.integers(0, 40, 50), WIDE), sample(rng, rng.integers(0, 60, 250), WIDE)
     lists = [rng.choice(250, n, replace=False) for n in [0, 1, 200, *rng.integers(0, 30, 47)]]
     offsets = np.cumsum([0, *map(len, lists)])
     candidates = (offsets, np.concatenate(lists))
@@ -142,8 +145,8 @@ def test_align_takes_the_first_of_equals(rng, isa):
 
 
 def test_result_does_not_depend_on_thread_count(rng):
-    queries, docs = sample(rng, rng.integers(0, 50, 70), 40), sample(rng, rng.integers(0, 100, 400), 40)
-    candidates = (np.arange(71) * 100, rng.integers(0, 400, 7000))
+    queries, docs = sample(rng, rng.integers(0, 50, 70), WIDE), sample(rng, rng.integers(0, 100, 200), WIDE)
+    candidates = (np.arange(71) * 100, rng.integers(0, 200, 7000))
 
     def results(threads):
         return (
