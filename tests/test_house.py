@@ -150,6 +150,14 @@ def test_the_stub_is_up_to_date():
     assert done.returncode == 0, done.stderr
 
 
+def test_hooks_and_the_extra_dev_pin_the_same_tools():
+    hooks = set(re.findall(r"([\w-]+==[\d.]+)", (ROOT / ".pre-commit-config.yaml").read_text()))
+    pinned = set(re.findall(r'"([\w-]+==[\d.]+)"', (ROOT / "pyproject.toml").read_text()))
+    tools = {pin for pin in pinned if pin.partition("==")[0] in {hook.partition("==")[0] for hook in hooks}}
+    assert tools <= hooks
+    assert {pin.partition("==")[0] for pin in tools} == {"ruff", "mypy", "clang-format", "codespell"}
+
+
 # The public interface
 
 PUBLIC = {

@@ -1,4 +1,5 @@
-// What Python cannot reach in parallel.hpp: bodies that throw, nest and count. tests/test_threads.py compiles and runs it.
+// What Python cannot reach in parallel.hpp: bodies that throw, nest and count. tests/test_threads.py compiles and runs
+// it.
 #include "polyvec/parallel.hpp"
 
 #include <algorithm>
