@@ -25,41 +25,14 @@ from torch import Tensor
 from tqdm import trange
 
 from _data import DATA_DIR, KnowledgeGraph, load_knowledge_graph
+from polyvec.torch import relation_query
 
-# The two squares (i^2, j^2) that define each algebra; k = ij = -ji, hence k^2 = -i^2 j^2.
-ALGEBRAS = {"quaternion": (-1, -1), "dihedron": (-1, 1)}
-
-
-def product(x: Tensor, y: Tensor, *, algebra: str) -> Tensor:
-    """Multiply (..., 4, d) by (..., 4, d), component by component of d, in the algebra i^2 = a, j^2 = b."""
-    a, b = ALGEBRAS[algebra]
-    x0, x1, x2, x3 = x.unbind(-2)
-    y0, y1, y2, y3 = y.unbind(-2)
-    return torch.stack(
-        [
-            x0 * y0 + a * x1 * y1 + b * x2 * y2 - a * b * x3 * y3,
-            x0 * y1 + x1 * y0 - b * x2 * y3 + b * x3 * y2,
-            x0 * y2 + x2 * y0 + a * x1 * y3 - a * x3 * y1,
-            x0 * y3 + x3 * y0 + x1 * y2 - x2 * y1,
-        ],
-        dim=-2,
-    )
-
-
-def relation_query(
-    entities: Tensor, relations: Tensor, head_ids: Tensor, relation_ids: Tensor, *, algebra: str
-) -> Tensor:
-    """Return the query vectors h r/|r|, (B, 4, d).
-
-    The norm is the Euclidean one in both algebras: the dihedron's own norm s^2 + x^2 - y^2 - z^2 can vanish.
-    """
-    rotors = functional.normalize(relations, dim=-2)  # before the gather: a graph has fewer relations than a batch rows
-    return product(entities[head_ids], rotors[relation_ids], algebra=algebra)
+ALGEBRAS = ("quaternion", "dihedron")
 
 
 def score_all_tails(queries: Tensor, entities: Tensor) -> Tensor:
-    """Return the inner product of every query with every entity, (B, N)."""
-    return queries.flatten(1) @ entities.flatten(1).T
+    """Return the inner product of every query (B, 4 d) with every entity (N, 4, d)."""
+    return queries @ entities.flatten(1).T
 
 
 def with_reciprocals(triples: NDArray[np.int64], num_relations: int) -> NDArray[np.int64]:
@@ -146,7 +119,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar="DATA_DIR",
         help="folder with train, valid and test, each .txt or .txt.xz, head TAB relation TAB tail (default: UMLS)",
     )
-    parser.add_argument("--algebra", choices=sorted(ALGEBRAS), default="quaternion", help="default: %(default)s")
+    parser.add_argument("--algebra", choices=ALGEBRAS, default="quaternion", help="default: %(default)s")
     parser.add_argument("--dim", type=positive_int, default=32, help="4-tuples in an embedding (default: %(default)s)")
     parser.add_argument("--epochs", type=positive_int, default=60, help="default: %(default)s")
     parser.add_argument("--batch-size", type=positive_int, default=256, help="default: %(default)s")
