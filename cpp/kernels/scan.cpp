@@ -116,9 +116,42 @@ void nearest(const ScanBlock& block, float* best, int32_t* id) noexcept {
     });
 }
 
+/// Q queries with each row in turn: a single stream, which the hardware prefetches to the full rate of the memory; four
+/// rows side by side get half of it.
+template <size_t Q>
+void products_by_row(const float* queries, const float* rows, size_t n, size_t d, float* out) noexcept {
+    for (size_t k = 0; k < n; ++k, rows += d) {
+        Vec<float> sum[Q][2] = {};
+        size_t i = 0;
+        for (; i + 2 * L <= d; i += 2 * L) {
+            for (size_t u = 0; u < 2; ++u) {
+                const Vec<float> x = load(rows + i + u * L);
+                for (size_t q = 0; q < Q; ++q) sum[q][u] = fma(x, load(queries + q * d + i + u * L), sum[q][u]);
+            }
+        }
+        for (size_t u = 0; i < d; i += L, ++u) {
+            const size_t left = d - i < L ? d - i : L;
+            const Vec<float> x = load_first(rows + i, left);
+            for (size_t q = 0; q < Q; ++q) sum[q][u] = fma(x, load_first(queries + q * d + i, left), sum[q][u]);
+        }
+        for (size_t q = 0; q < Q; ++q) out[q * n + k] = reduce_add(sum[q][0] + sum[q][1]);
+    }
+}
+
+void products(const float* queries, size_t count, const float* rows, size_t n, size_t d, float* out) noexcept {
+    size_t q = 0;
+    for (; q + 4 <= count; q += 4) products_by_row<4>(queries + q * d, rows, n, d, out + q * n);
+    for (; q + 2 <= count; q += 2) products_by_row<2>(queries + q * d, rows, n, d, out + q * n);
+    for (; q < count; ++q) products_by_row<1>(queries + q * d, rows, n, d, out + q * n);
+}
+
+void squares(const float* rows, size_t n, size_t d, float* out) noexcept {
+    for (size_t k = 0; k < n; ++k) products_by_row<1>(rows + k * d, rows + k * d, 1, d, out + k);
+}
+
 }  // namespace
 
 extern const ScanKernels scan_kernels;
-const ScanKernels scan_kernels{width, pack, values, select, count, nearest};
+const ScanKernels scan_kernels{width, pack, values, select, count, nearest, products, squares};
 
 }  // namespace polyvec::POLYVEC_ISA

@@ -93,6 +93,12 @@ struct ScanKernels {
     void (*count)(const ScanBlock&, const float* target, std::int32_t* greater, std::int32_t* equal) noexcept;
     /// Replaces best[lane] and id[lane] by the value and the row of the table that are above them; the first of equals.
     void (*nearest)(const ScanBlock&, float* best, std::int32_t* id) noexcept;
+    /// out (count, n): products of a few queries (count, d) with the rows (n, d), read once. For fewer queries than are
+    /// worth a panel.
+    void (*products)(const float* queries, std::size_t count, const float* rows, std::size_t n, std::size_t d,
+                     float* out) noexcept;
+    /// The squared norms of the rows (n, d).
+    void (*squares)(const float* rows, std::size_t n, std::size_t d, float* out) noexcept;
 };
 
 constexpr std::uint32_t fde_end = ~std::uint32_t(0);  // ends a chain of tokens

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
+#include <limits>
 #include <vector>
 
 #include "polyvec/aligned.hpp"
@@ -17,7 +17,7 @@ constexpr float infinity = std::numeric_limits<float>::infinity();
 
 constexpr std::int64_t block_bytes = 1 << 18;  // items that stay in L2 while a group of panels passes over them
 constexpr std::int64_t group_bytes = 1 << 19;  // panels of that group
-constexpr std::int64_t batch_bytes = 1 << 22;  // panels of the queries that are searched together
+constexpr std::int64_t batch_bytes = 1 << 24;  // queries that are searched together, and what is kept for them
 constexpr std::int64_t piece_flops = 1 << 30;  // a piece of work: about 10 ms
 constexpr std::int64_t max_group = 8, min_block = 64, max_block = 1024;
 
@@ -25,7 +25,7 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
     return (a + b - 1) / b;
 }
 
-/// Items whose rows of width d fill a block.
+/// Items of width d that make a block.
 std::int64_t block_rows(std::int64_t d) {
     return std::clamp<std::int64_t>(block_bytes / (4 * std::max<std::int64_t>(d, 1)), min_block, max_block);
 }
@@ -35,71 +35,73 @@ std::int64_t group_panels(std::int64_t panel_size) {
     return std::clamp<std::int64_t>(group_bytes / (4 * std::max<std::int64_t>(panel_size, 1)), 1, max_group);
 }
 
-/// squares[i] = |rows[i]|^2.
-void squared_norms(const Array& rows, int num_threads, float* squares) {
-    const auto dot = kernels().distance->i64.dot;
-    const std::int64_t d = rows.dim(1), zero = 0;
-    parallel_for(rows.dim(0), block_rows(d), num_threads, [&](std::int64_t begin, std::int64_t end, int) {
-        for (std::int64_t i = begin; i < end; ++i) {
-            const float* row = rows.as<const float>() + i * d;
-            dot(row, row, &zero, 1, d, squares + i);
-        }
-    });
-}
-
-float inverse_norm(float square) {
+/// 1 / |row|, 0 for a zero vector.
+float inverse_norm(const float* row, std::int64_t d) {
+    float square;
+    kernels().scan->squares(row, 1, d, &square);
     return square > 0 ? 1 / std::sqrt(square) : 0;
 }
 
-/// What makes values of products with the items: value = product * scale + offset, higher is better. Both are empty
-/// where a product is a value. For l2 it is q . x - (|x|^2 - bias) / 2, which orders items as -(|q - x|^2 - bias) does.
-struct Factors {
-    std::vector<float> scale, offset;
+/// What turns products with some of the items into values: value = product * scale + offset, higher is better.
+/// For l2 that is q . x - (|x|^2 - bias) / 2, which orders items as -(|q - x|^2 - bias) does.
+class Factors {
+public:
+    Factors(Metric metric, const Array& items, const Array& bias) : metric_(metric), items_(items), bias_(bias) {}
 
-    Factors(Metric metric, const Array& items, const Array& bias, int num_threads) {
-        if (metric == Metric::ip && !bias) return;
-        const std::int64_t n = items.dim(0);
-        scale.assign(n, 1);
-        offset.assign(n, 0);
-        if (bias) std::copy_n(bias.as<const float>(), n, offset.begin());
-        if (metric == Metric::ip) return;
-        std::vector<float> squares(n);
-        squared_norms(items, num_threads, squares.data());
+    /// Chooses the items: `n` of them from `first` on.
+    void compute(std::int64_t first, std::int64_t n) {
+        first_ = first;
+        if (plain()) return;
+        scale_.assign(n, 1);
+        offset_.assign(n, 0);
+        if (bias_) std::copy_n(bias_.as<const float>() + first, n, offset_.begin());
+        if (metric_ == Metric::ip) return;
+        squares_.resize(n);
+        kernels().scan->squares(row(first), n, items_.dim(1), squares_.data());
         for (std::int64_t i = 0; i < n; ++i) {
-            if (metric == Metric::l2) {
-                offset[i] = (offset[i] - squares[i]) / 2;
+            if (metric_ == Metric::l2) {
+                offset_[i] = (offset_[i] - squares_[i]) / 2;
             } else {
-                scale[i] = inverse_norm(squares[i]);
+                scale_[i] = squares_[i] > 0 ? 1 / std::sqrt(squares_[i]) : 0;
             }
         }
     }
 
-    /// `panel` against `n` rows of `items` from `first` on.
-    ScanBlock block(const float* panel, const Array& items, std::int64_t first, std::int64_t n) const {
+    /// `panel` against `n` of the chosen items from `first` on.
+    ScanBlock block(const float* panel, std::int64_t first, std::int64_t n) const {
         ScanBlock block;
         block.panel = panel;
-        block.rows = items.as<const float>() + first * items.dim(1);
+        block.rows = row(first);
         block.n = n;
-        block.d = items.dim(1);
-        block.scale = scale.empty() ? nullptr : scale.data() + first;
-        block.offset = offset.empty() ? nullptr : offset.data() + first;
+        block.d = items_.dim(1);
+        block.scale = plain() ? nullptr : scale_.data() + (first - first_);
+        block.offset = plain() ? nullptr : offset_.data() + (first - first_);
         block.first_row = first;
         return block;
     }
+
+private:
+    bool plain() const { return metric_ == Metric::ip && !bias_; }
+    const float* row(std::int64_t i) const { return items_.as<const float>() + i * items_.dim(1); }
+
+    Metric metric_;
+    Array items_, bias_;
+    std::int64_t first_ = 0;
+    std::vector<float> scale_, offset_, squares_;
 };
 
-/// Some of the queries, ready to be compared with items.
+/// Some of the queries, packed.
 class Batch {
 public:
-    const std::int64_t first, n, d, width;
-    const std::int64_t panels = ceil_div(n, width);
+    const std::int64_t first, n, d, width, panels;
 
-    /// Queries first, first + 1, ... as many as fill a batch.
-    Batch(const Array& queries, std::int64_t first, Metric metric, int num_threads)
+    /// As many queries as fill a batch, from `first` on; `kept` bytes are needed for each beside its panel.
+    Batch(const Array& queries, std::int64_t first, std::int64_t kept, Metric metric, int num_threads)
         : first(first),
-          n(std::min(queries.dim(0) - first, size(queries.dim(1)))),
+          n(std::min(queries.dim(0) - first, most(4 * queries.dim(1) + kept))),
           d(queries.dim(1)),
           width(kernels().scan->panel_width),
+          panels(ceil_div(n, width)),
           rows_(queries.as<const float>() + first * d),
           packed_(aligned<float>(panels * width * d)) {
         if (metric == Metric::cosine) normalize(num_threads);
@@ -112,7 +114,7 @@ public:
     const float* panel(std::int64_t p) const { return packed_.get() + p * width * d; }
     std::int64_t lanes(std::int64_t p) const { return std::min(width, n - p * width); }
 
-    /// Sorts the lists' pairs into panels, without the pair of a query and its `keep` (may be null).
+    /// Sorts the pairs of the lists into panels, all but those of a query and its `keep` (may be null).
     void exclude(const IdLists& lists, const std::int64_t* keep, int num_threads) {
         excluded_.resize(panels);
         if (!lists.offsets) return;
@@ -128,32 +130,28 @@ public:
         });
     }
 
-    /// Gives `block` (of any panel's rows) the pairs of panel p that are excluded from it.
+    /// Gives `block` its part of the pairs that are excluded from panel p.
     void set_excluded(std::int64_t p, ScanBlock& block) const {
         const auto& pairs = excluded_[p];
-        const auto from = [&](std::uint64_t row) {
-            return pairs.data() + (std::lower_bound(pairs.begin(), pairs.end(), row * width) - pairs.begin());
+        const auto from = [&](std::uint64_t item) {
+            return pairs.data() + (std::lower_bound(pairs.begin(), pairs.end(), item * width) - pairs.begin());
         };
         block.excluded = from(block.first_row);
         block.excluded_end = from(block.first_row + block.n);
     }
 
 private:
-    static std::int64_t size(std::int64_t d) {
+    static std::int64_t most(std::int64_t bytes) {
         const std::int64_t width = kernels().scan->panel_width;
-        return width * std::max<std::int64_t>(1, batch_bytes / (4 * width * std::max<std::int64_t>(d, 1)));
+        return width * std::max<std::int64_t>(1, batch_bytes / (width * std::max<std::int64_t>(bytes, 1)));
     }
 
     void normalize(int num_threads) {
         unit_ = aligned<float>(n * d);
-        const auto dot = kernels().distance->i64.dot;
         parallel_for(n, block_rows(d), num_threads, [&](std::int64_t begin, std::int64_t end, int) {
             for (std::int64_t i = begin; i < end; ++i) {
-                const std::int64_t zero = 0;
-                float square;
-                dot(row(i), row(i), &zero, 1, d, &square);
-                const float scale = inverse_norm(square);
-                std::transform(row(i), row(i) + d, unit_.get() + i * d, [&](float x) { return x * scale; });
+                const float scale = inverse_norm(row(i), d);
+                std::transform(row(i), row(i) + d, unit_.get() + i * d, [=](float x) { return x * scale; });
             }
         });
         rows_ = unit_.get();
@@ -164,105 +162,114 @@ private:
     std::vector<std::vector<std::uint64_t>> excluded_;
 };
 
-/// The plan by which a batch meets n items: in groups of panels, and in ranges of items that run side by side where
-/// the panels are too few to keep all threads busy. Results are kept for each range apart, and merged.
-struct Sweep {
-    std::int64_t items, block, panels, group, groups, ranges, range;
+/// How a batch meets n items: in groups of panels, which share each block of items, and in ranges of items that run
+/// side by side where groups are too few to keep all threads busy. Results are kept for each range apart, and merged.
+class Sweep {
+public:
+    /// What is done at a time: panels [begin, end) meet `n` items from `first` on, a block of a range.
+    struct Step {
+        std::int64_t range, begin, end, first, n;
+    };
+
+    const std::int64_t block, panels, items;
 
     Sweep(const Batch& batch, std::int64_t items, int num_threads)
-        : items(items), block(block_rows(batch.d)), panels(batch.panels), flops_per_row_(2 * batch.width * batch.d) {
-        const std::int64_t threads = workers_for(items, 1, num_threads);
-        group = std::clamp<std::int64_t>(panels / (4 * threads), 1, group_panels(batch.width * batch.d));
-        groups = ceil_div(panels, group);
-        ranges = threads == 1 || groups >= threads ? 1 : ceil_div(2 * threads, groups);
-        ranges = std::clamp<std::int64_t>(items / (4 * block), 1, ranges);
-        range = ceil_div(items, ranges);
+        : block(block_rows(batch.d)), panels(batch.panels), items(items), num_threads_(num_threads) {
+        const std::int64_t threads = workers_for(std::max<std::int64_t>(items, 1), 1, num_threads);
+        group_ = std::clamp<std::int64_t>(panels / (4 * threads), 1, group_panels(batch.width * batch.d));
+        groups_ = ceil_div(panels, group_);
+        const std::int64_t wanted = threads == 1 || groups_ >= threads ? 1 : ceil_div(2 * threads, groups_);
+        ranges_ = std::clamp<std::int64_t>(items / (4 * block), 1, wanted);
+        piece_ = std::max(block, piece_flops / (2 * batch.width * std::max<std::int64_t>(batch.d, 1) * group_));
     }
 
-    int workers(int num_threads) const { return workers_for(ranges * groups, 1, num_threads); }
+    std::int64_t ranges() const { return ranges_; }
+    int workers() const { return workers_for(ranges_ * groups_, 1, num_threads_); }
 
-    /// Calls visit(panel, range, first item, number of items, worker): each panel meets the items of a range in order.
+    /// Calls visit(step, worker). A panel meets the items of a range in order.
     template <class Visit>
-    void run(int num_threads, const Visit& visit) const {
-        const std::int64_t most = std::max(block, piece_flops / std::max<std::int64_t>(1, flops_per_row_ * group));
-        for (std::int64_t done = 0; done < range; done += most) {
-            parallel_for(ranges * groups, 1, num_threads, [&](std::int64_t task, std::int64_t, int worker) {
-                const std::int64_t r = task / groups, g = task % groups;
-                const std::int64_t end = std::min({r * range + done + most, (r + 1) * range, items});
-                for (std::int64_t row = r * range + done; row < end; row += block)
-                    for (std::int64_t p = g * group; p < std::min((g + 1) * group, panels); ++p)
-                        visit(p, r, row, std::min(block, end - row), worker);
+    void run(const Visit& visit) const {
+        const std::int64_t range_size = ceil_div(items, ranges_);
+        for (std::int64_t done = 0; done < range_size; done += piece_) {
+            parallel_for(ranges_ * groups_, 1, num_threads_, [&](std::int64_t task, std::int64_t, int worker) {
+                const std::int64_t range = task / groups_, group = task % groups_;
+                const std::int64_t first = range * range_size + done;
+                const std::int64_t end = std::min({first + piece_, (range + 1) * range_size, items});
+                for (std::int64_t item = first; item < end; item += block)
+                    visit(Step{range, group * group_, std::min((group + 1) * group_, panels), item,
+                               std::min(block, end - item)},
+                          worker);
             });
         }
     }
 
 private:
-    std::int64_t flops_per_row_;
+    int num_threads_;
+    std::int64_t group_, groups_, ranges_, piece_;
 };
 
-/// Finds the best items of a panel's queries in one block at a time.
+/// One worker's part in finding the best items of a batch.
 class Selector {
 public:
-    Selector(const Batch& batch, const Array& items, const Factors& factors, std::int64_t block)
+    Selector(const Batch& batch, const ScanTopK& op, std::int64_t block)
         : batch_(batch),
-          items_(items),
-          factors_(factors),
+          factors_(op.metric, op.items, op.bias),
           hits_(aligned<ScanHit>(block * batch.width)),
-          floor_(batch.width, infinity),
-          values_(block),
-          iota_(block) {
-        std::iota(iota_.begin(), iota_.end(), 0u);
-    }
+          floor_(batch.width),
+          products_(block * few) {}
 
-    /// best[lane]: the collector of a query of panel p.
-    void operator()(std::int64_t p, std::int64_t row, std::int64_t n, TopK* best) {
-        if (batch_.lanes(p) <= few) return by_row(p, row, n, best);
-        for (std::int64_t done = 0, step; done < n; done += step) {
-            // Until the collectors are full everything is a hit: a few rows at a time then.
-            step = best[0].threshold() == -infinity ? std::min(min_block, n - done) : n - done;
-            by_panel(p, row + done, step, best);
+    /// best: the collectors of the batch's queries.
+    void operator()(const Sweep::Step& step, TopK* best) {
+        factors_.compute(step.first, step.n);
+        for (std::int64_t p = step.begin; p < step.end; ++p) {
+            if (batch_.lanes(p) <= few) {
+                by_row(p, step.first, step.n, best + p * batch_.width);
+            } else {
+                by_panel(p, step.first, step.n, best + p * batch_.width);
+            }
         }
     }
 
 private:
-    static constexpr std::int64_t few =
-        8;  // queries that are faster one by one: a panel costs as much when it is empty
+    static constexpr std::int64_t few = 6;  // queries that are faster by themselves than as a panel
 
-    void by_panel(std::int64_t p, std::int64_t row, std::int64_t n, TopK* best) {
-        ScanBlock block = factors_.block(batch_.panel(p), items_, row, n);
-        batch_.set_excluded(p, block);
-        for (std::int64_t lane = 0; lane < batch_.width; ++lane)
-            floor_[lane] = lane < batch_.lanes(p) ? best[lane].threshold() : infinity;
-        const std::size_t found = kernels().scan->select(block, floor_.data(), hits_.get());
-        for (std::size_t i = 0; i < found; ++i)
-            best[hits_[i].at % batch_.width].push(hits_[i].value, row + hits_[i].at / batch_.width);
+    void by_panel(std::int64_t p, std::int64_t first, std::int64_t n, TopK* best) {
+        for (std::int64_t end = first + n, rows; first < end; first += rows) {
+            // Until the collectors have seen enough, everything is a hit: a few items at a time then.
+            rows = best[0].threshold() == -infinity ? std::min(min_block, end - first) : end - first;
+            ScanBlock block = factors_.block(batch_.panel(p), first, rows);
+            batch_.set_excluded(p, block);
+            for (std::int64_t lane = 0; lane < batch_.width; ++lane)
+                floor_[lane] = lane < batch_.lanes(p) ? best[lane].threshold() : infinity;
+            const std::size_t found = kernels().scan->select(block, floor_.data(), hits_.get());
+            for (std::size_t i = 0; i < found; ++i)
+                best[hits_[i].at % batch_.width].push(hits_[i].value, first + hits_[i].at / batch_.width);
+        }
     }
 
-    void by_row(std::int64_t p, std::int64_t row, std::int64_t n, TopK* best) {
-        ScanBlock block = factors_.block(nullptr, items_, row, n);
+    void by_row(std::int64_t p, std::int64_t first, std::int64_t n, TopK* best) {
+        const std::int64_t lanes = batch_.lanes(p);
+        ScanBlock block = factors_.block(nullptr, first, n);
         batch_.set_excluded(p, block);
-        for (std::int64_t lane = 0; lane < batch_.lanes(p); ++lane) {
-            kernels().distance->u32.dot(batch_.row(p * batch_.width + lane), block.rows, iota_.data(), n, batch_.d,
-                                        values_.data());
-            for (const auto* pair = block.excluded; pair != block.excluded_end; ++pair)
-                if (static_cast<std::int64_t>(*pair % batch_.width) == lane)
-                    values_[*pair / batch_.width - row] = std::numeric_limits<float>::quiet_NaN();
+        kernels().scan->products(batch_.row(p * batch_.width), lanes, block.rows, n, batch_.d, products_.data());
+        for (const auto* pair = block.excluded; pair != block.excluded_end; ++pair)
+            products_[*pair % batch_.width * n + *pair / batch_.width - first] = std::nanf("");
+        for (std::int64_t lane = 0; lane < lanes; ++lane) {
             for (std::int64_t i = 0; i < n; ++i) {
-                const float value = block.scale ? values_[i] * block.scale[i] + block.offset[i] : values_[i];
-                if (value > best[lane].threshold()) best[lane].push(value, row + i);
+                const float product = products_[lane * n + i];
+                const float value = block.scale ? product * block.scale[i] + block.offset[i] : product;
+                if (value > best[lane].threshold()) best[lane].push(value, first + i);
             }
         }
     }
 
     const Batch& batch_;
-    const Array& items_;
-    const Factors& factors_;
+    Factors factors_;
     Aligned<ScanHit> hits_;
-    std::vector<float> floor_, values_;
-    std::vector<std::uint32_t> iota_;
+    std::vector<float> floor_, products_;
 };
 
-/// Replaces the values of `hits` by -(|q - x|^2 - bias), computed without cancellation.
+/// Replaces the values of `hits` by -(|query - x|^2 - bias), computed without cancellation.
 void set_distances(const float* query, const ScanTopK& op, std::vector<Hit>& hits) {
     std::vector<std::int64_t> ids(hits.size());
     std::vector<float> distances(hits.size());
@@ -273,31 +280,89 @@ void set_distances(const float* query, const ScanTopK& op, std::vector<Hit>& hit
         hits[i].score = (op.bias ? op.bias.as<const float>()[ids[i]] : 0) - distances[i];
 }
 
+void topk(const ScanTopK& op, const Batch& batch, int num_threads) {
+    const std::int64_t k = op.scores.dim(1);
+    const Sweep sweep(batch, op.items.dim(0), num_threads);
+    std::vector<Selector> selectors;
+    for (int i = 0; i < sweep.workers(); ++i) selectors.emplace_back(batch, op, sweep.block);
+    std::vector<TopK> best(sweep.ranges() * batch.n, TopK(k));
+    sweep.run([&](const Sweep::Step& step, int worker) { selectors[worker](step, &best[step.range * batch.n]); });
+
+    parallel_for(batch.n, 16, num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+        for (std::int64_t i = begin; i < end; ++i) {
+            for (std::int64_t range = 1; range < sweep.ranges(); ++range) best[i].merge(best[range * batch.n + i]);
+            if (op.metric == Metric::l2) set_distances(batch.row(i), op, best[i].hits());
+            const std::int64_t at = (batch.first + i) * k;
+            best[i].write(op.scores.as<float>() + at, op.ids.as<std::int64_t>() + at,
+                          op.metric == Metric::l2 ? -1.0f : 1.0f);
+        }
+    });
+}
+
+/// The value of each query's target, of the same bits as the sweep will meet; lanes without a query hold 0.
+std::vector<float> target_values(const ScanRank& op, const Batch& batch, int num_threads) {
+    std::vector<float> values(batch.panels * batch.width);
+    parallel_for(batch.panels, 1, num_threads, [&](std::int64_t p, std::int64_t, int) {
+        Factors factors(op.metric, op.items, op.bias);
+        std::vector<float> lanes(batch.width);
+        for (std::int64_t lane = 0; lane < batch.lanes(p); ++lane) {
+            const std::int64_t i = p * batch.width + lane;
+            const std::int64_t target = op.targets.as<const std::int64_t>()[batch.first + i];
+            factors.compute(target, 1);
+            kernels().scan->values(factors.block(batch.panel(p), target, 1), lanes.data());
+            values[i] = lanes[lane];
+            if (std::isnan(values[i]))
+                fail(op.op, "targets must have scores that are numbers, got NaN for query ", batch.first + i);
+        }
+    });
+    return values;
+}
+
+void rank(const ScanRank& op, const Batch& batch, int num_threads) {
+    const Sweep sweep(batch, op.items.dim(0), num_threads);
+    const std::vector<float> targets = target_values(op, batch, num_threads);
+    const std::int64_t lanes = batch.panels * batch.width;
+    std::vector<std::int32_t> greater(sweep.ranges() * lanes), equal(sweep.ranges() * lanes);
+    std::vector<Factors> factors(sweep.workers(), Factors(op.metric, op.items, op.bias));
+    sweep.run([&](const Sweep::Step& step, int worker) {
+        factors[worker].compute(step.first, step.n);
+        for (std::int64_t p = step.begin; p < step.end; ++p) {
+            ScanBlock block = factors[worker].block(batch.panel(p), step.first, step.n);
+            batch.set_excluded(p, block);
+            const std::int64_t lane = p * batch.width, at = step.range * lanes + lane;
+            kernels().scan->count(block, &targets[lane], &greater[at], &equal[at]);
+        }
+    });
+
+    for (std::int64_t i = 0; i < batch.n; ++i) {
+        double ahead = 0, tied = 0;  // the target ties with itself
+        for (std::int64_t range = 0; range < sweep.ranges(); ++range) {
+            ahead += greater[range * lanes + i];
+            tied += equal[range * lanes + i];
+        }
+        using Ties = ScanRank::Ties;
+        const double place = op.ties == Ties::optimistic ? 1 : op.ties == Ties::pessimistic ? tied : (1 + tied) / 2;
+        op.ranks.as<double>()[batch.first + i] = ahead + place;
+    }
+}
+
 }  // namespace
 
 void run(const ScanTopK& op, Cpu cpu) {
-    const std::int64_t k = op.scores.dim(1), n = op.items.dim(0);
-    const Factors factors(op.metric, op.items, op.bias, cpu.num_threads);
+    const std::int64_t kept = 32 * op.scores.dim(1);  // a collector holds twice k hits
     for (std::int64_t first = 0; first < op.queries.dim(0);) {
-        Batch batch(op.queries, first, op.metric, cpu.num_threads);
+        Batch batch(op.queries, first, kept, op.metric, cpu.num_threads);
         batch.exclude(op.exclude, nullptr, cpu.num_threads);
-        const Sweep sweep(batch, n, cpu.num_threads);
-        std::vector<Selector> select;
-        for (int i = 0; i < sweep.workers(cpu.num_threads); ++i)
-            select.emplace_back(batch, op.items, factors, sweep.block);
-        std::vector<TopK> best(sweep.ranges * batch.n, TopK(k));
-        sweep.run(cpu.num_threads,
-                  [&](std::int64_t p, std::int64_t range, std::int64_t row, std::int64_t rows, int worker) {
-                      select[worker](p, row, rows, best.data() + range * batch.n + p * batch.width);
-                  });
-        parallel_for(batch.n, 16, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
-            for (std::int64_t i = begin; i < end; ++i) {
-                for (std::int64_t range = 1; range < sweep.ranges; ++range) best[i].merge(best[range * batch.n + i]);
-                if (op.metric == Metric::l2) set_distances(batch.row(i), op, best[i].hits());
-                best[i].write(op.scores.as<float>() + (first + i) * k, op.ids.as<std::int64_t>() + (first + i) * k,
-                              op.metric == Metric::l2 ? -1.0f : 1.0f);
-            }
-        });
+        topk(op, batch, cpu.num_threads);
+        first += batch.n;
+    }
+}
+
+void run(const ScanRank& op, Cpu cpu) {
+    for (std::int64_t first = 0; first < op.queries.dim(0);) {
+        Batch batch(op.queries, first, 0, op.metric, cpu.num_threads);
+        batch.exclude(op.known, op.targets.as<const std::int64_t>(), cpu.num_threads);
+        rank(op, batch, cpu.num_threads);
         first += batch.n;
     }
 }
@@ -306,8 +371,9 @@ void run(const ScanNearest& op, Cpu cpu) {
     const auto& scan = *kernels().scan;
     const std::int64_t n = op.x.dim(0), d = op.x.dim(1), k = op.centroids.dim(0), width = scan.panel_width;
     const std::int64_t panels = ceil_div(n, width), group = group_panels(width * d), block = block_rows(d);
-    const Factors factors(op.metric, op.centroids, Array(), cpu.num_threads);
     const auto row = [&](std::int64_t i) { return op.x.as<const float>() + i * op.x.stride(0); };
+    Factors factors(op.metric, op.centroids, Array());
+    factors.compute(0, k);
 
     struct Scratch {
         Aligned<float> panels, best;
@@ -321,110 +387,48 @@ void run(const ScanNearest& op, Cpu cpu) {
         const Scratch& s = scratch[worker];
         std::fill_n(s.best.get(), group * width, -infinity);
         std::fill_n(s.ids.get(), group * width, 0);
+        const auto panel = [&](std::int64_t p) { return s.panels.get() + (p - begin) * width * d; };
         for (std::int64_t p = begin; p < end; ++p)
-            scan.pack(row(p * width), std::min(width, n - p * width), op.x.stride(0), d,
-                      s.panels.get() + (p - begin) * width * d);
-        for (std::int64_t c = 0; c < k; c += block)
-            for (std::int64_t p = 0; p < end - begin; ++p)
-                scan.nearest(factors.block(s.panels.get() + p * width * d, op.centroids, c, std::min(block, k - c)),
-                             s.best.get() + p * width, s.ids.get() + p * width);
+            scan.pack(row(p * width), std::min(width, n - p * width), op.x.stride(0), d, panel(p));
+        for (std::int64_t c = 0; c < k; c += block) {
+            for (std::int64_t p = begin; p < end; ++p) {
+                const std::int64_t lane = (p - begin) * width;
+                scan.nearest(factors.block(panel(p), c, std::min(block, k - c)), s.best.get() + lane,
+                             s.ids.get() + lane);
+            }
+        }
         for (std::int64_t i = begin * width; i < std::min(end * width, n); ++i) {
-            const std::int64_t id = s.ids[i - begin * width], zero = 0;
+            const std::int64_t id = s.ids[i - begin * width];
             op.ids.as<std::int64_t>()[i] = id;
             if (!op.distances) continue;
-            float* distance = op.distances.as<float>() + i;
-            *distance = s.best[i - begin * width];
+            float& distance = op.distances.as<float>()[i];
             if (op.metric == Metric::l2) {
-                kernels().distance->i64.l2(row(i), op.centroids.as<const float>(), &id, 1, d, distance);
-            } else if (op.metric == Metric::cosine) {
-                float square;
-                kernels().distance->i64.dot(row(i), row(i), &zero, 1, d, &square);
-                *distance *= inverse_norm(square);
+                kernels().distance->i64.l2(row(i), op.centroids.as<const float>(), &id, 1, d, &distance);
+            } else {
+                distance = s.best[i - begin * width];
+                if (op.metric == Metric::cosine) distance *= inverse_norm(row(i), d);
             }
         }
     });
 }
 
-void run(const ScanRank& op, Cpu cpu) {
-    const auto& scan = *kernels().scan;
-    const std::int64_t n = op.items.dim(0), d = op.items.dim(1);
-    const Factors factors(op.metric, op.items, op.bias, cpu.num_threads);
-    const auto* targets = op.targets.as<const std::int64_t>();
-    for (std::int64_t first = 0; first < op.queries.dim(0);) {
-        Batch batch(op.queries, first, op.metric, cpu.num_threads);
-        batch.exclude(op.known, targets, cpu.num_threads);
-        const std::int64_t width = batch.width, lanes = batch.panels * width;
-
-        // The value of each query's target: by the same kernel, so that it is the very number that the sweep meets.
-        std::vector<float> value(lanes);
-        parallel_for(batch.panels, 1, cpu.num_threads, [&](std::int64_t p, std::int64_t, int) {
-            std::vector<float> rows(batch.lanes(p) * d), scale(width), offset(width), values(batch.lanes(p) * width);
-            ScanBlock block;
-            block.panel = batch.panel(p);
-            block.rows = rows.data();
-            block.n = batch.lanes(p);
-            block.d = d;
-            if (!factors.scale.empty()) block.scale = scale.data(), block.offset = offset.data();
-            for (std::int64_t lane = 0; lane < batch.lanes(p); ++lane) {
-                const std::int64_t target = targets[first + p * width + lane];
-                std::copy_n(op.items.as<const float>() + target * d, d, rows.data() + lane * d);
-                if (block.scale) scale[lane] = factors.scale[target], offset[lane] = factors.offset[target];
-            }
-            scan.values(block, values.data());
-            for (std::int64_t lane = 0; lane < batch.lanes(p); ++lane) {
-                const std::int64_t i = p * width + lane;
-                value[i] = values[lane * width + lane];
-                if (std::isnan(value[i]))
-                    fail(op.op, "targets must have scores that are numbers, got NaN for query ", first + i);
-            }
-        });
-
-        const Sweep sweep(batch, n, cpu.num_threads);
-        std::vector<std::int32_t> greater(sweep.ranges * lanes), equal(sweep.ranges * lanes);
-        sweep.run(cpu.num_threads, [&](std::int64_t p, std::int64_t range, std::int64_t row, std::int64_t rows, int) {
-            ScanBlock block = factors.block(batch.panel(p), op.items, row, rows);
-            batch.set_excluded(p, block);
-            const std::int64_t at = range * lanes + p * width;
-            scan.count(block, value.data() + p * width, greater.data() + at, equal.data() + at);
-        });
-        for (std::int64_t i = 0; i < batch.n; ++i) {
-            double ahead = 0, tied = 0;  // tied: with the target itself
-            for (std::int64_t range = 0; range < sweep.ranges; ++range) {
-                ahead += greater[range * lanes + i];
-                tied += equal[range * lanes + i];
-            }
-            using Ties = ScanRank::Ties;
-            op.ranks.as<double>()[first + i] = ahead + (op.ties == Ties::optimistic    ? 1
-                                                        : op.ties == Ties::pessimistic ? tied
-                                                                                       : (1 + tied) / 2);
-        }
-        first += batch.n;
-    }
-}
-
 void run(const ScanPairs& op, Cpu cpu) {
-    constexpr std::int64_t chunk = 1024;  // ids a piece
+    constexpr std::int64_t chunk = 1024;  // ids at a time
     const std::int64_t m = op.ids.dim(1), d = op.items.dim(1), chunks = ceil_div(m, chunk);
     const auto& distance = kernels().distance->i64;
-    const float *queries = op.queries.as<const float>(), *items = op.items.as<const float>();
+    const float* items = op.items.as<const float>();
     const float* bias = op.bias ? op.bias.as<const float>() : nullptr;
-    const auto inverse = [&](const float* row) {
-        const std::int64_t zero = 0;
-        float square;
-        distance.dot(row, row, &zero, 1, d, &square);
-        return inverse_norm(square);
-    };
     const std::int64_t grain = std::max<std::int64_t>(1, (1 << 18) / (std::min(m, chunk) * d + 1));
     parallel_for(op.ids.dim(0) * chunks, grain, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
         for (std::int64_t piece = begin; piece < end; ++piece) {
             const std::int64_t i = piece / chunks, j = piece % chunks * chunk, n = std::min(chunk, m - j);
-            const float* query = queries + i * d;
+            const float* query = op.queries.as<const float>() + i * d;
             const std::int64_t* ids = op.ids.as<const std::int64_t>() + i * m + j;
             float* out = op.out.as<float>() + i * m + j;
             (op.metric == Metric::l2 ? distance.l2 : distance.dot)(query, items, ids, n, d, out);
             if (op.metric == Metric::cosine) {
-                const float scale = inverse(query);
-                for (std::int64_t c = 0; c < n; ++c) out[c] *= scale * inverse(items + ids[c] * d);
+                const float scale = inverse_norm(query, d);
+                for (std::int64_t c = 0; c < n; ++c) out[c] *= scale * inverse_norm(items + ids[c] * d, d);
             }
             if (!bias) continue;
             for (std::int64_t c = 0; c < n; ++c) out[c] += op.metric == Metric::l2 ? -bias[ids[c]] : bias[ids[c]];
