@@ -3,8 +3,10 @@
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -157,6 +159,39 @@ def started(rows, num_threads):
 print(started(4, 8), started(5000, 1), started(5000, 3), started(5000, 2), started(5000, 5))
 """
     assert python("-c", code, OPENBLAS_NUM_THREADS="1").stdout == "0 0 2 0 2\n"
+
+
+LONG_CALLS = {  # minutes each, if nothing stops them
+    "scan.topk": "pv.scan.topk(x, x, 10, num_threads=num_threads)",
+    "maxsim.score": "pv.maxsim.score(x.reshape(-1, 32, 128), x.reshape(-1, 32, 128), num_threads=num_threads)",
+}
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("call", LONG_CALLS)
+def test_ctrl_c_stops_long_work(call, num_threads):
+    code = f"""
+import signal
+import numpy as np, polyvec as pv
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with Ctrl-C ignored
+x = np.random.default_rng(0).random((200_000, 128), np.float32)
+num_threads = {num_threads}
+print("ready", flush=True)
+try:
+    {LONG_CALLS[call]}
+except KeyboardInterrupt:
+    small = pv.scan.topk(x[:3], x[:100], 1, num_threads=num_threads)  # the pool still works
+    print("stopped", small[1].shape)
+"""
+    environment = {**os.environ, "POLYVEC_ISA": _core.available_isas()[-1]}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=20)[0] == "stopped (3, 1)\n"
+    finally:
+        process.kill()
 
 
 @pytest.mark.parametrize(
