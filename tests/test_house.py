@@ -36,7 +36,7 @@ def headers_of(folder):
 STANDARD = r"<[a-z_]+>"
 CPP_RULES = {  # folder -> what its files may include
     "cpp/include/polyvec": rf'{STANDARD}|"polyvec/\w+\.hpp"',
-    "cpp/src": rf'{STANDARD}|<(pthread|sched)\.h>|"polyvec/\w+\.hpp"|"tables\.hpp"',
+    "cpp/src": rf'{STANDARD}|<(pthread|sched|sys/mman)\.h>|"polyvec/\w+\.hpp"|"tables\.hpp"',
     "cpp/kernels": r'<cstddef>|<cstdint>|<immintrin\.h>|<arm_neon\.h>|"\w+\.hpp"',
     "cpp/bindings": rf'{STANDARD}|<pybind11/\w+\.h>|"polyvec/\w+\.hpp"|"\w+\.hpp"',
 }
@@ -168,6 +168,7 @@ PUBLIC = {
         "__version__",
         "fde",
         "get_num_threads",
+        "hnsw",
         "hypercomplex",
         "maxsim",
         "num_threads",
@@ -176,6 +177,7 @@ PUBLIC = {
         "set_num_threads",
     ],
     "polyvec.fde": ["Encoder"],
+    "polyvec.hnsw": ["Index"],
     "polyvec.hypercomplex": ["conjugate", "norm", "normalize", "product", "relation_query"],
     "polyvec.maxsim": ["PackedTokens", "align", "pack", "score", "topk"],
     "polyvec.scan": ["nearest", "rank", "score_pairs", "topk"],

@@ -1,5 +1,6 @@
 /// The table of contents of polyvec._core.
 #include "fde.hpp"
+#include "hnsw.hpp"
 #include "hypercomplex.hpp"
 #include "maxsim.hpp"
 #include "polyvec/finite.hpp"
@@ -59,6 +60,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
     get_num_threads();  // and so is an unusable POLYVEC_NUM_THREADS
     set_interrupt_hook(interrupt_hook);
     bind_runtime(m);
+    bind_hnsw(m);
     bind_hypercomplex<Cpu>(m);
     bind_maxsim<Cpu>(m);
     bind_scan<Cpu>(m);

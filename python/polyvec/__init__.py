@@ -8,7 +8,7 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-from polyvec import fde, hypercomplex, maxsim, scan
+from polyvec import fde, hnsw, hypercomplex, maxsim, scan
 from polyvec._errors import CudaError, FormatError
 from polyvec._ragged import Ragged
 from polyvec._runtime import runtime_info
@@ -21,6 +21,7 @@ __all__ = [
     "__version__",
     "fde",
     "get_num_threads",
+    "hnsw",
     "hypercomplex",
     "maxsim",
     "num_threads",

@@ -1,0 +1,121 @@
+#pragma once
+
+#include <pybind11/typing.h>
+
+#include <memory>
+#include <string>
+
+#include "polyvec/hnsw.hpp"
+#include "run_op.hpp"
+
+namespace polyvec {
+
+using Tensors = py::typing::Dict<py::str, py::object>;
+
+/// A read-only numpy view of memory that `owner` keeps alive.
+inline py::array numpy_view(const Array& a, const std::shared_ptr<const void>& owner) {
+    const py::capsule base(new std::shared_ptr<const void>(owner),
+                           [](void* p) { delete static_cast<std::shared_ptr<const void>*>(p); });
+    py::array view(py::dtype(name_of(a.dtype)), std::vector<py::ssize_t>(a.shape.begin(), a.shape.begin() + a.ndim),
+                   a.data, base);
+    view.attr("flags").attr("writeable") = false;
+    return view;
+}
+
+/// Keeps a Python object alive from threads that do not hold the GIL.
+inline std::shared_ptr<const void> keep_alive(py::object object) {
+    return {new py::object(std::move(object)), [](const py::object* p) {
+                const py::gil_scoped_acquire gil;
+                delete p;
+            }};
+}
+
+/// The index takes its locks without the GIL: its holder may be waiting for the GIL to look for Ctrl-C.
+inline void bind_hnsw(py::module_& m) {
+    using Unlocked = py::call_guard<py::gil_scoped_release>;
+    const auto params = [](std::int64_t dim, const std::string& metric, std::int64_t m, std::int64_t ef_construction,
+                           std::uint64_t seed) {
+        return HnswParams{dim, metric_from("hnsw.Index", metric), m, ef_construction, seed};
+    };
+    py::class_<HnswIndex>(m, "HnswIndex")
+        .def(py::init([params](std::int64_t dim, const std::string& metric, std::int64_t m,
+                               std::int64_t ef_construction, std::uint64_t seed) {
+                 return std::make_unique<HnswIndex>(params(dim, metric, m, ef_construction, seed));
+             }),
+             py::arg("dim"), py::arg("metric"), py::arg("m"), py::arg("ef_construction"), py::arg("seed"))
+        .def("size", &HnswIndex::size, Unlocked())
+        .def("bytes", &HnswIndex::bytes, Unlocked())
+        .def("contains", &HnswIndex::contains, py::arg("id"), Unlocked())
+        .def("largest_id", &HnswIndex::largest_id, Unlocked());
+    m.def(
+        "hnsw_load",
+        [params](std::int64_t dim, const std::string& metric, std::int64_t m, std::int64_t ef_construction,
+                 std::uint64_t seed, std::int64_t entry, const Tensors& tensors) {
+            Args args = args_for<Cpu>(HnswIndex::load_op, 0);
+            const auto in = [&](const char* name) { return args.in(name, tensors[name]); };
+            HnswState state{in("vectors"), in("links"),   in("levels"), in("upper_links"),
+                            in("ids"),     in("removed"), entry,        keep_alive(tensors)};
+            const py::gil_scoped_release nogil;
+            return std::make_unique<HnswIndex>(params(dim, metric, m, ef_construction, seed), state);
+        },
+        py::arg("dim"), py::arg("metric"), py::arg("m"), py::arg("ef_construction"), py::arg("seed"), py::arg("entry"),
+        py::arg("tensors"));
+    m.def(
+        "hnsw_state",
+        [](const HnswIndex& index) {
+            const HnswState state = [&] {
+                const py::gil_scoped_release nogil;
+                return index.state();
+            }();
+            Tensors tensors;
+            for (const Array* a :
+                 {&state.vectors, &state.links, &state.levels, &state.upper_links, &state.ids, &state.removed})
+                tensors[a->name] = numpy_view(*a, state.owner);
+            return std::make_pair(tensors, state.entry);
+        },
+        py::arg("index"));
+    const auto bind = [&m](const char* name, const char* op, auto call) {
+        m.def(
+            name,
+            [op, call](HnswIndex& index, const py::object& ids, std::intptr_t where) {
+                Args args = args_for<Cpu>(op, where);
+                const Array a = args.in("ids", ids);
+                const py::gil_scoped_release nogil;
+                (index.*call)(a);
+            },
+            py::arg("index"), py::arg("ids"), py::arg("where"));
+    };
+    bind("hnsw_ids", HnswIndex::ids_op, &HnswIndex::ids);
+    bind("hnsw_reserve", HnswIndex::add_op, &HnswIndex::reserve);
+    bind("hnsw_remove", HnswIndex::remove_op, &HnswIndex::remove);
+    m.def(
+        "hnsw_get",
+        [](const HnswIndex& index, const py::object& ids, const py::object& out, std::intptr_t where) {
+            Args args = args_for<Cpu>(HnswIndex::get_op, where);
+            const Array a = args.in("ids", ids), to = args.out("out", out);
+            const py::gil_scoped_release nogil;
+            index.get(a, to);
+        },
+        py::arg("index"), py::arg("ids"), py::arg("out"), py::arg("where"));
+    m.def(
+        "hnsw_add",
+        [](HnswIndex& index, const py::object& vectors, const py::object& ids, std::intptr_t where) {
+            Args args = args_for<Cpu>(HnswIndex::add_op, where);
+            const Array x = args.in("vectors", vectors), a = args.in("ids", ids);
+            const py::gil_scoped_release nogil;
+            index.add(x, a, Cpu{static_cast<int>(where)});
+        },
+        py::arg("index"), py::arg("vectors"), py::arg("ids"), py::arg("where"));
+    m.def(
+        "hnsw_search",
+        [](const HnswIndex& index, const py::object& queries, std::int64_t ef, const py::object& scores,
+           const py::object& ids, std::intptr_t where) {
+            Args args = args_for<Cpu>(HnswIndex::search_op, where);
+            const Array x = args.in("queries", queries), s = args.out("scores", scores), a = args.out("ids", ids);
+            const py::gil_scoped_release nogil;
+            index.search(x, ef, s, a, Cpu{static_cast<int>(where)});
+        },
+        py::arg("index"), py::arg("queries"), py::arg("ef"), py::arg("scores"), py::arg("ids"), py::arg("where"));
+}
+
+}  // namespace polyvec

@@ -1,0 +1,112 @@
+/// A graph index that grows: hierarchical navigable small worlds.
+///
+/// Every vector has a slot, in the order of adding. Level 0 links each slot with up to 2 m others; a slot of level l
+/// has m links at each of the levels 1 to l, and one slot in m^l has that level, so that a search goes from the entry,
+/// the slot of the highest level, by long steps first.
+/// Paper: Efficient and robust approximate nearest neighbor search using hierarchical navigable small world graphs
+/// (Malkov and Yashunin 2018), algorithms 1 to 5.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <shared_mutex>
+#include <vector>
+
+#include "polyvec/array.hpp"
+#include "polyvec/error.hpp"
+#include "polyvec/exec.hpp"
+#include "polyvec/metric.hpp"
+
+namespace polyvec {
+
+struct HnswParams {
+    std::int64_t dim = 0;
+    Metric metric = Metric::cosine;
+    std::int64_t m = 16;
+    std::int64_t ef_construction = 200;
+    std::uint64_t seed = 0;
+
+    void validate(const char* op) const {
+        require(dim >= 1, op, "dim must be at least 1, got ", dim);
+        require(m >= 2 && m <= 1024, op, "m must be in [2, 1024], got ", m);
+        require(ef_construction >= 1, op, "ef_construction must be at least 1, got ", ef_construction);
+    }
+};
+
+/// All of an index: what a file holds.
+struct HnswState {
+    Array vectors;            // (n, dim) float32: unit vectors where the metric is cosine
+    Array links;              // (n, 2 m) uint32: a slot's neighbours at level 0, then no_link to the end
+    Array levels;             // (n,) uint8
+    Array upper_links;        // (sum of levels, m) uint32: a slot's rows for levels 1, 2, ... follow each other
+    Array ids;                // (n,) int64
+    Array removed;            // (n,) bool
+    std::int64_t entry = -1;  // a slot of the highest level; -1 when there is none
+    std::shared_ptr<const void> owner;  // keeps the arrays' memory alive
+};
+
+/// Any number of searches may run at once, or one call that changes the index; calls wait for each other.
+class HnswIndex {
+public:
+    static constexpr std::uint32_t no_link = 0xffffffff;
+
+    /// Names of the public functions, for messages.
+    static constexpr const char *add_op = "hnsw.Index.add", *search_op = "hnsw.Index.search",
+                                *get_op = "hnsw.Index.get", *remove_op = "hnsw.Index.remove",
+                                *ids_op = "hnsw.Index.ids", *load_op = "hnsw.Index.load";
+
+    explicit HnswIndex(const HnswParams& params);
+
+    /// Uses `vectors` and `links` where they are until the first change; throws FormatError unless all fits together.
+    HnswIndex(const HnswParams& params, const HnswState& state);
+
+    ~HnswIndex();
+
+    const HnswParams& params() const { return params_; }
+
+    /// Vectors that are not removed.
+    std::int64_t size() const;
+    /// Bytes of memory that the vectors and the graph take (mapped files count).
+    std::int64_t bytes() const;
+    bool contains(std::int64_t id) const;
+    /// -1 when nothing was ever added.
+    std::int64_t largest_id() const;
+    /// Fills `out` (size(),) with the ids that are not removed, in the order of adding.
+    void ids(const Array& out) const;
+    /// Fills `out` (n, dim) with the stored vectors of `ids` (n,).
+    void get(const Array& ids, const Array& out) const;
+
+    /// Makes room for `ids` (n,) after checking that they can be added.
+    void reserve(const Array& ids);
+    /// Interrupted: the vectors before some row are in the index, those after it are not.
+    void add(const Array& vectors, const Array& ids, Cpu cpu);
+    void remove(const Array& ids);
+
+    /// Fills `scores` and `ids` (nq, k); l2 scores are distances. At least max(ef, k) candidates are kept.
+    void search(const Array& queries, std::int64_t ef, const Array& scores, const Array& ids, Cpu cpu) const;
+
+    /// Shares memory with the index until the next change, which then works on a copy.
+    HnswState state() const;
+
+private:
+    struct Graph;
+    struct Linker;
+    class Walker;
+    class Walkers;
+
+    std::shared_lock<std::shared_mutex> reading() const;
+    std::unique_lock<std::shared_mutex> writing();
+    void check_new(const char* op, const Array& ids) const;
+    void make_writable(std::int64_t more);
+
+    HnswParams params_;
+    std::shared_ptr<Graph> graph_;
+    std::vector<std::mutex> locks_;  // of link rows, many slots a lock
+    mutable std::mutex gate_;        // passed on the way to mutex_: keeps searches from starving a writer
+    mutable std::shared_mutex mutex_;
+    mutable std::mutex idle_mutex_;
+    mutable std::vector<std::unique_ptr<Walker>> idle_;  // scratch memory of earlier calls
+};
+
+}  // namespace polyvec

@@ -1,0 +1,355 @@
+"""Approximate nearest neighbours in a graph that grows, shrinks, and lives in a file."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from polyvec import _backend, _core, _files
+from polyvec._arrays import Array, ArrayT, as_array, as_count, as_ids, choice, output, outputs
+from polyvec._files import State
+from polyvec._progress import Progress, reporting
+
+__all__ = ["Index"]
+
+Metric = Literal["cosine", "ip", "l2"]
+
+_CHUNK = 1024  # vectors linked between two reports of progress; searches may run in between
+
+
+class Index:
+    """Find the nearest of many vectors by walking a graph of neighbours: a few thousand comparisons, not all of them.
+
+    Hierarchical navigable small worlds: every vector is linked with up to 2 m near vectors in different directions,
+    and one in m, one in m^2, ... also take part in coarser graphs above, where each search begins.
+
+    Parameters
+    ----------
+    dim : int
+        Width d of the vectors.
+    metric : {"cosine", "ip", "l2"}
+        "cosine": inner product of unit vectors; vectors are stored scaled to norm 1, and a zero vector has cosine 0
+        with everything. "ip": inner product, higher is better. "l2": *squared* distance, lower is better.
+    m : int
+        Links of a vector, in [2, 1024]; 2 m at the ground level. More serve high recall and many dimensions.
+    ef_construction : int
+        Candidates kept while linking a vector. More give a better graph and take longer.
+    seed : int
+        Of the random levels, at least 0.
+
+    Notes
+    -----
+    Memory: 4 d + 8 m bytes a vector, and about 26 + 4 m / (m - 1) beside; room doubles as it fills up.
+
+    Threads: any number of searches may run at once, from any threads. A call that changes the index waits for them and
+    they for it; `add` lets searches pass now and then.
+
+    The same vectors added in the same order by one thread give the same graph, also over several calls. With more
+    threads the graph depends on their timing; its quality does not.
+
+    "ip" finds true inner products as long as the norms are alike. Where they are not, or where queries come from
+    elsewhere than the vectors, such a graph can miss the best (no triangle inequality holds): measure recall against
+    `polyvec.scan.topk`, raise `ef`, or use that.
+
+    References
+    ----------
+    Malkov and Yashunin 2018: Efficient and robust approximate nearest neighbor search using hierarchical navigable
+    small world graphs, algorithms 1 to 5.
+
+    Examples
+    --------
+    >>> import numpy as np, polyvec as pv
+    >>> index = pv.hnsw.Index(2, metric="l2")
+    >>> index.add(np.array([[0, 0], [3, 0], [0, 4]], np.float32), [10, 20, 30])
+    >>> scores, ids = index.search(np.array([[2, 0]], np.float32), 2)
+    >>> scores, ids
+    (array([[1., 4.]], dtype=float32), array([[20, 10]]))
+    """
+
+    def __init__(
+        self, dim: int, *, metric: Metric = "cosine", m: int = 16, ef_construction: int = 200, seed: int = 0
+    ) -> None:
+        op = "hnsw.Index"
+        self._params: dict[str, Any] = {
+            "dim": as_count(op, "dim", dim),
+            "metric": choice(op, "metric", metric, ("cosine", "ip", "l2")),
+            "m": as_count(op, "m", m, least=2),
+            "ef_construction": as_count(op, "ef_construction", ef_construction),
+            "seed": as_count(op, "seed", seed, least=0),
+        }
+        self._core = _core.HnswIndex(**self._params)
+        self._changing = threading.RLock()  # one change at a time; `progress` may look at the index
+
+    @property
+    def dim(self) -> int:
+        """Width d of the vectors."""
+        return int(self._params["dim"])
+
+    @property
+    def metric(self) -> str:
+        """How vectors are compared: "cosine", "ip" or "l2"."""
+        return str(self._params["metric"])
+
+    @property
+    def ids(self) -> npt.NDArray[np.int64]:
+        """The ids in the index, in the order of adding, shape (len(index),)."""
+        with self._changing:
+            out = np.empty(len(self), np.int64)
+            _core.hnsw_ids(self._core, out, 0)
+        return out
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that vectors and graph take, with the room kept for more; mapped files count."""
+        return int(self._core.bytes())
+
+    def __len__(self) -> int:
+        return int(self._core.size())
+
+    def __contains__(self, id: int) -> bool:  # noqa: A002 (the word of the glossary)
+        return bool(self._core.contains(id))
+
+    def __repr__(self) -> str:
+        params = ", ".join(f"{name}={value!r}" for name, value in self._params.items())
+        return f"hnsw.Index({params}, {len(self)} vectors)"
+
+    def add(
+        self, vectors: Array, ids: Any = None, *, progress: Progress = None, num_threads: int | None = None
+    ) -> None:
+        """Add vectors.
+
+        Parameters
+        ----------
+        vectors : array of shape (n, d), float32
+            Copied.
+        ids : integer array of shape (n,), optional
+            Names that `search` returns: any distinct 64-bit integers but -1 that are not in the index. By default
+            running numbers after the largest id so far, from 0.
+        progress : bool or callable, optional
+            True shows a bar; a callable is called with (done, n) now and then.
+        num_threads : int, optional
+            CPU threads; the process setting when None.
+
+        Raises
+        ------
+        ValueError
+            Another shape, NaN or Inf, an id twice or in the index already. The index is as it was before.
+        TypeError
+            Vectors that are not float32, ids that are not integers.
+        KeyboardInterrupt
+            Ctrl-C, or what `progress` raises, ends the call within a second: the vectors before some row are in the
+            index then, those after it are not, as `len` tells.
+
+        Notes
+        -----
+        About ef_construction * m comparisons a vector: O(n log n) in all.
+        """
+        op = "hnsw.Index.add"
+        x: Any = as_array(op, "vectors", vectors, ndim=2)
+        n = int(x.shape[0])
+        if x.shape[1] != self.dim:
+            raise ValueError(f"{op}: vectors must have d = {self.dim}, got {x.shape[1]}")
+        _backend.require_finite(op, "vectors", x, num_threads)
+        names = None if ids is None else as_ids(op, "ids", ids)
+        if names is not None and len(names) != n:
+            raise ValueError(f"{op}: ids must have one entry a vector ({n}), got {len(names)}")
+        with self._changing, reporting(op, progress, n, "vectors") as count:
+            if names is None:
+                first = max(0, self._core.largest_id() + 1)
+                if first + n > 2**63:
+                    raise ValueError(f"{op}: ids must be given, no numbers are left after {first - 1}")
+                names = np.arange(first, first + n, dtype=np.int64)
+            _backend.run(op, "hnsw_reserve", x, self._core, names, num_threads=num_threads)
+            for begin in range(0, n, _CHUNK):
+                chunk = slice(begin, begin + _CHUNK)
+                _backend.run(op, "hnsw_add", x, self._core, x[chunk], names[chunk], num_threads=num_threads)
+                count(min(_CHUNK, n - begin))
+
+    def search(
+        self,
+        queries: ArrayT,
+        k: int,
+        *,
+        ef: int | None = None,
+        out: tuple[ArrayT, ArrayT] | None = None,
+        num_threads: int | None = None,
+    ) -> tuple[ArrayT, ArrayT]:
+        """Find the k best vectors for each query.
+
+        Parameters
+        ----------
+        queries : array of shape (nq, d), float32
+        k : int
+        ef : int, optional
+            Candidates kept on the way, at least k; max(k, 64) by default. More give better recall and take longer,
+            both in proportion. With `ef >= len(index)` the search is exact.
+        out : pair of arrays of shape (nq, k), float32 and int64, optional
+            Written and returned.
+        num_threads : int, optional
+            CPU threads; the process setting when None.
+
+        Returns
+        -------
+        scores : array of shape (nq, k), float32
+            Best first, of the index's metric: inner products and cosines fall, squared distances ("l2") rise.
+        ids : array of shape (nq, k), int64
+            Where fewer than k vectors were found the rest is -1, with score -inf ("l2": +inf).
+
+        Raises
+        ------
+        ValueError
+            Another shape, k or ef below 1.
+        TypeError
+            Queries that are not float32.
+
+        Notes
+        -----
+        About ef * m comparisons a query, 2 d flops and 4 d bytes each. Same result for any number of threads. A query
+        with NaN finds nothing. Removed vectors are passed through without counting as candidates: after removing most
+        of an index, searches are faster in a new one.
+        """
+        op = "hnsw.Index.search"
+        x: Any = as_array(op, "queries", queries, ndim=2)
+        if x.shape[1] != self.dim:
+            raise ValueError(f"{op}: queries must have d = {self.dim}, got {x.shape[1]}")
+        k = as_count(op, "k", k)
+        ef = max(k, 64) if ef is None else as_count(op, "ef", ef)
+        scores, ids = outputs(op, out, x, (int(x.shape[0]), k), ("float32", "int64"), ("scores", "ids"))
+        _backend.run(op, "hnsw_search", x, self._core, x, ef, scores, ids, num_threads=num_threads)
+        return scores, ids
+
+    def get(self, ids: Any, *, out: Any = None) -> Any:
+        """Return the stored vectors of `ids`.
+
+        Parameters
+        ----------
+        ids : integer array of shape (n,)
+        out : array of shape (n, d), float32, optional
+
+        Returns
+        -------
+        array of shape (n, d), float32, in ids' library
+            As they were added, scaled to norm 1 where the metric is "cosine".
+
+        Raises
+        ------
+        IndexError
+            An id that is not in the index.
+        """
+        op = "hnsw.Index.get"
+        names = as_ids(op, "ids", ids)
+        out = output(op, out, names, (int(names.shape[0]), self.dim), "float32")
+        _backend.run(op, "hnsw_get", names, self._core, names, out)
+        return out
+
+    def remove(self, ids: Any) -> None:
+        """Remove vectors: no search returns them any more, and their ids can be added again.
+
+        Parameters
+        ----------
+        ids : integer array of shape (n,)
+
+        Raises
+        ------
+        IndexError
+            An id that is not in the index; then nothing is removed.
+        ValueError
+            An id twice.
+
+        Notes
+        -----
+        The vectors stay where they are as way-marks of the graph, and keep their memory.
+        """
+        op = "hnsw.Index.remove"
+        names = as_ids(op, "ids", ids)
+        with self._changing:
+            _backend.run(op, "hnsw_remove", names, self._core, names)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the index to one file, which replaces an existing one only when it is complete.
+
+        Parameters
+        ----------
+        path : path
+
+        Raises
+        ------
+        OSError
+            The system's own: a missing folder, no permission, a full disk. An existing file is untouched then.
+
+        Notes
+        -----
+        A safetensors file with checksums: tensors `vectors`, `links`, `levels`, `upper_links`, `ids`, `removed`.
+        """
+        _files.save(path, "hnsw.Index", self.state())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, mmap: bool = False) -> Index:
+        """Read an index that `save` wrote.
+
+        Parameters
+        ----------
+        path : path
+        mmap : bool
+            Leave vectors and ground-level links in the file and read what a search touches. The first `add` or
+            `remove` copies them into memory.
+
+        Returns
+        -------
+        Index
+
+        Raises
+        ------
+        FormatError
+            The file is damaged, truncated, of another kind or of a newer format.
+        OSError
+            The system's own.
+
+        Notes
+        -----
+        Everything is verified before use: checksums, shapes, ids, every link. With mmap only the vectors' own bytes
+        are not: damage there changes scores, and can do no more.
+        """
+        return _files.load(path, "hnsw.Index", cls.from_state, mmap=mmap, lazy=("vectors",))
+
+    def state(self) -> State:
+        """Return what `save` writes.
+
+        Returns
+        -------
+        State
+            Read-only tensors that share the index's memory until its next change, and the parameters.
+        """
+        tensors, entry = _core.hnsw_state(self._core)
+        return State(tensors, {**self._params, "entry": entry})
+
+    @classmethod
+    def from_state(cls, state: State) -> Index:
+        """Build an index from a state.
+
+        Parameters
+        ----------
+        state : State
+            As `state` returned it. The tensors are used in place until the first change.
+
+        Returns
+        -------
+        Index
+
+        Raises
+        ------
+        FormatError
+            A state that does not fit together.
+        """
+        params = dict(state.params)
+        entry = params.pop("entry")
+        index = cls(**params)
+        index._core = _core.hnsw_load(**params, entry=entry, tensors=dict(state.tensors))
+        return index
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Index.from_state, (self.state(),)

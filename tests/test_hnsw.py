@@ -1,0 +1,659 @@
+"""The graph index: exact where it must be, near enough elsewhere, whole after any change, call or file."""
+
+import gzip
+import lzma
+import pickle
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import polyvec as pv
+from accuracy import assert_exact, assert_reduction
+from polyvec._files import State
+from reference import hnsw as ref
+
+METRICS = ["cosine", "ip", "l2"]
+
+
+def sample(rng, n, d):
+    return rng.standard_normal((n, d)).astype(np.float32)
+
+
+def build(x, metric="l2", *, num_threads=1, **params):
+    index = pv.hnsw.Index(x.shape[1], metric=metric, **params)
+    index.add(x, num_threads=num_threads)
+    return index
+
+
+def scale(queries, vectors, metric):
+    """Sum of absolute products: the size that rounding errors are measured against."""
+    if metric == "l2":
+        return 2 * ref.score(queries, vectors, "l2") + 1e-3
+    if metric == "cosine":
+        queries, vectors = ref.unit(queries), ref.unit(vectors)
+    return np.abs(queries).astype(np.float64) @ np.abs(vectors).astype(np.float64).T
+
+
+def assert_scores(scores, ids, queries, vectors, metric):
+    """Every score is that of its id, and they are sorted."""
+    exact = np.take_along_axis(ref.score(queries, vectors, metric), ids, 1)
+    size = np.take_along_axis(scale(queries, vectors, metric), ids, 1)
+    assert_reduction(scores, exact, size, length=vectors.shape[1])
+    steps = np.diff(scores, axis=1)
+    assert np.all(steps >= 0 if metric == "l2" else steps <= 0)
+
+
+# Exact searches: as many candidates as there are vectors
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("d", [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 19, 31, 32, 33, 35, 64, 100, 130, 784])
+def test_search_with_all_candidates_equals_the_definition(rng, isa, metric, d):
+    x, queries = sample(rng, 37, d), sample(rng, 5, d)
+    scores, ids = build(x, metric).search(queries, 37)
+    assert (scores.dtype, ids.dtype) == (np.float32, np.int64)
+    assert_scores(scores, ids, queries, x, metric)
+    assert_exact(np.sort(ids, 1), np.tile(np.arange(37), (5, 1)))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 9, 256, 257])
+def test_missing_results_are_marked(rng, metric, n):
+    x, queries = sample(rng, n, 6), sample(rng, 3, 6)
+    scores, ids = build(x, metric).search(queries, n + 2)
+    expected, names = ref.search(queries, x, n + 2, metric)
+    assert_exact(ids, names)
+    assert_exact(scores[:, n:], expected[:, n:])
+
+
+def test_no_queries(rng):
+    scores, ids = build(sample(rng, 4, 3)).search(np.empty((0, 3), np.float32), 2)
+    assert scores.shape == ids.shape == (0, 2)
+
+
+def test_zero_vectors_and_extreme_lengths(rng):
+    x = sample(rng, 6, 4)
+    x[1] = 0
+    x[2] *= np.float32(1e-30)
+    x[3] *= np.float32(1e30)
+    queries = np.concatenate([x[:4], sample(rng, 2, 4)])
+    scores, ids = build(x, "cosine").search(queries, 6)
+    assert_scores(scores, ids, queries, x, "cosine")
+    assert_exact(scores[1], np.zeros(6, np.float32))
+    assert not np.signbit(scores[1]).any()
+
+
+def test_queries_that_are_not_finite_find_nothing_or_the_defined_result(rng):
+    index = build(np.abs(sample(rng, 100, 4)), "ip")
+    queries = np.ones((2, 4), np.float32)
+    queries[0, 2] = np.nan
+    queries[1, 2] = np.inf
+    for ef in (10, 100):
+        scores, ids = index.search(queries, 3, ef=ef)
+        assert_exact(ids[0], [-1, -1, -1])
+        assert_exact(scores, [[-np.inf] * 3, [np.inf] * 3])
+
+
+# The graph
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("m", [2, 5, 16])
+def test_graph_search_returns_true_scores(rng, isa, metric, m):
+    x, queries = sample(rng, 700, 17), sample(rng, 40, 17)
+    index = build(x, metric, m=m, ef_construction=60)
+    scores, ids = index.search(queries, 10, ef=40)
+    assert_scores(scores, ids, queries, x, metric)
+    assert all(len(set(row)) == 10 for row in ids.tolist())
+    assert ref.recall(ids, ref.search(queries, x, 10, metric)[1]) > (0.4 if m == 2 else 0.9)
+
+
+def split(x, neighbours):
+    """Every tenth row of the file is a query; the ids of the truth are rows of the file."""
+    rows = np.arange(len(x))
+    queries = rows % 10 == 0
+    return x[~queries].astype(np.float32), rows[~queries], x[queries].astype(np.float32), neighbours[: queries.sum()]
+
+
+def read(path):
+    with lzma.open(path) as file:
+        return np.load(file)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_recall_on_sift(data, num_threads):
+    x, rows, queries, truth = split(
+        read(data / "sift-10k" / "vectors.npy.xz"), read(data / "sift-10k" / "neighbors_l2_top100.npy.xz")
+    )
+    index = pv.hnsw.Index(128, metric="l2")
+    index.add(x, rows, num_threads=num_threads)
+    recalls = [ref.recall(index.search(queries, 10, ef=ef)[1], truth[:, :10]) for ef in (16, 64)]
+    assert recalls[0] > 0.92
+    assert recalls[1] > 0.99
+
+
+def test_recall_on_mnist(data):
+    with gzip.open(data / "mnist-t10k" / "t10k-images-idx3-ubyte.gz") as file:
+        pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 784)
+    x, rows, queries, truth = split(pixels, read(data / "mnist-t10k" / "neighbors_l2_top100.npy.xz"))
+    index = pv.hnsw.Index(784, metric="l2")
+    index.add(x, rows)
+    assert ref.recall(index.search(queries, 10, ef=64)[1], truth[:, :10]) > 0.99
+
+
+@pytest.mark.parametrize("metric", ["cosine", "ip"])
+def test_recall_on_sentence_vectors(data, metric):
+    folder = data / "wordnet-minilm"
+    x = read(folder / "base_i8.npy.xz")[:6000].astype(np.float32)
+    queries = read(folder / "queries.npy.xz")[:300].astype(np.float32)
+    if metric == "ip":
+        x = ref.unit(x).astype(np.float32)
+    index = pv.hnsw.Index(384, metric=metric, ef_construction=100)
+    index.add(x)
+    assert ref.recall(index.search(queries, 10, ef=64)[1], ref.search(queries, x, 10, metric)[1]) > 0.95
+
+
+def test_many_copies_of_a_vector_do_not_cut_the_graph(rng):
+    x = sample(rng, 900, 12)
+    x[100:400] = x[100]
+    x = x[rng.permutation(900)]
+    index = build(x)
+    queries = sample(rng, 50, 12)
+    scores, _ = index.search(queries, 10)
+    assert np.mean(scores <= ref.search(queries, x, 10, "l2")[0] * (1 + 1e-5)) > 0.95
+
+
+def tensors_of(index):
+    return {name: tensor.copy() for name, tensor in index.state().tensors.items()}
+
+
+def test_one_thread_gives_one_graph(rng, monkeypatch):
+    x = sample(rng, 600, 9)
+    one = build(x, seed=5)
+    monkeypatch.setattr(pv.hnsw, "_CHUNK", 7)
+    parts = pv.hnsw.Index(9, metric="l2", seed=5)
+    for part in np.array_split(x, 13):
+        parts.add(part, num_threads=1)
+    for name, tensor in tensors_of(one).items():
+        assert_exact(tensors_of(parts)[name], tensor)
+    assert not np.array_equal(tensors_of(build(x, seed=6))["levels"], tensors_of(one)["levels"])
+
+
+def test_levels_are_geometric(rng):
+    levels = tensors_of(build(sample(rng, 4000, 2), m=4, ef_construction=4))["levels"]
+    assert 0.2 < np.mean(levels >= 1) < 0.3
+    assert 0.04 < np.mean(levels >= 2) < 0.09
+
+
+def test_search_does_not_depend_on_thread_count(rng):
+    index = build(sample(rng, 500, 33))
+    queries = sample(rng, 200, 33)
+    scores, ids = index.search(queries, 5, ef=20, num_threads=1)
+    for n in (2, 7):
+        assert_exact(index.search(queries, 5, ef=20, num_threads=n), (scores, ids))
+
+
+def test_more_threads_build_a_graph_as_good(rng):
+    x, queries = sample(rng, 2000, 8), sample(rng, 100, 8)
+    index = build(x, num_threads=7)
+    again = pv.hnsw.Index.from_state(index.state())  # checks every link
+    assert ref.recall(again.search(queries, 10)[1], ref.search(queries, x, 10, "l2")[1]) > 0.98
+
+
+# Ids, removal, growth
+
+
+def test_ids_are_the_callers_own(rng):
+    x = sample(rng, 6, 3)
+    index = pv.hnsw.Index(3, metric="l2")
+    index.add(x[:2])
+    index.add(x[2:4], [2**63 - 5, -7])
+    index.add(x[4:])
+    assert_exact(index.ids, [0, 1, 2**63 - 5, -7, 2**63 - 4, 2**63 - 3])
+    assert_exact(index.search(x, 1)[1][:, 0], index.ids)
+    assert len(index) == 6
+    assert -7 in index
+    assert 7 not in index
+    assert_exact(index.get([-7, 0]), x[[3, 0]])
+    assert index.get([]).shape == (0, 3)
+
+
+def test_cosine_stores_unit_vectors(rng):
+    x = sample(rng, 5, 8)
+    index = build(x, "cosine")
+    assert_reduction(index.get(range(5)), ref.unit(x), 1, length=8)
+
+
+def test_removed_vectors_are_passed_through_but_never_found(rng):
+    x, queries = sample(rng, 800, 6), sample(rng, 30, 6)
+    index = build(x)
+    gone = rng.permutation(800)[:500]
+    index.remove(gone)
+    assert len(index) == 300
+    kept = np.setdiff1d(np.arange(800), gone)
+    assert_exact(index.ids, kept)
+    ids = index.search(queries, 10, ef=20)[1]
+    assert not np.isin(ids, gone).any()
+    assert ref.recall(ids, ref.search(queries, x[kept], 10, "l2", kept)[1]) > 0.95
+    index.add(x[gone[:5]] + 100, gone[:5])  # their ids are free again
+    assert_exact(index.search(x[gone[:5]] + 100, 1)[1][:, 0], gone[:5])
+    assert 2 * len(index.ids) == 610
+
+
+def test_a_region_without_live_vectors_is_crossed(rng):
+    """All near neighbours are removed: more than ef of them lie before the first that counts."""
+    near, far = sample(rng, 600, 4), sample(rng, 600, 4) + 20
+    index = build(np.concatenate([near, far]))
+    index.remove(np.arange(600))
+    ids = index.search(near[:20], 10, ef=30)[1]
+    assert ids.min() >= 600
+    assert ref.recall(ids, ref.search(near[:20], far, 10, "l2", np.arange(600, 1200))[1]) > 0.8
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_all_removed(rng, metric):
+    index = build(sample(rng, 50, 3), metric)
+    index.remove(index.ids)
+    scores, ids = index.search(sample(rng, 2, 3), 4)
+    assert len(index) == 0
+    assert_exact(ids, np.full((2, 4), -1))
+    assert_exact(scores, np.full((2, 4), np.inf if metric == "l2" else -np.inf))
+    index.add(np.ones((1, 3), np.float32), [3])
+    assert_exact(index.search(np.ones((1, 3), np.float32), 2)[1], [[3, -1]])
+
+
+@settings(max_examples=25)
+@given(
+    steps=st.lists(st.tuples(st.sampled_from(["add", "add", "remove", "reload"]), st.integers(0, 40)), max_size=8),
+    seed=st.integers(0, 99),
+)
+def test_any_sequence_of_changes(steps, seed):
+    rng = np.random.default_rng(seed)
+    index, model = pv.hnsw.Index(3, metric="l2", m=4, ef_construction=10), {}
+    for step, n in steps:
+        if step == "add":
+            ids = rng.permutation(200)[:n]
+            ids = ids[~np.isin(ids, list(model))]
+            x = sample(rng, len(ids), 3)
+            index.add(x, ids)
+            model.update(zip(ids.tolist(), x, strict=True))
+        elif step == "remove":
+            ids = rng.permutation(np.array(list(model), np.int64))[:n]
+            index.remove(ids)
+            for i in ids.tolist():
+                del model[i]
+        else:
+            index = pv.hnsw.Index.from_state(index.state())
+    assert len(index) == len(model)
+    assert_exact(index.ids, list(model))
+    if model:
+        queries, vectors = sample(rng, 4, 3), np.stack(list(model.values()))
+        assert_exact(index.get(list(model)), vectors)
+        expected = ref.search(queries, vectors, 5, "l2", list(model))[1]
+        assert_exact(index.search(queries, 5, ef=200)[1], expected)
+
+
+# Calls
+
+
+def test_the_caller_gets_the_library_it_gave(rng, lib):
+    x = lib(sample(rng, 20, 5))
+    index = pv.hnsw.Index(5)
+    index.add(x, lib(np.arange(20)))
+    scores, ids = index.search(x, 3)
+    assert type(scores) is type(ids) is type(x)
+    assert_exact(ids[:, 0], np.arange(20))
+    out = lib(np.empty((20, 3), np.float32)), lib(np.empty((20, 3), np.int64))
+    assert index.search(x, 3, out=out) == out
+    assert_exact(out[0], scores)
+    assert type(index.get(lib(np.arange(2)))) is type(x)
+    index.remove(lib(np.arange(5)))
+    assert len(index) == 15
+
+
+def test_strided_input(rng):
+    big = sample(rng, 20, 12)
+    index = build(big[::2, 1:9])
+    assert_exact(index.search(big[::2, 1:9], 1)[1][:, 0], np.arange(10))
+
+
+def test_progress(rng, capsys, monkeypatch):
+    monkeypatch.setattr(pv.hnsw, "_CHUNK", 40)
+    index, calls = pv.hnsw.Index(4), []
+    index.add(sample(rng, 100, 4), progress=lambda done, total: calls.append((done, total, len(index))))
+    assert calls == [(40, 100, 40), (80, 100, 80), (100, 100, 100)]
+    index.add(sample(rng, 10, 4), progress=True)
+    assert "hnsw.Index.add: 100%" in capsys.readouterr().err
+
+    def stop(done, total):
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        index.add(sample(rng, 100, 4), progress=stop)
+    assert_exact(index.ids, np.arange(150))  # what was done before is kept
+
+
+def test_two_python_threads_search_while_another_changes_the_index(rng):
+    x, queries = sample(rng, 3000, 8), sample(rng, 50, 8)
+    index = build(x[:1000])
+    errors, stop = [], threading.Event()
+
+    def search():
+        while not stop.is_set():
+            scores, ids = index.search(queries, 5, num_threads=2)
+            if not (np.all(ids >= 0) and np.all(np.diff(scores) >= 0)):
+                errors.append(ids)
+
+    threads = [threading.Thread(target=search) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    index.add(x[1000:])
+    index.remove(np.arange(100))
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert len(index) == 2900
+    assert (
+        ref.recall(index.search(queries, 5)[1], ref.search(queries, x[100:], 5, "l2", np.arange(100, 3000))[1]) > 0.95
+    )
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_ctrl_c_leaves_the_vectors_before_some_row(python, num_threads):
+    code = f"""if True:
+        import numpy as np, os, polyvec as pv, signal, threading
+        pv.hnsw._CHUNK = 10**9
+        x = np.random.default_rng(0).standard_normal((200_000, 8), np.float32)
+        index = pv.hnsw.Index(8, metric="l2", ef_construction=1000)
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+        try:
+            index.add(x, num_threads={num_threads})
+            print("finished")
+        except KeyboardInterrupt:
+            n = len(index)
+            assert 0 < n < len(x), n
+            assert (index.ids == np.arange(n)).all()
+            assert (index.get(index.ids) == x[:n]).all()
+            again = pv.hnsw.Index.from_state(index.state())  # checks every link
+            rows = np.arange(0, n, 1 + n // 50)
+            assert (again.search(x[rows], 1)[1][:, 0] == rows).mean() > 0.9
+            index.add(x[n : n + 100])
+            assert len(index) == n + 100
+            print("interrupted")
+    """
+    assert python("-c", code).stdout == "interrupted\n"
+
+
+# Files
+
+
+@pytest.fixture
+def saved(rng, tmp_path):
+    index = pv.hnsw.Index(7, metric="cosine", m=3, ef_construction=20, seed=9)
+    index.add(sample(rng, 60, 7), np.arange(60) * 3)
+    index.remove([3, 30])
+    index.save(tmp_path / "index.pv")
+    return index, tmp_path / "index.pv"
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_a_loaded_index_is_the_saved_one(rng, saved, mmap):
+    index, path = saved
+    loaded = pv.hnsw.Index.load(path, mmap=mmap)
+    assert repr(loaded) == repr(index)
+    assert repr(loaded) == "hnsw.Index(dim=7, metric='cosine', m=3, ef_construction=20, seed=9, 58 vectors)"
+    queries, more = sample(rng, 20, 7), sample(rng, 200, 7)
+    before = path.read_bytes()
+    for _ in range(2):
+        assert_exact(loaded.search(queries, 5, ef=9), index.search(queries, 5, ef=9))
+        assert_exact(loaded.ids, index.ids)
+        for each in (index, loaded):  # the loaded one copies first
+            each.add(more, num_threads=1)
+            each.remove([0])
+        more, index = more + 1, pv.hnsw.Index.from_state(index.state())
+        index.add(np.ones((1, 7), np.float32), [0])
+        loaded.add(np.ones((1, 7), np.float32), [0])
+    assert path.read_bytes() == before
+
+
+def test_mapped_tensors_are_used_in_place(saved):
+    _, path = saved
+    mapped = pv.hnsw.Index.load(path, mmap=True)
+    vectors = mapped.state().tensors["vectors"]
+    with open("/proc/self/maps") as maps:
+        areas = [line.split() for line in maps if line.rstrip().endswith(str(path))]
+    begin, end = (int(address, 16) for address in areas[0][0].split("-"))
+    assert begin <= vectors.ctypes.data < end
+    path.unlink()
+    assert len(mapped.search(vectors, 1)[1]) == 60
+
+
+def test_an_empty_index_is_a_file_too(tmp_path):
+    pv.hnsw.Index(4).save(tmp_path / "empty.pv")
+    for mmap in (False, True):
+        loaded = pv.hnsw.Index.load(tmp_path / "empty.pv", mmap=mmap)
+        assert len(loaded) == 0
+        loaded.add(np.eye(4, dtype=np.float32))
+        assert len(loaded) == 4
+
+
+def test_state_is_a_snapshot(rng):
+    index = build(sample(rng, 100, 4))
+    state = index.state()
+    before = {name: tensor.copy() for name, tensor in state.tensors.items()}
+    index.add(sample(rng, 1, 4))
+    index.remove([5])
+    del index
+    for name, tensor in state.tensors.items():
+        assert_exact(tensor, before[name])
+
+
+def test_pickle(rng):
+    index = build(sample(rng, 100, 4))
+    queries = sample(rng, 9, 4)
+    assert_exact(pickle.loads(pickle.dumps(index)).search(queries, 3), index.search(queries, 3))
+
+
+def test_a_damaged_file_is_refused(saved):
+    """In every region; test_files.py goes through every byte."""
+    _, path = saved
+    whole = path.read_bytes()
+    data = 8 + int.from_bytes(whole[:8], "little")
+    for length in [0, 7, 8, 9, data - 1, data, data + 1, *range(data, len(whole), 97), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(pv.FormatError, match=r"^hnsw.Index.load: .*index.pv "):
+            pv.hnsw.Index.load(path)
+    vectors = range(data, data + 60 * 7 * 4)
+    for position in [*range(8), *range(8, data, 31), *range(data, len(whole), 29)]:
+        flipped = bytearray(whole)
+        flipped[position] ^= 1 << position % 8
+        path.write_bytes(flipped)
+        for mmap in (False, True):
+            if mmap and position in vectors:
+                assert len(pv.hnsw.Index.load(path, mmap=True)) == 58  # not verified, harmless
+            else:
+                with pytest.raises(pv.FormatError):
+                    pv.hnsw.Index.load(path, mmap=mmap)
+
+
+def with_entry(name, position, value):
+    def change(state):
+        tensor = state.tensors[name].copy()
+        tensor[position] = value
+        state.tensors[name] = tensor
+
+    return change
+
+
+def with_tensor(name, make):
+    return lambda state: state.tensors.update({name: make(state.tensors[name])})
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (with_entry("links", (3, 0), 60), "is damaged: slot 3 must have links to slots of its level 0, got 60"),
+        (
+            with_entry("links", (3, 0), 2**31),
+            "is damaged: slot 3 must have links to slots of its level 0, got 2147483648",
+        ),
+        (with_entry("links", (0, 0), 2**32 - 1), "is damaged: slot 0 must have no link after its last"),
+        (with_entry("levels", 0, 64), "is damaged: levels must be at most 63, got 64"),
+        (with_entry("ids", 4, 0), "is damaged: ids must be distinct"),
+        (with_entry("ids", 4, -1), "is damaged: ids must not be -1"),
+        (
+            with_tensor("vectors", lambda x: x[:-1]),
+            "is damaged: vectors must be float32 with 60 rows, got float32 of shape (59, 7)",
+        ),
+        (
+            with_tensor("links", lambda x: x[:, :-1].copy()),
+            "is damaged: links must be uint32 with 60 rows, got uint32 of shape (60, 5)",
+        ),
+        (
+            with_tensor("links", lambda x: x.view(np.int32)),
+            "is damaged: links must be uint32 with 60 rows, got int32 of shape (60, 6)",
+        ),
+        (
+            with_tensor("ids", lambda x: x.reshape(6, 10)),
+            "is damaged: ids must be int64 with 6 rows, got int64 of shape (6, 10)",
+        ),
+        (lambda state: state.params.update(entry=60), "is damaged: entry must be a slot of the highest level, got 60"),
+        (lambda state: state.params.update(entry=-1), "is damaged: entry must be a slot of the highest level, got -1"),
+        (
+            lambda state: state.params.update(m=4),
+            "is damaged: links must be uint32 with 60 rows, got uint32 of shape (60, 6)",
+        ),
+    ],
+)
+def test_a_state_that_does_not_fit_together(saved, change, text):
+    state = saved[0].state()
+    change(state)
+    with pytest.raises(pv.FormatError) as caught:
+        pv.hnsw.Index.from_state(state)
+    assert str(caught.value) == text
+
+
+def test_a_link_to_a_slot_of_a_lower_level_is_refused(saved):
+    state = saved[0].state()
+    upper, low = state.tensors["upper_links"].copy(), int(np.argmin(state.tensors["levels"]))
+    upper[0, 0] = low
+    with pytest.raises(pv.FormatError, match=f"must have links to slots of its level 1, got {low}$"):
+        pv.hnsw.Index.from_state(State({**state.tensors, "upper_links": upper}, state.params))
+
+
+def test_a_file_with_strange_parameters(saved):
+    from polyvec import _files
+
+    index, path = saved
+    for key, value in [("dim", "7"), ("dim", -7), ("dim", 2**62), ("m", 10**30), ("metric", "hamming"), ("entry", 1.5)]:
+        tensors, params = index.state()
+        _files.save(path, "hnsw.Index", State(tensors, {**params, key: value}))
+        with pytest.raises(pv.FormatError, match="is damaged: "):
+            pv.hnsw.Index.load(path)
+
+
+# Errors
+
+
+def zeros(*shape, dtype=np.float32):
+    return np.zeros(shape, dtype)
+
+
+def bad_row():
+    x = zeros(3, 4)
+    x[1, 2] = np.nan
+    return x
+
+
+@pytest.fixture
+def index():
+    index = pv.hnsw.Index(4, metric="l2")
+    index.add(np.eye(4, dtype=np.float32), [5, 6, 7, 8])
+    return index
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda _: pv.hnsw.Index(0), ValueError, "hnsw.Index: dim must be at least 1, got 0"),
+        (lambda _: pv.hnsw.Index(4, m=1), ValueError, "hnsw.Index: m must be at least 2, got 1"),
+        (lambda _: pv.hnsw.Index(4, m=1025), ValueError, "hnsw.Index: m must be in [2, 1024], got 1025"),
+        (
+            lambda _: pv.hnsw.Index(4, metric="dot"),
+            ValueError,
+            "hnsw.Index: metric must be one of 'cosine', 'ip', 'l2', got 'dot'",
+        ),
+        (lambda i: i.add(zeros(2, 3)), ValueError, "hnsw.Index.add: vectors must have d = 4, got 3"),
+        (lambda i: i.add(zeros(4)), ValueError, "hnsw.Index.add: vectors must have 2 axes, got shape (4,)"),
+        (
+            lambda i: i.add(zeros(2, 4, dtype=np.float64)),
+            TypeError,
+            "hnsw.Index.add: vectors must be float32, got float64; cast it with .astype('float32')",
+        ),
+        (
+            lambda i: i.add(bad_row()),
+            ValueError,
+            "hnsw.Index.add: vectors must be finite, got NaN or Inf in row 1",
+        ),
+        (lambda i: i.add(zeros(2, 4), [1]), ValueError, "hnsw.Index.add: ids must have one entry a vector (2), got 1"),
+        (lambda i: i.add(zeros(2, 4), [0.5, 1]), TypeError, "hnsw.Index.add: ids must be integers, got float64"),
+        (lambda i: i.add(zeros(3, 4), [1, 2, 1]), ValueError, "hnsw.Index.add: ids must be distinct, got 1 twice"),
+        (
+            lambda i: i.add(zeros(2, 4), [1, 7]),
+            ValueError,
+            "hnsw.Index.add: ids must be new, got 7, which is in the index",
+        ),
+        (
+            lambda i: i.add(zeros(1, 4), [-1]),
+            ValueError,
+            "hnsw.Index.add: ids must not be -1, which stands for a missing result",
+        ),
+        (
+            lambda i: i.add(zeros(1, 4), progress=3),
+            TypeError,
+            "hnsw.Index.add: progress must be None, a bool or a callable (done, total), got int",
+        ),
+        (lambda i: i.search(zeros(2, 5), 1), ValueError, "hnsw.Index.search: queries must have d = 4, got 5"),
+        (lambda i: i.search(zeros(2, 4), 0), ValueError, "hnsw.Index.search: k must be at least 1, got 0"),
+        (lambda i: i.search(zeros(2, 4), -3), ValueError, "hnsw.Index.search: k must be at least 1, got -3"),
+        (lambda i: i.search(zeros(2, 4), 1.5), TypeError, "hnsw.Index.search: k must be an integer, got float"),
+        (lambda i: i.search(zeros(2, 4), 1, ef=0), ValueError, "hnsw.Index.search: ef must be at least 1, got 0"),
+        (
+            lambda i: i.search(zeros(2, 4), 1, out=(zeros(2, 1), zeros(2, 2, dtype=np.int64))),
+            ValueError,
+            "hnsw.Index.search: out ids must have shape (2, 1), got (2, 2)",
+        ),
+        (lambda i: i.get([5, 9]), IndexError, "hnsw.Index.get: ids must be in the index, got 9"),
+        (lambda i: i.remove([5, 9]), IndexError, "hnsw.Index.remove: ids must be in the index, got 9"),
+        (lambda i: i.remove([5, 5]), ValueError, "hnsw.Index.remove: ids must be distinct, got 5 twice"),
+    ],
+)
+def test_errors_leave_the_index_unchanged(index, call, error, text):
+    before = tensors_of(index)
+    with pytest.raises(error) as caught:
+        call(index)
+    assert str(caught.value) == text
+    for name, tensor in tensors_of(index).items():
+        assert_exact(tensor, before[name])
+
+
+def test_running_numbers_end(index):
+    index.add(zeros(1, 4), [2**63 - 2])
+    index.add(zeros(1, 4))
+    with pytest.raises(ValueError, match="ids must be given, no numbers are left after 9223372036854775807"):
+        index.add(zeros(1, 4))
+    assert len(index) == 6
+
+
+def test_files_of_other_kinds(tmp_path, index):
+    with pytest.raises(FileNotFoundError):
+        index.save(tmp_path / "missing" / "index.pv")
+    with pytest.raises(FileNotFoundError):
+        pv.hnsw.Index.load(tmp_path / "missing.pv")
+    pv.maxsim.pack([zeros(2, 3)]).save(tmp_path / "tokens.pv")
+    with pytest.raises(pv.FormatError, match=r"tokens.pv holds another kind of object: maxsim.PackedTokens$"):
+        pv.hnsw.Index.load(tmp_path / "tokens.pv")
