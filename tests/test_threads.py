@@ -163,6 +163,7 @@ print(started(4, 8), started(5000, 1), started(5000, 3), started(5000, 2), start
 
 LONG_CALLS = {  # minutes each, if nothing stops them
     "scan.topk": "pv.scan.topk(x, x, 10, num_threads=num_threads)",
+    "hnsw.Index.add": "pv.hnsw.Index(128).add(x, num_threads=num_threads)",
     "maxsim.score": "pv.maxsim.score(x.reshape(-1, 32, 128), x.reshape(-1, 32, 128), num_threads=num_threads)",
 }
 
