@@ -4,6 +4,7 @@
 // stored but the maxima. Tokens of several queries share panels: the kernel knows tokens only.
 #include "tables.hpp"
 #include "tile.hpp"
+#include "tile_narrow.hpp"
 
 namespace polyvec::POLYVEC_ISA {
 namespace {
@@ -82,9 +83,79 @@ constexpr MaxsimKernel<T> make() {
     return {panel_width<T>, pack<T>, maxima<T>, align<T>};
 }
 
+template <class Format>
+void pack_narrow(const float* tokens, size_t n, size_t d, float unit, uint32_t* panels) noexcept {
+    for_each_panel<float>(n, [&]<int R>(size_t first) {
+        constexpr size_t width = R * lanes<float>;
+        const size_t count = n - first < width ? n - first : width;
+        uint32_t* panel = panels + first * panel_words<Format>(d);
+        if constexpr (Format::elements == 1)
+            pack_panel(reinterpret_cast<float*>(panel), tokens + first * d, count, d, d, width);
+        else
+            pack_narrow_panel<Format, R>(panel, tokens + first * d, count, d, unit);
+    });
+}
+
+template <class Format>
+void narrow_maxima(const uint32_t* panels, size_t n, const NarrowTokens& doc, size_t d, size_t n_centroids,
+                   float* best) noexcept {
+    for_each_panel<float>(n, [&]<int R>(size_t first) {
+        const uint32_t* panel = panels + first * panel_words<Format>(d);
+        NarrowTokens tokens = doc;
+        if (first + R * lanes<float> < n) tokens.next = doc.first;
+        if constexpr (Format::residual) tokens.centroid_scores += first * n_centroids;
+        Vec<float> most[R];
+        for (int r = 0; r < R; ++r) most[r] = broadcast<float>(-__builtin_inff());
+        for_each_narrow_tile<Format, R>(panel, tokens, d, [&]<int J>(size_t, const Vec<float>(&product)[J][R]) {
+            for (int j = 0; j < J; ++j) {
+                for (int r = 0; r < R; ++r) most[r] = max(product[j][r], most[r]);
+            }
+        });
+        for (int r = 0; r < R; ++r) {
+            if constexpr (Format::integer) most[r] *= lane_scale<Format, R>(panel, d, r);
+            store(best + first + r * lanes<float>, most[r]);
+        }
+    });
+}
+
+/// The part of the centroids in the products of narrow_maxima.
+template <class Format>
+void centroid_scores(const float* panels, const uint32_t* narrow_panels, size_t n, const float* centroids,
+                     size_t n_centroids, size_t d, float* scores) noexcept {
+    for_each_panel<float>(n, [&]<int R>(size_t first) {
+        const uint32_t* panel = narrow_panels + first * panel_words<Format>(d);
+        float* out = scores + first * n_centroids;
+        for_each_tile<R>(panels + first * d, Rows<float>{centroids, n_centroids, d}, d,
+                         [&]<int J>(size_t at, const Vec<float>(&product)[J][R]) {
+                             for (int j = 0; j < J; ++j) {
+                                 for (int r = 0; r < R; ++r)
+                                     store(out + ((at + j) * R + r) * lanes<float>,
+                                           product[j][r] / lane_scale<Format, R>(panel, d, r));
+                             }
+                         });
+    });
+}
+
+template <class Format>
+constexpr NarrowMaxsimKernel make_narrow() {
+    NarrowMaxsimKernel kernel{panel_words<Format>, pack_narrow<Format>, narrow_maxima<Format>, nullptr, 0, nullptr};
+    if constexpr (Format::residual) {
+        kernel.centroid_scores = centroid_scores<Format>;
+        kernel.weights_bytes = Format::table_bytes;
+        kernel.pack_weights = Format::pack_weights;
+    }
+    return kernel;
+}
+
 }  // namespace
 
 extern const MaxsimKernels maxsim_kernels;
-const MaxsimKernels maxsim_kernels{make<float>(), make<double>()};
+const MaxsimKernels maxsim_kernels{make<float>(),
+                                   make<double>(),
+                                   make_narrow<Bfloat16>(),
+                                   make_narrow<Float16>(),
+                                   make_narrow<Int8>(),
+                                   make_narrow<Residual<4>>(),
+                                   make_narrow<Residual<2>>()};
 
 }  // namespace polyvec::POLYVEC_ISA

@@ -36,5 +36,11 @@ POLYVEC_INLINE void store_first(T* p, Vec<T> v, size_t n) noexcept {
     }
 }
 
+// a0 * b0 + a1 * b1 of the 16-bit halves of each lane.
+POLYVEC_INLINE Vec<int32_t> multiply_pairs(Vec<uint32_t> a, Vec<uint32_t> b) noexcept {
+    const auto x = (int16x8_t)a, y = (int16x8_t)b;
+    return (Vec<int32_t>)vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y));
+}
+
 }  // namespace
 }  // namespace polyvec::POLYVEC_ISA

@@ -84,5 +84,63 @@ POLYVEC_INLINE void store_first(T* p, Vec<T> v, size_t n) noexcept {
 #endif
 }
 
+// ---- products of narrow numbers, several to a 32-bit lane
+
+// a0 * b0 + a1 * b1 of the 16-bit halves of each lane.
+POLYVEC_INLINE Vec<int32_t> multiply_pairs(Vec<uint32_t> a, Vec<uint32_t> b) noexcept {
+#if POLYVEC_VECTOR_BYTES == 64
+    return (Vec<int32_t>)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif POLYVEC_VECTOR_BYTES == 32
+    return (Vec<int32_t>)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    return (Vec<int32_t>)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#endif
+}
+
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+#define POLYVEC_NARROW_PRODUCTS 1
+
+// sum + the products of the two bfloat16 of each lane.
+POLYVEC_INLINE Vec<float> add_bfloat16_pairs(Vec<float> sum, Vec<uint32_t> a, Vec<uint32_t> b) noexcept {
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+
+// sum + the products of the four bytes of each lane, those of a unsigned and those of b signed.
+POLYVEC_INLINE Vec<int32_t> add_byte_quads(Vec<int32_t> sum, Vec<uint32_t> a, Vec<uint32_t> b) noexcept {
+    return (Vec<int32_t>)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+}
+
+// The bytes of a 64-byte table that the first n (at most 64) codes at p select; codes of Bits (4 or 2) bits, the
+// first in the highest bits of a byte. A code's higher neighbours reach into the index, so the table repeats itself
+// every 1 << Bits bytes.
+template <int Bits>
+POLYVEC_INLINE Vec<uint32_t> look_up_codes(const unsigned char* p, size_t n, const void* table) noexcept {
+    // The forms that zero what a mask leaves out, with masks that leave out nothing: GCC 12 warns of the plain ones.
+    const auto loaded = static_cast<__mmask32>((uint64_t{1} << (n * Bits / 8)) - 1);
+    __m512i codes, windows;
+    if constexpr (Bits == 4) {
+        codes = _mm512_maskz_cvtepu32_epi64(0xff, _mm256_maskz_loadu_epi8(loaded, p));
+        windows = _mm512_set1_epi64(0x181c1014080c0004);
+    } else {
+        codes = _mm512_maskz_cvtepu16_epi64(0xff, _mm_maskz_loadu_epi8(static_cast<__mmask16>(loaded), p));
+        windows = _mm512_set1_epi64(0x080a0c0e00020406);
+    }
+    codes = _mm512_maskz_multishift_epi64_epi8(~__mmask64{}, windows, codes);
+    return (Vec<uint32_t>)_mm512_maskz_permutexvar_epi8(~__mmask64{}, codes, _mm512_loadu_si512(table));
+}
+#endif
+
+#if defined(__F16C__)
+#define POLYVEC_FLOAT16_CONVERSION 1
+
+POLYVEC_INLINE Vec<float> load_float16(const unsigned char* p) noexcept {
+#if POLYVEC_VECTOR_BYTES == 64
+    return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));
+#else
+    return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#endif
+}
+#endif
+
 }  // namespace
 }  // namespace polyvec::POLYVEC_ISA

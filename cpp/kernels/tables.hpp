@@ -58,9 +58,34 @@ struct MaxsimKernel {
                   std::int64_t* row) noexcept;
 };
 
+/// Tokens of a document in fewer bits (kernels/tile_narrow.hpp), and where the document after it begins.
+struct NarrowTokens {
+    const unsigned char* first;
+    std::size_t count;
+    const unsigned char* next;
+    const float* scales;            // int8, residual: one a token
+    const std::int32_t* centroids;  // residual: one a token
+    const float* centroid_scores;   // residual: [centroid][query of the panel], over the queries' scales
+    const void* weights;            // residual: as pack_weights wrote them
+};
+
+/// MaxsimKernel of float queries and narrow tokens. A panel takes panel_words(d) words of 32 bits a query.
+struct NarrowMaxsimKernel {
+    std::size_t (*panel_words)(std::size_t d);
+    void (*pack)(const float* tokens, std::size_t n, std::size_t d, float unit, std::uint32_t* panels) noexcept;
+    /// `centroid_scores` of the document are those of the first panel, a panel's after another's.
+    void (*maxima)(const std::uint32_t* panels, std::size_t n, const NarrowTokens& doc, std::size_t d,
+                   std::size_t n_centroids, float* best) noexcept;
+    void (*centroid_scores)(const float* panels, const std::uint32_t* narrow_panels, std::size_t n,
+                            const float* centroids, std::size_t n_centroids, std::size_t d, float* scores) noexcept;
+    std::size_t weights_bytes;
+    void (*pack_weights)(const signed char* weights, unsigned char* table) noexcept;
+};
+
 struct MaxsimKernels {
     MaxsimKernel<float> f32;
     MaxsimKernel<double> f64;
+    NarrowMaxsimKernel bf16, f16, i8, residual4, residual2;
 };
 
 /// A panel of queries (ScanKernels::pack) and a block of consecutive rows of a table.

@@ -55,10 +55,6 @@ constexpr int tile_unroll = 1;
 template <class T>
 constexpr size_t panel_width = panel_registers * lanes<T>;
 
-// Rows of a tile whose panel is R registers wide.
-template <int R>
-constexpr int tile_rows = R == 1 ? 8 : tile_registers / R;
-
 // Rows this many bytes apart (or a multiple of it) fall into one set of the level-1 cache, of 8 or 12 lines: more
 // than 4 of them and the 4 prefetched next push each other out. 12 x 2 at d = 1024: 75, 4 x 2: 105.
 constexpr size_t set_stride = 4096;
@@ -90,16 +86,31 @@ struct GatheredRows {
     }
 };
 
+// What a step in d does with one element of a row and R vectors of the panel. Other products take T to be a word of
+// several narrow numbers (tile_narrow.hpp).
+template <class T>
+struct Multiply {
+    using Sum = T;
+
+    // Rows of a tile whose panel is R registers wide.
+    template <int R>
+    static constexpr int rows = R == 1 ? 8 : tile_registers / R;
+
+    POLYVEC_INLINE static Vec<T> start(const T*, int) noexcept { return Vec<T>{}; }
+    POLYVEC_INLINE static Vec<T> add(Vec<T> x, Vec<T> query, Vec<T> sum) noexcept { return fma(x, query, sum); }
+};
+
 // One step in d: acc[j][r] += row[j][i] * panel[i][r].
-template <int J, int R, class T>
-POLYVEC_INLINE void multiply_step(const T* panel, const T* const (&row)[J], size_t i, Vec<T> (&acc)[J][R]) noexcept {
+template <class Product, int J, int R, class T>
+POLYVEC_INLINE void multiply_step(const T* panel, const T* const (&row)[J], size_t i,
+                                  Vec<typename Product::Sum> (&acc)[J][R]) noexcept {
     if constexpr (J >= R) {
         Vec<T> query[R];
         for (int r = 0; r < R; ++r) query[r] = load(panel + (i * R + r) * lanes<T>);
         for (int j = 0; j < J; ++j) {
             const Vec<T> x = broadcast(row[j][i]);
             for (int r = 0; r < R; ++r) {
-                acc[j][r] = fma(x, query[r], acc[j][r]);
+                acc[j][r] = Product::add(x, query[r], acc[j][r]);
                 keep_in_register(acc[j][r]);
             }
         }
@@ -109,22 +120,20 @@ POLYVEC_INLINE void multiply_step(const T* panel, const T* const (&row)[J], size
         for (int r = 0; r < R; ++r) {
             const Vec<T> query = load(panel + (i * R + r) * lanes<T>);
             for (int j = 0; j < J; ++j) {
-                acc[j][r] = fma(x[j], query, acc[j][r]);
+                acc[j][r] = Product::add(x[j], query, acc[j][r]);
                 keep_in_register(acc[j][r]);
             }
         }
     }
 }
 
-template <int J, int R, class T>
+// Adds to acc.
+template <class Product, int J, int R, class T>
 POLYVEC_INLINE void multiply_tile(const T* panel, const T* const (&row)[J], const T* const (&ahead)[J], size_t d,
-                                  Vec<T> (&acc)[J][R]) noexcept {
+                                  Vec<typename Product::Sum> (&acc)[J][R]) noexcept {
     constexpr size_t line = 64 / sizeof(T);
     constexpr size_t quarter = line / 4;
     constexpr int fetched = (J + 3) / 4;  // rows whose line is prefetched in each quarter
-    for (int j = 0; j < J; ++j)
-        for (int r = 0; r < R; ++r) acc[j][r] = Vec<T>{};
-
     size_t i = 0;
 #pragma GCC unroll 1
     while (i + line <= d) {
@@ -135,20 +144,20 @@ POLYVEC_INLINE void multiply_tile(const T* panel, const T* const (&row)[J], cons
                 if (J % 4 == 0 || j + k < J) prefetch(ahead[j + k] + start);
             }
 #pragma GCC unroll tile_unroll
-            for (size_t u = 0; u < quarter; ++u) multiply_step(panel, row, i + u, acc);
+            for (size_t u = 0; u < quarter; ++u) multiply_step<Product>(panel, row, i + u, acc);
             i += quarter;
         }
     }
     if (i < d) {
         for (int j = 0; j < J; ++j) prefetch(ahead[j] + i);
 #pragma GCC unroll 1
-        for (; i < d; ++i) multiply_step(panel, row, i, acc);
+        for (; i < d; ++i) multiply_step<Product>(panel, row, i, acc);
     }
 }
 
 // Tiles of J rows from `first` on, then narrower ones for the rows that remain; narrow ones alone when the rows fall
 // into one set of the cache.
-template <int J, int R, class T, class RowSource, class Epilogue>
+template <int J, int R, class Product, class T, class RowSource, class Epilogue>
 POLYVEC_INLINE void tiles_from(size_t first, const T* panel, RowSource rows, size_t d, Epilogue& epilogue) noexcept {
     const bool crowded = J > 4 && rows.stride * sizeof(T) % set_stride == 0;
     for (; !crowded && first + J <= rows.count; first += J) {
@@ -159,19 +168,22 @@ POLYVEC_INLINE void tiles_from(size_t first, const T* panel, RowSource rows, siz
             ahead[j] = rows[first + J + j];
             asm("" : "+m"(row[j]), "+m"(ahead[j]));
         }
-        Vec<T> acc[J][R];
-        multiply_tile<J, R>(panel, row, ahead, d, acc);
+        Vec<typename Product::Sum> acc[J][R];
+        for (int j = 0; j < J; ++j)
+            for (int r = 0; r < R; ++r) acc[j][r] = Product::start(panel, r - R);
+        multiply_tile<Product>(panel, row, ahead, d, acc);
         epilogue(first, acc);
     }
     if constexpr (J > 1) {
         constexpr int narrower = J > 4 ? 4 : (J + 1) / 2;
-        tiles_from<narrower, R>(first, panel, rows, d, epilogue);
+        tiles_from<narrower, R, Product>(first, panel, rows, d, epilogue);
     }
 }
 
-template <int R, class T, class RowSource, class Epilogue>
-POLYVEC_INLINE void for_each_tile(const T* panel, RowSource rows, size_t d, Epilogue&& epilogue) noexcept {
-    tiles_from<tile_rows<R>, R>(0, panel, rows, d, epilogue);
+template <int R, class T, class RowSource, class Epilogue, class Product = Multiply<T>>
+POLYVEC_INLINE void for_each_tile(const T* panel, RowSource rows, size_t d, Epilogue&& epilogue,
+                                  Product = {}) noexcept {
+    tiles_from<Product::template rows<R>, R, Product>(0, panel, rows, d, epilogue);
 }
 
 // Transpose a square block: log2(n) rounds, each of which interleaves the first half of the rows with the second.

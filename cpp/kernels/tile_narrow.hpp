@@ -1,0 +1,421 @@
+// Register tiles over tokens stored in fewer bits: bfloat16, float16, int8, residual codes.
+//
+//     pack_narrow_panel<Format, R>(panel, queries, n_queries, d, largest_weight);  // once
+//     for_each_narrow_tile<Format, R>(panel, tokens, d, [&]<int J>(size_t first, const Vec<float> (&product)[J][R]) {
+//         // product[j][r] * lane_scale<Format, R>(panel, d, r): token first + j with the queries of register r. The
+//         // scale of a query is positive, so it can wait until after a maximum.
+//     });
+//
+// Rows are the tokens one after another, in no order of the tile's own, so that documents can be mapped from a file,
+// taken and appended as they are. A row holds d elements, padded with zeros to a multiple of 2 (bfloat16) or 4 (int8,
+// residual):
+//
+//   bfloat16, float16
+//   int8        elements + 128; a token is its float scale times the elements
+//   residual    codes of 4 or 2 bits, the first in the highest bits of a byte, each with its lowest bit first, as
+//               ColBERTv2 packs them; a token is its float scale times (centroid + the weights that its codes select)
+//
+// A step of the tile multiplies one word of each row, of one, two or four elements, with R words of queries. Where the
+// level has no such product, or where words are codes, a block of rows is expanded first, once for all queries of the
+// panel, into a scratch that stays in the level-1 cache:
+//
+//   format      avx512_bf16                       other levels
+//   bfloat16    pairs, as stored                  float, expanded
+//   float16     float, expanded                   float, expanded
+//   int8        bytes, as stored                  pairs of 16 bits, expanded
+//   residual    bytes, expanded by a permute      pairs of 16 bits, expanded through a table of each byte's weights
+//
+// Against int8 and residual codes a query is quantised too, to 127 steps of its largest element, and a weight to 127
+// steps of the largest weight; the sums are integers, exact up to d = 2^17. The bits of a product depend on the token
+// and the query alone, as in tile.hpp.
+#pragma once
+
+#include "tables.hpp"
+#include "tile.hpp"
+
+namespace polyvec::POLYVEC_ISA {
+namespace {
+
+using Word = uint32_t;
+
+// ---- products
+
+#if defined(POLYVEC_NARROW_PRODUCTS)
+
+// Shapes measured on Zen4, GCC 12, documents of 180 tokens streamed from memory; d = 48, 128, 768; G operations a
+// second, of 237 possible in pairs of bfloat16 and 473 in bytes:
+//   pairs   12 x 2: 216 218 214   6 x 2: 230 230 209   4 x 2: 228 231 228   12 x 1: 177 179 183   8 x 1: 199 183 184
+//   bytes   12 x 2: 366 406 413   6 x 2: 415 446 419   4 x 2: 400 441 462   12 x 1: 279 343 300   8 x 1: 334 394 355
+struct Bfloat16Pairs {
+    using Sum = float;
+    template <int R>
+    static constexpr int rows = R == 1 ? 8 : 4;
+
+    POLYVEC_INLINE static Vec<float> start(const Word*, int) noexcept { return Vec<float>{}; }
+    POLYVEC_INLINE static Vec<float> add(Vec<Word> x, Vec<Word> query, Vec<float> sum) noexcept {
+        return add_bfloat16_pairs(sum, x, query);
+    }
+};
+
+// Rows of bytes + 128. Ahead of a panel lies what cancels the share of the 128s.
+struct ByteQuads {
+    using Sum = int32_t;
+    static constexpr size_t elements = 4;
+    template <int R>
+    static constexpr int rows = R == 1 ? 8 : 4;
+
+    POLYVEC_INLINE static Vec<int32_t> start(const Word* panel, int r) noexcept {
+        return (Vec<int32_t>)load(panel + r * static_cast<int>(lanes<Word>));
+    }
+    POLYVEC_INLINE static Vec<int32_t> add(Vec<Word> x, Vec<Word> query, Vec<int32_t> sum) noexcept {
+        return add_byte_quads(sum, x, query);
+    }
+};
+using IntegerProduct = ByteQuads;
+
+#else
+
+struct ShortPairs {
+    using Sum = int32_t;
+    static constexpr size_t elements = 2;
+    template <int R>
+    static constexpr int rows = Multiply<float>::rows<R>;
+
+    POLYVEC_INLINE static Vec<int32_t> start(const Word*, int) noexcept { return Vec<int32_t>{}; }
+    POLYVEC_INLINE static Vec<int32_t> add(Vec<Word> x, Vec<Word> query, Vec<int32_t> sum) noexcept {
+        return sum + multiply_pairs(x, query);
+    }
+};
+using IntegerProduct = ShortPairs;
+
+#endif
+
+// ---- formats: `elements` of a row make a word; rows are padded to a multiple of `align` elements of `bits`
+
+// N elements of T, anywhere in memory.
+template <class T, size_t N>
+using Some = typename VecOf<T, static_cast<int>(N * sizeof(T))>::unaligned;
+
+POLYVEC_INLINE Vec<Word> load_halves(const unsigned char* p) noexcept {
+    return __builtin_convertvector(*reinterpret_cast<const Some<uint16_t, lanes<float>>*>(p), Vec<Word>);
+}
+
+// Widens n 16-bit elements by `convert` of a vector's worth at a time; nothing behind them is read.
+template <class Convert>
+POLYVEC_INLINE void expand_halves(const unsigned char* row, size_t n, float* out, Convert convert) noexcept {
+    size_t i = 0;
+    for (; i + lanes<float> <= n; i += lanes<float>) store(out + i, convert(row + 2 * i));
+    if (i < n) {
+        unsigned char rest[2 * lanes<float>] = {};
+        for (size_t k = 0; k < 2 * (n - i); ++k) rest[k] = row[2 * i + k];
+        store(out + i, convert(rest));
+    }
+}
+
+struct Bfloat16 {
+    static constexpr size_t bits = 16, align = 2;
+    static constexpr bool integer = false, residual = false;
+#if defined(POLYVEC_NARROW_PRODUCTS)
+    using Element = Word;
+    using Product = Bfloat16Pairs;
+    static constexpr size_t elements = 2;
+    static constexpr bool as_stored = true;
+#else
+    using Element = float;
+    using Product = Multiply<float>;
+    static constexpr size_t elements = 1;
+    static constexpr bool as_stored = false;
+
+    POLYVEC_INLINE static void expand(const unsigned char* row, size_t n, const void*, float* out) noexcept {
+        expand_halves(row, n, out, [](const unsigned char* p) { return (Vec<float>)(load_halves(p) << 16); });
+    }
+#endif
+};
+
+struct Float16 {
+    static constexpr size_t bits = 16, align = 1;
+    static constexpr bool integer = false, residual = false;
+    using Element = float;
+    using Product = Multiply<float>;
+    static constexpr size_t elements = 1;
+    static constexpr bool as_stored = false;
+
+#if !defined(POLYVEC_FLOAT16_CONVERSION)
+    // Exponent and fraction move to their places; a product sets the bias right, exactly, subnormals too.
+    POLYVEC_INLINE static Vec<float> load_float16(const unsigned char* p) noexcept {
+        const Vec<Word> half = load_halves(p), magnitude = half & 0x7fff, sign = (half ^ magnitude) << 16;
+        const Vec<Word> not_finite = (Vec<Word>)(magnitude > 0x7bff) & 0x7f800000;
+        return (Vec<float>)((Vec<Word>)((Vec<float>)(magnitude << 13) * 0x1p112f) | sign | not_finite);
+    }
+#endif
+
+    POLYVEC_INLINE static void expand(const unsigned char* row, size_t n, const void*, float* out) noexcept {
+        expand_halves(row, n, out, [](const unsigned char* p) { return load_float16(p); });
+    }
+};
+
+struct Int8 {
+    static constexpr size_t bits = 8, align = 4;
+    static constexpr bool integer = true, residual = false;
+    using Element = Word;
+    using Product = IntegerProduct;
+    static constexpr size_t elements = Product::elements;
+#if defined(POLYVEC_NARROW_PRODUCTS)
+    static constexpr bool as_stored = true;
+#else
+    static constexpr bool as_stored = false;
+
+    template <size_t N>
+    POLYVEC_INLINE static void widen(const unsigned char* p, Word* out) noexcept {
+        *reinterpret_cast<Some<int16_t, N>*>(out) =
+            __builtin_convertvector(*reinterpret_cast<const Some<uint8_t, N>*>(p), Some<int16_t, N>) - int16_t{128};
+    }
+    POLYVEC_INLINE static void expand(const unsigned char* row, size_t n, const void*, Word* out) noexcept {
+        size_t i = 0;
+        for (; i + lanes<int16_t> <= n; i += lanes<int16_t>) widen<lanes<int16_t>>(row + i, out + i / 2);
+        for (; i < n; i += 4) widen<4>(row + i, out + i / 2);
+    }
+#endif
+};
+
+template <int Bits>
+struct Residual {
+    static constexpr size_t bits = Bits, align = 4;
+    static constexpr bool integer = true, residual = true;
+    using Element = Word;
+    using Product = IntegerProduct;
+    static constexpr size_t elements = Product::elements;
+    static constexpr bool as_stored = false;
+    static constexpr size_t codes = size_t{1} << Bits, per_byte = 8 / Bits;
+
+    // The table that expand takes, of the weights of codes 0, 1, ...; a code is stored lowest bit first.
+    static void pack_weights(const signed char* weights, unsigned char* table) noexcept {
+        const auto weight = [&](size_t stored) {
+            size_t code = 0;
+            for (int b = 0; b < Bits; ++b) code |= (stored >> b & 1) << (Bits - 1 - b);
+            return weights[code];
+        };
+#if defined(POLYVEC_NARROW_PRODUCTS)
+        for (size_t k = 0; k < table_bytes; ++k) table[k] = static_cast<unsigned char>(weight(k % codes) + 128);
+#else
+        auto* out = reinterpret_cast<Weights*>(table);
+        for (size_t byte = 0; byte < 256; ++byte) {
+            Weights w;
+            for (size_t k = 0; k < per_byte; ++k) w[k] = weight(byte >> (8 - Bits * (k + 1)) & (codes - 1));
+            out[byte] = w;
+        }
+#endif
+    }
+
+#if defined(POLYVEC_NARROW_PRODUCTS)
+    static constexpr size_t table_bytes = 64;
+
+    POLYVEC_INLINE static void expand(const unsigned char* row, size_t n, const void* table, Word* out) noexcept {
+        for (size_t i = 0; i < n; i += 64)
+            store(out + i / 4, look_up_codes<Bits>(row + i * Bits / 8, n - i < 64 ? n - i : 64, table));
+    }
+#else
+    using Weights = Some<int16_t, per_byte>;
+    static constexpr size_t table_bytes = 256 * sizeof(Weights);
+
+    POLYVEC_INLINE static void expand(const unsigned char* row, size_t n, const void* table, Word* out) noexcept {
+        const auto* weights = static_cast<const Weights*>(table);
+        auto* wide = reinterpret_cast<Weights*>(out);
+        for (size_t i = 0; i < n / per_byte; ++i) wide[i] = weights[row[i]];
+    }
+#endif
+};
+
+template <class Format>
+constexpr size_t padded(size_t d) {
+    return (d + Format::align - 1) / Format::align * Format::align;
+}
+
+// Words of a row, and of a panel for each of its queries: ahead of an integer panel lies what sums start from, behind
+// it the scales.
+template <class Format>
+constexpr size_t row_words(size_t d) {
+    return Format::elements == 1 ? d : padded<Format>(d) / Format::elements;
+}
+template <class Format>
+constexpr size_t panel_words(size_t d) {
+    return row_words<Format>(d) + 2 * Format::integer;
+}
+
+// ---- queries
+
+template <class V, int... K>
+POLYVEC_INLINE V every_second(V a, V b, int from, Lanes<K...>) noexcept {
+    return from == 0 ? shuffle(a, b, Lanes<2 * K...>{}) : shuffle(a, b, Lanes<2 * K + 1 ...>{});
+}
+
+// Words i, i + 1, ... of a row of d, a vector for each of their N elements; zeros behind d.
+template <size_t N>
+POLYVEC_INLINE void load_words(const float* row, size_t d, size_t i, Vec<float> (&x)[N]) noexcept {
+    constexpr size_t n = lanes<float>;
+    for (size_t k = 0; k < N; ++k) {
+        const size_t at = i * N + k * n;
+        x[k] = at >= d ? Vec<float>{} : load_first(row + at, d - at < n ? d - at : n);
+    }
+    for (size_t round = 1; round < N; round *= 2) {
+        Vec<float> apart[N];
+        for (size_t k = 0; k < N; ++k)
+            apart[k] = every_second(x[2 * k % N], x[2 * k % N + 1], 2 * k >= N, typename LaneRange<0, n>::type{});
+        for (size_t k = 0; k < N; ++k) x[k] = apart[k];
+    }
+}
+
+// The 16 highest bits of a float, rounded to even, NaN kept; in the lower half of a lane.
+POLYVEC_INLINE Vec<Word> to_bfloat16(Vec<float> v) noexcept {
+    const Vec<Word> word = (Vec<Word>)v, rounded = word + 0x7fff + (word >> 16 & 1);
+    return select(v == v, rounded, word | 0x400000) >> 16;
+}
+
+// Rounded to even; |v| at most 2^15, in the 16 lower bits of a lane. NaN becomes 0.
+POLYVEC_INLINE Vec<Word> to_integer(Vec<float> v) noexcept {
+    return (Vec<Word>)(v + 0x1.8p23f) & 0xffff;
+}
+
+POLYVEC_INLINE float largest_magnitude(const float* row, size_t d) noexcept {
+    Vec<float> largest{};
+    for (size_t i = 0; i < d; i += lanes<float>)
+        largest = max(abs(load_first(row + i, d - i < lanes<float> ? d - i : lanes<float>)), largest);
+    return reduce_max(largest);
+}
+
+// Pack `count` rows of d into a panel of R registers; of its lanes, those beyond count are zero. `unit` is what one
+// step of the stored integers stands for, where they have no scale of their own: the largest weight / 127.
+template <class Format, int R>
+inline void pack_narrow_panel(Word* panel, const float* rows, size_t count, size_t d, float unit) noexcept {
+    constexpr size_t n = lanes<Word>, width = R * n, elements = Format::elements;
+    const size_t end = row_words<Format>(d);
+    float steps[width];  // of a query's quantisation, to the unit
+    if constexpr (Format::integer) {
+        for (size_t k = 0; k < width; k += n) {
+            Vec<float> scale = broadcast(unit);
+            for (size_t j = 0; j < n; ++j) {
+                const float largest = k + j < count ? largest_magnitude(rows + (k + j) * d, d) : 0;
+                steps[k + j] = largest > 0 ? 127 / largest : 0;
+                if (largest > 0) scale[j] = largest / 127 * unit;
+            }
+            store(panel + (end + 1) * width + k, (Vec<Word>)scale);
+        }
+        panel += width;
+    }
+    const auto words_of = [&](size_t q, size_t i) {
+        Vec<float> x[elements];
+        load_words(rows + q * d, d, i, x);
+        if constexpr (!Format::integer) return to_bfloat16(x[0]) | to_bfloat16(x[1]) << 16;
+        Vec<Word> word{};
+        for (size_t e = 0; e < elements; ++e) {
+            x[e] *= steps[q];
+            keep_in_register(x[e]);  // never fused with the rounding: the same integers at every level
+            const Vec<Word> value = to_integer(x[e]);
+            word |= (elements == 4 ? value & 0xff : value) << 32 / elements * e;
+        }
+        return word;
+    };
+    for (size_t k = 0; k < width; k += n) {
+        Vec<int32_t> share{};
+        for (size_t i = 0; i < end; i += n) {
+            Vec<Word> block[n];
+            for (size_t j = 0; j < n; ++j) block[j] = k + j < count ? words_of(k + j, i) : Vec<Word>{};
+            transpose(block, typename LaneRange<0, n>::type{});
+            for (size_t j = 0; j < n && i + j < end; ++j) {
+                store(panel + (i + j) * width + k, block[j]);
+                if constexpr (elements == 4) share = Format::Product::add(broadcast<Word>(0x80808080), block[j], share);
+            }
+        }
+        if constexpr (elements == 4) store(panel - width + k, (Vec<Word>)-share);
+    }
+}
+
+template <class Format, int R>
+POLYVEC_INLINE Vec<float> lane_scale(const Word* panel, size_t d, int r) noexcept {
+    return (Vec<float>)load(panel + ((row_words<Format>(d) + 1) * R + r) * lanes<Word>);
+}
+
+// ---- tiles
+
+constexpr size_t chunk = 256;  // words of a row that are expanded at a time
+
+// Like tiles_from, of rows that are expanded.
+template <class Format, int J, int R, class Epilogue>
+POLYVEC_INLINE void expanded_tiles_from(size_t first, const typename Format::Element* panel, const NarrowTokens& tokens,
+                                        size_t d, Epilogue& epilogue) noexcept {
+    using Element = typename Format::Element;
+    using Product = typename Format::Product;
+    const size_t row_bytes = padded<Format>(d) * Format::bits / 8, end = row_words<Format>(d);
+    for (; first + J <= tokens.count; first += J) {
+        alignas(64) Element scratch[J][chunk];
+        if constexpr (Format::residual) {
+#pragma GCC unroll 1
+            for (int j = 0; j < J; ++j) {
+                const float* scores = tokens.centroid_scores + tokens.centroids[first + j] * R * lanes<float>;
+                for (int r = 0; r < R; ++r) prefetch(scores + r * lanes<float>);
+            }
+        }
+        Vec<typename Product::Sum> acc[J][R];
+        for (int j = 0; j < J; ++j)
+            for (int r = 0; r < R; ++r) acc[j][r] = Product::start(panel, r - R);
+        for (size_t i = 0; i < end; i += chunk) {
+            const size_t n = end - i < chunk ? end - i : chunk, byte = i * Format::elements * Format::bits / 8;
+            const unsigned char* here = tokens.first + first * row_bytes + byte;
+            const unsigned char* there = first + J < tokens.count ? here + J * row_bytes : tokens.next + byte;
+            const Element *row[J], *ahead[J];
+#pragma GCC unroll 1
+            for (int j = 0; j < J; ++j, here += row_bytes)
+                Format::expand(here, n * Format::elements, tokens.weights, scratch[j]);
+#pragma GCC unroll 1
+            for (int j = 0; j < J; ++j, there += row_bytes) {
+                ahead[j] = reinterpret_cast<const Element*>(there);
+                asm("" : "+m"(ahead[j]));
+            }
+            for (int j = 0; j < J; ++j) row[j] = scratch[j];
+            multiply_tile<Product>(panel + i * R * lanes<Element>, row, ahead, n, acc);
+        }
+        epilogue(first, acc);
+    }
+    if constexpr (J > 1) {
+        constexpr int narrower = J > 4 ? 4 : (J + 1) / 2;
+        expanded_tiles_from<Format, narrower, R>(first, panel, tokens, d, epilogue);
+    }
+}
+
+template <class Format, int R, class Epilogue>
+POLYVEC_INLINE void for_each_narrow_tile(const Word* panel, const NarrowTokens& tokens, size_t d,
+                                         Epilogue&& epilogue) noexcept {
+    using Product = typename Format::Product;
+    using Element = typename Format::Element;
+    const auto scaled = [&]<int J>(size_t first, const Vec<typename Product::Sum>(&sum)[J][R]) {
+        if constexpr (!Format::integer) {
+            epilogue(first, sum);
+        } else {
+            Vec<float> product[J][R];
+            for (int j = 0; j < J; ++j) {
+                const Vec<float> scale = broadcast(tokens.scales[first + j]);
+                for (int r = 0; r < R; ++r) {
+                    Vec<float> value = __builtin_convertvector(sum[j][r], Vec<float>);
+                    if constexpr (Format::residual)
+                        value += load(tokens.centroid_scores +
+                                      (static_cast<size_t>(tokens.centroids[first + j]) * R + r) * lanes<float>);
+                    product[j][r] = value * scale;
+                }
+            }
+            epilogue(first, product);
+        }
+    };
+    const auto* queries = reinterpret_cast<const Element*>(panel + Format::integer * R * lanes<Word>);
+    if constexpr (Format::as_stored) {
+        const size_t words = row_words<Format>(d);
+        for_each_tile<R>(queries,
+                         Rows<Word>{reinterpret_cast<const Word*>(tokens.first), tokens.count, words,
+                                    reinterpret_cast<const Word*>(tokens.next)},
+                         words, scaled, Product{});
+    } else {
+        expanded_tiles_from<Format, Product::template rows<R>, R>(0, queries, tokens, d, scaled);
+    }
+}
+
+}  // namespace
+}  // namespace polyvec::POLYVEC_ISA
