@@ -136,3 +136,28 @@ def test_topk(compare, rng):
         check=lambda result: np.testing.assert_allclose(result[0], -np.sort(-expected)[:, :10], rtol=1e-4),
         flops=2 * queries.size * len(docs.values),
     )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8", "residual4", "residual2"])
+def test_packed(compare, rng, dtype):
+    """Tokens in fewer bits against our own float32."""
+    query, docs = unit(rng, QUERY_TOKENS, D), documents(rng, "uniform")
+    if dtype.startswith("residual"):
+        bits = int(dtype[-1])
+        residuals = rng.integers(0, 256, (len(docs.values), D * bits // 8), np.uint8)
+        weights = np.linspace(-0.05, 0.05, 1 << bits, dtype=np.float32)
+        ids, centroids = rng.integers(0, 4096, len(docs.values)), unit(rng, 4096, D)
+        packed = pv.maxsim.from_residuals(ids, residuals, centroids, weights, docs.offsets)
+        codes = np.unpackbits(residuals, axis=1).reshape(len(residuals), D, bits) @ (1 << np.arange(bits))
+        tokens = centroids[ids] + weights[codes]
+        docs = pv.Ragged(tokens / np.linalg.norm(tokens, axis=1, keepdims=True), docs.offsets)
+    else:
+        packed = pv.maxsim.pack(docs, dtype)
+    floats, expected = pv.maxsim.pack(docs), by_product(query, docs)
+    compare(
+        lambda: pv.maxsim.score(query[None], packed),
+        {"float32": lambda: pv.maxsim.score(query[None], floats)},
+        check=lambda result: np.testing.assert_allclose(np.ravel(result), expected, rtol=0.01, atol=0.01),
+        flops=2 * query.size * len(docs.values),
+        bytes=packed.nbytes,
+    )

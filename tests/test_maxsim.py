@@ -351,9 +351,9 @@ DOCS = [zeros(2, 3), zeros(4, 3)]
             "maxsim.pack: docs must be finite, got NaN or Inf in token 0 of document 2",
         ),
         (
-            lambda: pv.maxsim.pack(DOCS, "int8"),
+            lambda: pv.maxsim.pack(DOCS, "int7"),
             ValueError,
-            "maxsim.pack: dtype must be one of 'float32', got 'int8'",
+            "maxsim.pack: dtype must be one of 'float32', 'bfloat16', 'float16', 'int8', got 'int7'",
         ),
         (
             lambda: pv.maxsim.pack(zeros(1, 2, 3, dtype=np.float64)),

@@ -5,38 +5,65 @@
 
 namespace polyvec {
 
+/// (tokens, offsets, scales, centroid_ids, centroids, weights), the last four None where the format has none.
+inline StoredTokens stored_tokens(Args& args, const py::tuple& docs) {
+    return {{args.in("docs", docs[0]), args.in("doc offsets", docs[1])},
+            args.in("scales", docs[2]),
+            args.in("centroid_ids", docs[3]),
+            args.in("centroids", docs[4]),
+            args.in("bucket_weights", docs[5])};
+}
+
 template <class Exec>
 void bind_maxsim(py::module_& m) {
     m.def(
         "maxsim_score",
-        [](const py::object& queries, const py::object& query_offsets, const py::object& docs,
-           const py::object& doc_offsets, const py::object& out, std::intptr_t where) {
+        [](const py::object& queries, const py::object& query_offsets, const py::object& docs, const py::object& out,
+           std::intptr_t where) {
             Args args = args_for<Exec>(MaxsimScore::op, where);
             const Array tokens = args.in("queries", queries);
-            run_op<Exec>(MaxsimScore{{tokens, args.in("query offsets", query_offsets)},
-                                     {args.in("docs", docs), args.in("doc offsets", doc_offsets)},
-                                     args.out("out", out)},
-                         where, tokens);
+            run_op<Exec>(
+                MaxsimScore{
+                    {tokens, args.in("query offsets", query_offsets)}, stored_tokens(args, docs), args.out("out", out)},
+                where, tokens);
         },
-        py::arg("queries"), py::arg("query_offsets"), py::arg("docs"), py::arg("doc_offsets"), py::arg("out"),
-        py::arg("where"));
+        py::arg("queries"), py::arg("query_offsets"), py::arg("docs"), py::arg("out"), py::arg("where"));
     m.def(
         "maxsim_topk",
         [](const py::object& queries, const py::object& query_offsets, const py::object& docs,
-           const py::object& doc_offsets, const py::object& candidate_offsets, const py::object& candidate_ids,
-           const py::object& scores, const py::object& ids, std::intptr_t where) {
+           const py::object& candidate_offsets, const py::object& candidate_ids, const py::object& scores,
+           const py::object& ids, std::intptr_t where) {
             Args args = args_for<Exec>(MaxsimTopk::op, where);
             const Array tokens = args.in("queries", queries);
             run_op<Exec>(
                 MaxsimTopk{{tokens, args.in("query offsets", query_offsets)},
-                           {args.in("docs", docs), args.in("doc offsets", doc_offsets)},
+                           stored_tokens(args, docs),
                            {args.in("candidates offsets", candidate_offsets), args.in("candidates ids", candidate_ids)},
                            args.out("out scores", scores),
                            args.out("out ids", ids)},
                 where, tokens);
         },
-        py::arg("queries"), py::arg("query_offsets"), py::arg("docs"), py::arg("doc_offsets"),
-        py::arg("candidate_offsets"), py::arg("candidate_ids"), py::arg("scores"), py::arg("ids"), py::arg("where"));
+        py::arg("queries"), py::arg("query_offsets"), py::arg("docs"), py::arg("candidate_offsets"),
+        py::arg("candidate_ids"), py::arg("scores"), py::arg("ids"), py::arg("where"));
+    m.def(
+        "maxsim_pack",
+        [](const py::object& tokens, const py::object& codes, const py::object& scales, std::intptr_t where) {
+            Args args = args_for<Exec>(MaxsimPack::op, where);
+            const Array first = args.in("docs", tokens);
+            run_op<Exec>(MaxsimPack{first, args.out("out codes", codes),
+                                    scales.is_none() ? Array{} : args.out("out scales", scales)},
+                         where, first);
+        },
+        py::arg("tokens"), py::arg("codes"), py::arg("scales"), py::arg("where"));
+    m.def(
+        "maxsim_residual_scales",
+        [](const py::object& docs, const py::object& scales, std::intptr_t where) {
+            Args args = args_for<Exec>(MaxsimResidualScales::op, where);
+            StoredTokens stored = stored_tokens(args, docs);
+            stored.scales = args.out("out scales", scales);
+            run_op<Exec>(MaxsimResidualScales{stored}, where, stored.tokens);
+        },
+        py::arg("docs"), py::arg("scales"), py::arg("where"));
     m.def(
         "maxsim_align",
         [](const py::object& query, const py::object& doc, const py::object& ids, const py::object& similarities,

@@ -1,6 +1,8 @@
 #include "polyvec/maxsim.hpp"
 
 #include <algorithm>
+#include <bit>
+#include <cmath>
 #include <mutex>
 #include <vector>
 
@@ -30,15 +32,124 @@ struct Block {
     std::int64_t group;
 };
 
-/// Queries packed once for any number of documents. Which queries share a group changes no bit of their scores.
+/// Query tokens in panels, for documents of float tokens. `at` counts tokens from the first panel on.
 template <class T>
+class FloatPanels {
+public:
+    using Score = T;
+
+    FloatPanels(const StoredTokens& docs, std::int64_t d) : docs_(docs), d_(d), kernel_(typed<T>(*kernels().maxsim)) {}
+
+    std::int64_t width() const { return kernel_.panel_width; }
+    std::int64_t token_bytes() const { return d_ * static_cast<std::int64_t>(sizeof(T)); }
+    void reserve(std::int64_t tokens) { panels_ = aligned<T>(tokens * d_); }
+
+    void pack(const T* tokens, std::int64_t n, std::int64_t at) const {
+        kernel_.pack(tokens, n, d_, panels_.get() + at * d_);
+    }
+
+    void maxima(std::int64_t at, std::int64_t n, std::int64_t doc, std::int64_t next, T* best) const {
+        kernel_.maxima(panels_.get() + at * d_, n, docs_.set<T>(doc), docs_.length(doc), docs_.set<T>(next), d_, best);
+    }
+
+private:
+    const StoredTokens& docs_;
+    std::int64_t d_;
+    const MaxsimKernel<T>& kernel_;
+    Aligned<T> panels_;
+};
+
+const NarrowMaxsimKernel& narrow_kernel(const StoredTokens& docs) {
+    const MaxsimKernels& kernel = *kernels().maxsim;
+    switch (docs.format()) {
+        case StoredTokens::bfloat16:
+            return kernel.bf16;
+        case StoredTokens::float16:
+            return kernel.f16;
+        case StoredTokens::int8:
+            return kernel.i8;
+        case StoredTokens::residual4:
+            return kernel.residual4;
+        default:
+            return kernel.residual2;
+    }
+}
+
+/// The same for tokens in fewer bits. The products of the queries with the centroids are computed with the panels.
+class NarrowPanels {
+public:
+    using Score = float;
+
+    NarrowPanels(const StoredTokens& docs, std::int64_t d)
+        : docs_(docs),
+          d_(d),
+          row_bytes_(docs.tokens.dim(1) * static_cast<std::int64_t>(size_of(docs.tokens.dtype))),
+          centroids_(docs.centroids ? docs.centroids.dim(0) : 0),
+          kernel_(narrow_kernel(docs)),
+          float_kernel_(kernels().maxsim->f32),
+          panel_words_(kernel_.panel_words(d)) {
+        if (!docs.centroids) return;
+        const auto* weights = docs.weights.as<const float>();
+        signed char rounded[16];
+        const std::int64_t codes = docs.weights.dim(0);
+        unit_ = weight_unit(weights, codes);
+        for (std::int64_t k = 0; k < codes; ++k) rounded[k] = static_cast<signed char>(std::lrint(weights[k] / unit_));
+        weights_ = aligned<unsigned char>(kernel_.weights_bytes);
+        kernel_.pack_weights(rounded, weights_.get());
+    }
+
+    std::int64_t width() const { return float_kernel_.panel_width; }
+    std::int64_t token_bytes() const { return panel_words_ * static_cast<std::int64_t>(sizeof(std::uint32_t)); }
+    void reserve(std::int64_t tokens) {
+        panels_ = aligned<std::uint32_t>(tokens * panel_words_);
+        centroid_scores_ = aligned<float>(tokens * centroids_);
+    }
+
+    void pack(const float* tokens, std::int64_t n, std::int64_t at) const {
+        std::uint32_t* panels = panels_.get() + at * panel_words_;
+        kernel_.pack(tokens, n, d_, unit_, panels);
+        if (centroids_ == 0) return;
+        const Aligned<float> floats = aligned<float>((n + width()) * d_);
+        float_kernel_.pack(tokens, n, d_, floats.get());
+        kernel_.centroid_scores(floats.get(), panels, n, docs_.centroids.as<const float>(), centroids_, d_,
+                                centroid_scores_.get() + at * centroids_);
+    }
+
+    void maxima(std::int64_t at, std::int64_t n, std::int64_t doc, std::int64_t next, float* best) const {
+        const auto* codes = docs_.tokens.as<const unsigned char>();
+        const std::int64_t first = docs_.begin(doc);
+        kernel_.maxima(
+            panels_.get() + at * panel_words_, n,
+            {codes + first * row_bytes_, static_cast<std::size_t>(docs_.length(doc)),
+             codes + docs_.begin(next) * row_bytes_, docs_.scales ? docs_.scales.as<const float>() + first : nullptr,
+             docs_.centroids ? docs_.centroid_ids.as<const std::int32_t>() + first : nullptr,
+             centroid_scores_.get() + at * centroids_, weights_.get()},
+            d_, centroids_, best);
+    }
+
+private:
+    const StoredTokens& docs_;
+    std::int64_t d_, row_bytes_, centroids_;
+    const NarrowMaxsimKernel& kernel_;
+    const MaxsimKernel<float>& float_kernel_;
+    std::int64_t panel_words_;
+    float unit_ = 1;
+    Aligned<std::uint32_t> panels_;
+    Aligned<float> centroid_scores_;
+    Aligned<unsigned char> weights_;
+};
+
+/// Queries packed once for any number of documents. Which queries share a group changes no bit of their scores.
+template <class Panels>
 class Scorer {
 public:
+    using T = typename Panels::Score;
+
     /// `alone`: every query is a group of its own, for documents of its own.
-    Scorer(const TokenSets& queries, const TokenSets& docs, bool alone, int num_threads)
-        : queries_(queries), docs_(docs), d_(queries.dim()), kernel_(typed<T>(*kernels().maxsim)) {
-        const std::int64_t row_bytes = std::max<std::int64_t>(1, d_) * static_cast<std::int64_t>(sizeof(T));
-        const std::int64_t full = alone ? 0 : std::max(panel_bytes / row_bytes, least_panels * width());
+    Scorer(const TokenSets& queries, const StoredTokens& docs, bool alone, int num_threads)
+        : queries_(queries), docs_(docs), d_(queries.dim()), panels_(docs, d_) {
+        const std::int64_t row_bytes = std::max<std::int64_t>(1, panels_.token_bytes());
+        const std::int64_t full = alone ? 0 : std::max(panel_bytes / row_bytes, least_panels * panels_.width());
         std::int64_t room = 0;
         for (std::int64_t q = 0; q < queries.size(); ++q) {
             const std::int64_t tokens = queries.length(q);
@@ -50,9 +161,9 @@ public:
             room = group.panels + padded(group.tokens);
             most_tokens = std::max(most_tokens, group.tokens);
         }
-        panels_ = aligned<T>(room * d_);
+        panels_.reserve(room);
         parallel_for(groups.size(), 1, num_threads, [&](std::int64_t g, std::int64_t, int) {
-            kernel_.pack(queries.set<T>(groups[g].begin), groups[g].tokens, d_, panels(groups[g]));
+            panels_.pack(queries.set<T>(groups[g].begin), groups[g].tokens, groups[g].panels);
         });
     }
 
@@ -91,8 +202,7 @@ public:
         const auto id = [&](std::int64_t i) { return ids ? ids[i] : i; };
         for (std::int64_t i = block.begin; i < block.end; ++i) {
             const std::int64_t doc = id(i), next = i + 1 < block.end ? id(i + 1) : doc;
-            kernel_.maxima(panels(group), group.tokens, docs_.set<T>(doc), docs_.length(doc), docs_.set<T>(next), d_,
-                           maxima);
+            panels_.maxima(group.panels, group.tokens, doc, next, maxima);
             const T* maximum = maxima;
             for (std::int64_t q = group.begin; q < group.end; ++q) {
                 double sum = 0;
@@ -103,19 +213,20 @@ public:
     }
 
 private:
-    std::int64_t width() const { return kernel_.panel_width; }
-    std::int64_t padded(std::int64_t tokens) const { return (tokens + width() - 1) / width() * width(); }
-    T* panels(const Group& group) const { return panels_.get() + group.panels * d_; }
+    std::int64_t padded(std::int64_t tokens) const {
+        return (tokens + panels_.width() - 1) / panels_.width() * panels_.width();
+    }
 
-    const TokenSets &queries_, &docs_;
+    const TokenSets& queries_;
+    const StoredTokens& docs_;
     std::int64_t d_;
-    const MaxsimKernel<T>& kernel_;
-    Aligned<T> panels_;
+    Panels panels_;
 };
 
-template <class T>
+template <class Panels>
 void score(const MaxsimScore& op, int num_threads) {
-    const Scorer<T> scorer(op.queries, op.docs, false, num_threads);
+    using T = typename Panels::Score;
+    const Scorer<Panels> scorer(op.queries, op.docs, false, num_threads);
     const std::int64_t nd = op.docs.size(), groups = scorer.groups.size();
     std::vector<Block> blocks;
     scorer.cut(0, nd, nullptr, scorer.most_tokens, 0, blocks);
@@ -127,12 +238,13 @@ void score(const MaxsimScore& op, int num_threads) {
     });
 }
 
-template <class T>
+template <class Panels>
 void topk(const MaxsimTopk& op, int num_threads) {
+    using T = typename Panels::Score;
     const bool listed = static_cast<bool>(op.candidates.offsets);
     const auto* ids = listed ? op.candidates.ids.as<const std::int64_t>() : nullptr;
     const auto* lists = listed ? op.candidates.offsets.as<const std::int64_t>() : nullptr;
-    const Scorer<T> scorer(op.queries, op.docs, listed, num_threads);
+    const Scorer<Panels> scorer(op.queries, op.docs, listed, num_threads);
     const std::int64_t groups = scorer.groups.size(), nq = op.queries.size(), k = op.scores.dim(1);
     std::vector<Block> blocks;
     if (listed) {
@@ -173,14 +285,138 @@ void align(const MaxsimAlign& op, int num_threads) {
     });
 }
 
+constexpr std::int64_t token_block = 1 << 10;  // of a piece of packing
+
+/// Rounded to even; the values are finite.
+std::uint16_t to_bfloat16(float x) {
+    const auto bits = std::bit_cast<std::uint32_t>(x);
+    return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/// Rounded to even; |x| < 65520.
+std::uint16_t to_float16(float x) {
+    const auto bits = std::bit_cast<std::uint32_t>(x);
+    const std::uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude < 0x38800000) {  // subnormal: the sum rounds to multiples of 2^-24
+        const float sum = std::bit_cast<float>(magnitude) + 0.5f;
+        return static_cast<std::uint16_t>(sign | (std::bit_cast<std::uint32_t>(sum) - 0x3f000000));
+    }
+    return static_cast<std::uint16_t>(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13));
+}
+
+/// codes = 128 + x / scale, rounded to even; 128 where the token is zero.
+float to_int8(const float* x, std::int64_t d, unsigned char* codes) {
+    float largest = 0;
+    for (std::int64_t i = 0; i < d; ++i) largest = std::max(largest, std::fabs(x[i]));
+    const float steps = largest > 0 ? 127 / largest : 0;
+    for (std::int64_t i = 0; i < d; ++i) {
+        const float rounded = x[i] * steps + 0x1.8p23f;  // the integer is in the lowest bits
+        codes[i] = static_cast<unsigned char>(std::bit_cast<std::uint32_t>(rounded) + 128);
+    }
+    return largest / 127;
+}
+
+/// Those that share an allotment of memory for their products with the centroids.
+template <class Op, class Run>
+void in_slices(const Op& op, Run run) {
+    constexpr std::int64_t most = 1 << 26;
+    const std::int64_t n = op.queries.size(), centroids = op.docs.centroids ? op.docs.centroids.dim(0) : 0;
+    for (std::int64_t begin = 0, end; begin < n; begin = end) {
+        end = begin + 1;
+        while (end < n && (op.queries.begin(end + 1) - op.queries.begin(begin)) * centroids <= most) ++end;
+        run(begin, end);
+    }
+}
+
+Array rows(Array a, std::int64_t begin, std::int64_t end) {
+    if (!a) return a;
+    a.data = a.as<char>() + begin * (a.size() / std::max<std::int64_t>(1, a.dim(0))) * size_of(a.dtype);
+    a.shape[0] = end - begin;
+    return a;
+}
+
 }  // namespace
 
+void run(const MaxsimPack& op, Cpu cpu) {
+    const std::int64_t d = op.tokens.dim(1), width = op.codes.dim(1);
+    parallel_for(op.tokens.dim(0), token_block, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+        for (std::int64_t t = begin; t < end; ++t) {
+            const float* x = op.tokens.as<const float>() + t * d;
+            if (op.codes.dtype == DType::u8) {
+                unsigned char* codes = op.codes.as<unsigned char>() + t * width;
+                op.scales.as<float>()[t] = to_int8(x, d, codes);
+                std::fill(codes + d, codes + width, static_cast<unsigned char>(128));
+            } else {
+                if (op.codes.dtype == DType::f16)
+                    for (std::int64_t i = 0; i < d; ++i)
+                        require(std::fabs(x[i]) < 65520, MaxsimPack::op, "docs must be at most 65504 in float16, got ",
+                                x[i]);
+                auto* codes = op.codes.as<std::uint16_t>() + t * width;
+                std::transform(x, x + d, codes, op.codes.dtype == DType::f16 ? to_float16 : to_bfloat16);
+                std::fill(codes + d, codes + width, std::uint16_t{0});
+            }
+        }
+    });
+}
+
+void run(const MaxsimResidualScales& op, Cpu cpu) {
+    const StoredTokens& docs = op.docs;
+    const std::int64_t d = docs.centroids.dim(1), width = docs.tokens.dim(1), codes = docs.weights.dim(0);
+    const int bits = codes == 16 ? 4 : 2, per_byte = 8 / bits;
+    const auto* weights = docs.weights.as<const float>();
+    const float unit = weight_unit(weights, codes);
+    float weight[16];  // of a code as stored, its lowest bit first
+    for (int stored = 0; stored < codes; ++stored) {
+        int code = 0;
+        for (int b = 0; b < bits; ++b) code |= (stored >> b & 1) << (bits - 1 - b);
+        weight[stored] = unit * static_cast<float>(std::lrint(weights[code] / unit));
+    }
+    parallel_for(docs.tokens.dim(0), token_block, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+        for (std::int64_t t = begin; t < end; ++t) {
+            const auto* row = docs.tokens.as<const unsigned char>() + t * width;
+            const float* centroid =
+                docs.centroids.as<const float>() + docs.centroid_ids.as<const std::int32_t>()[t] * d;
+            double sum = 0;
+            for (std::int64_t i = 0; i < d; ++i) {
+                const int shift = 8 - bits * (static_cast<int>(i % per_byte) + 1);
+                const double x = static_cast<double>(centroid[i]) + weight[row[i / per_byte] >> shift & (codes - 1)];
+                sum += x * x;
+            }
+            docs.scales.as<float>()[t] = sum > 0 ? static_cast<float>(1 / std::sqrt(sum)) : 0;
+        }
+    });
+}
+
 void run(const MaxsimScore& op, Cpu cpu) {
-    op.queries.tokens.dtype == DType::f32 ? score<float>(op, cpu.num_threads) : score<double>(op, cpu.num_threads);
+    if (op.docs.format() != StoredTokens::floats) {
+        in_slices(op, [&](std::int64_t begin, std::int64_t end) {
+            MaxsimScore slice = op;
+            slice.queries.offsets = rows(op.queries.offsets, begin, end + 1);
+            slice.out = rows(op.out, begin, end);
+            score<NarrowPanels>(slice, cpu.num_threads);
+        });
+    } else if (op.queries.tokens.dtype == DType::f32) {
+        score<FloatPanels<float>>(op, cpu.num_threads);
+    } else {
+        score<FloatPanels<double>>(op, cpu.num_threads);
+    }
 }
 
 void run(const MaxsimTopk& op, Cpu cpu) {
-    op.queries.tokens.dtype == DType::f32 ? topk<float>(op, cpu.num_threads) : topk<double>(op, cpu.num_threads);
+    if (op.docs.format() != StoredTokens::floats) {
+        in_slices(op, [&](std::int64_t begin, std::int64_t end) {
+            MaxsimTopk slice = op;
+            slice.queries.offsets = rows(op.queries.offsets, begin, end + 1);
+            slice.candidates.offsets = rows(op.candidates.offsets, begin, end + 1);
+            slice.scores = rows(op.scores, begin, end);
+            slice.ids = rows(op.ids, begin, end);
+            topk<NarrowPanels>(slice, cpu.num_threads);
+        });
+    } else if (op.queries.tokens.dtype == DType::f32) {
+        topk<FloatPanels<float>>(op, cpu.num_threads);
+    } else {
+        topk<FloatPanels<double>>(op, cpu.num_threads);
+    }
 }
 
 void run(const MaxsimAlign& op, Cpu cpu) {

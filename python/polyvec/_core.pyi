@@ -70,19 +70,15 @@ def hypercomplex_relation_query(
     where: int,
 ) -> None: ...
 def maxsim_align(query: typing.Any, doc: typing.Any, ids: typing.Any, similarities: typing.Any, where: int) -> None: ...
+def maxsim_pack(tokens: typing.Any, codes: typing.Any, scales: typing.Any, where: int) -> None: ...
+def maxsim_residual_scales(docs: typing.Any, scales: typing.Any, where: int) -> None: ...
 def maxsim_score(
-    queries: typing.Any,
-    query_offsets: typing.Any,
-    docs: typing.Any,
-    doc_offsets: typing.Any,
-    out: typing.Any,
-    where: int,
+    queries: typing.Any, query_offsets: typing.Any, docs: typing.Any, out: typing.Any, where: int
 ) -> None: ...
 def maxsim_topk(
     queries: typing.Any,
     query_offsets: typing.Any,
     docs: typing.Any,
-    doc_offsets: typing.Any,
     candidate_offsets: typing.Any,
     candidate_ids: typing.Any,
     scores: typing.Any,

@@ -15,24 +15,65 @@ from typing import Any
 import numpy as np
 
 from polyvec import _backend, _files
-from polyvec._arrays import as_array, as_count, as_id_lists, as_ids, choice, dtype_name, output, outputs
+from polyvec._arrays import (
+    as_array,
+    as_count,
+    as_id_lists,
+    as_ids,
+    choice,
+    dtype_name,
+    empty,
+    is_torch,
+    output,
+    outputs,
+)
 from polyvec._ragged import Ragged, as_ragged
 
-__all__ = ["PackedTokens", "align", "pack", "score", "topk"]
+__all__ = ["PackedTokens", "align", "from_residuals", "pack", "score", "topk"]
 
 _FLOATS = ("float32", "float64")
-_PACKED = ("float32",)
+_STORED = {
+    "float32": "float32", "bfloat16": "uint16", "float16": "float16", "int8": "uint8", "residual2": "uint8",
+    "residual4": "uint8",
+}  # fmt: skip
+_PARTS = ("scales", "centroid_ids", "centroids", "bucket_weights")
+_RESIDUAL = {"residual2": 2, "residual4": 4}  # bits of a code
+
+
+def _stored_width(dtype: str, d: int) -> int:
+    """Elements that a token of width d takes."""
+    if dtype == "bfloat16":
+        return d + d % 2
+    if dtype in ("float32", "float16"):
+        return d
+    return -(-d // 4) * _RESIDUAL.get(dtype, 8) // 2
+
+
+def _check_centroids(op: str, centroid_ids: Any, centroids: Any, dim: int) -> None:
+    if centroids.shape[1] != dim:
+        raise ValueError(f"{op}: centroids must have d = {dim}, got {centroids.shape[1]}")
+    n = int(centroids.shape[0])
+    if len(centroid_ids) and not (int(centroid_ids.min()) >= 0 and int(centroid_ids.max()) < n):
+        raise IndexError(f"{op}: codes must be in [0, {n}), got {int(centroid_ids.min())} to {int(centroid_ids.max())}")
 
 
 class PackedTokens:
-    """Token sets prepared for scoring, as `pack` makes them; accepted wherever token sets are.
+    """Token sets prepared for scoring, as `pack` makes them; accepted wherever document token sets are.
 
     `packed[a:b]` are the documents a to b - 1 and share the memory of `packed`.
 
     Parameters
     ----------
-    sets : Ragged, float32
-        Finite tokens; `pack` checks them.
+    sets : Ragged
+        Finite tokens, as stored; `pack` and `from_residuals` make them.
+    dtype : str
+        How they are stored.
+    dim : int
+        Width d of the tokens.
+    scales : array of shape (T,), float32, optional
+    centroid_ids : array of shape (T,), int32, optional
+    centroids : array of shape (n, d), float32, optional
+    bucket_weights : array of shape (4,) | (16,), float32, optional
 
     Examples
     --------
@@ -42,28 +83,50 @@ class PackedTokens:
     PackedTokens(2 documents, 4 tokens, dim=4, dtype='float32')
     """
 
-    __slots__ = ("_sets",)
+    __slots__ = ("_dim", "_dtype", "_of_tokens", "_sets", "_shared")
 
-    def __init__(self, sets: Ragged) -> None:
+    def __init__(
+        self,
+        sets: Ragged,
+        dtype: str,
+        dim: int,
+        *,
+        scales: Any = None,
+        centroid_ids: Any = None,
+        centroids: Any = None,
+        bucket_weights: Any = None,
+    ) -> None:
         self._sets = sets
+        self._dtype = dtype
+        self._dim = dim
+        self._of_tokens = {"scales": scales, "centroid_ids": centroid_ids}
+        self._shared = {"centroids": centroids, "bucket_weights": bucket_weights}
 
     @property
     def dtype(self) -> str:
         """How tokens are stored."""
-        return dtype_name(self._sets.values)
+        return self._dtype
 
     @property
     def dim(self) -> int:
         """Width d of the tokens."""
-        return self._sets.dim
+        return self._dim
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return int(self._sets.values.nbytes + self._sets.offsets.nbytes)
+        return sum(int(x.nbytes) for x in self._tensors().values())
 
     def __len__(self) -> int:
         return len(self._sets)
+
+    def _tensors(self) -> dict[str, Any]:
+        parts = {"values": self._sets.values, "offsets": self._sets.offsets, **self._of_tokens, **self._shared}
+        return {name: x for name, x in parts.items() if x is not None}
+
+    def _with(self, sets: Ragged, rows: Any) -> PackedTokens:
+        of_tokens = {name: None if x is None else x[rows] for name, x in self._of_tokens.items()}
+        return PackedTokens(sets, self._dtype, self._dim, **of_tokens, **self._shared)
 
     def __getitem__(self, documents: slice) -> PackedTokens:
         if not isinstance(documents, slice):
@@ -72,7 +135,8 @@ class PackedTokens:
         if step != 1:
             return self.take(np.arange(start, stop, step))
         offsets = self._sets.offsets[start : max(start, stop) + 1]
-        return PackedTokens(Ragged(self._sets.values[int(offsets[0]) : int(offsets[-1])], offsets - offsets[0]))
+        rows = slice(int(offsets[0]), int(offsets[-1]))
+        return self._with(Ragged(self._sets.values[rows], offsets - offsets[0]), rows)
 
     def take(self, ids: Any) -> PackedTokens:
         """Return some of the documents; their tokens are copied.
@@ -91,7 +155,8 @@ class PackedTokens:
         if len(outside):
             at = int(outside[0])
             raise IndexError(f"PackedTokens.take: ids must be in [0, {len(self)}), got {ids[at]} at position {at}")
-        return PackedTokens(self._sets.take(ids))
+        rows = Ragged(np.arange(self._sets.offsets[-1])[:, None], self._sets.offsets).take(ids).values[:, 0]
+        return self._with(self._sets.take(ids), rows)
 
     def state(self) -> _files.State:
         """Return what `save` writes.
@@ -99,9 +164,9 @@ class PackedTokens:
         Returns
         -------
         State
-            `values` and `offsets`, and the dtype.
+            The tokens as stored, and how.
         """
-        return _files.State({"values": self._sets.values, "offsets": self._sets.offsets}, {"dtype": self.dtype})
+        return _files.State(self._tensors(), {"dtype": self.dtype, "dim": self.dim})
 
     @classmethod
     def from_state(cls, state: _files.State) -> PackedTokens:
@@ -116,8 +181,19 @@ class PackedTokens:
         -------
         PackedTokens
         """
-        choice("PackedTokens.from_state", "dtype", state.params["dtype"], _PACKED)
-        return cls(as_ragged("PackedTokens.from_state", "tokens", Ragged(**state.tensors)))
+        op = "PackedTokens.from_state"
+        dtype = choice(op, "dtype", state.params["dtype"], tuple(_STORED))
+        dim = as_count(op, "dim", state.params["dim"], least=0)
+        parts = dict(state.tensors)
+        sets = Ragged(parts.pop("values"), parts.pop("offsets"))
+        sets = as_ragged(op, "tokens", sets, dtypes=(_STORED[dtype],), dim=_stored_width(dtype, dim))
+        expected = {"int8": ["scales"]}.get(dtype, [])
+        if dtype in _RESIDUAL:
+            expected = ["bucket_weights", "centroid_ids", "centroids", "scales"]
+            _check_centroids(op, parts["centroid_ids"], parts["centroids"], dim)
+        if sorted(parts) != expected:
+            raise ValueError(f"{op}: tensors must be {expected}, got {sorted(parts)}")
+        return cls(sets, dtype, dim, **parts)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the tokens as one safetensors file, whole or not at all.
@@ -161,9 +237,10 @@ def pack(docs: Any, dtype: str = "float32", *, num_threads: int | None = None) -
     Parameters
     ----------
     docs : token sets, float32
-    dtype : {"float32"}
+    dtype : {"float32", "bfloat16", "float16", "int8"}
         How tokens are stored. "float32" keeps the values as they are, without a copy where they are C-contiguous: do
-        not change them afterwards.
+        not change them afterwards. The others take half or a quarter of the memory, and round: "bfloat16" to 8
+        significant bits, "float16" to 11, "int8" to 127 steps of the token's largest element.
     num_threads : int, optional
         CPU threads; the process setting when None.
 
@@ -174,9 +251,15 @@ def pack(docs: Any, dtype: str = "float32", *, num_threads: int | None = None) -
     Raises
     ------
     ValueError
-        NaN or Inf in a token; an unknown dtype.
+        NaN or Inf in a token; an unknown dtype; an element that is infinite in float16.
     TypeError
         Tokens that are not float32.
+
+    Notes
+    -----
+    Queries stay float32. Scored against int8 (and residual) tokens, each query token is rounded to 127 steps of its
+    largest element as well, and the products are summed exactly; where the CPU multiplies bfloat16, queries are rounded
+    to it. Scores have the same bits in any batch on one kind of CPU.
 
     Examples
     --------
@@ -185,27 +268,134 @@ def pack(docs: Any, dtype: str = "float32", *, num_threads: int | None = None) -
     PackedTokens(2 documents, 5 tokens, dim=3, dtype='float32')
     """
     op = "maxsim.pack"
-    choice(op, "dtype", dtype, _PACKED)
-    sets = _token_sets(op, "docs", docs, _PACKED)
+    choice(op, "dtype", dtype, [name for name in _STORED if name not in _RESIDUAL])
+    sets = as_ragged(op, "docs", docs)
     row = _backend.run(op, "first_nonfinite_row", sets.values, sets.values, num_threads=num_threads)
     if row >= 0:
         doc = int(np.searchsorted(sets.offsets, row, side="right")) - 1
         token = row - int(sets.offsets[doc])
         raise ValueError(f"{op}: docs must be finite, got NaN or Inf in token {token} of document {doc}")
-    return PackedTokens(sets)
+    if dtype == "float32":
+        return PackedTokens(sets, dtype, sets.dim)
+    n = int(sets.values.shape[0])
+    codes = empty(sets.values, (n, _stored_width(dtype, sets.dim)), _STORED[dtype])
+    scales = empty(sets.values, (n,), "float32") if dtype == "int8" else None
+    _backend.run(op, "maxsim_pack", sets.values, sets.values, codes, scales, num_threads=num_threads)
+    return PackedTokens(Ragged(codes, sets.offsets), dtype, sets.dim, scales=scales)
 
 
-def _token_sets(op: str, name: str, x: Any, dtypes: tuple[str, ...], dim: int | None = None, like: str = "") -> Ragged:
-    return as_ragged(op, name, x._sets if isinstance(x, PackedTokens) else x, dtypes=dtypes, dim=dim, like=like)
+def from_residuals(
+    codes: Any,
+    residuals: Any,
+    centroids: Any,
+    bucket_weights: Any,
+    offsets: Any,
+    *,
+    normalize: bool = True,
+    num_threads: int | None = None,
+) -> PackedTokens:
+    """Take tokens that ColBERTv2 compressed, as its index files hold them.
+
+    `token = centroids[codes] + bucket_weights[bits of residuals]`, scaled to length 1 when `normalize`.
+
+    Parameters
+    ----------
+    codes : array of shape (T,), integer
+        Centroid of each token.
+    residuals : array of shape (T, d * bits / 8), uint8
+        2 or 4 bits a dimension, the first in the highest bits of a byte, each with its lowest bit first. Not copied.
+    centroids : array of shape (n, d), float32
+    bucket_weights : array of shape (4,) | (16,), float32
+        What the bits stand for.
+    offsets : array of shape (n_docs + 1,), integer
+        Where each document's tokens begin (ColBERT's `doclens`, summed).
+    normalize : bool
+        As ColBERT does when it decompresses.
+    num_threads : int, optional
+        CPU threads; the process setting when None.
+
+    Returns
+    -------
+    PackedTokens
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit together; NaN or Inf in centroids.
+    IndexError
+        A code that no centroid has.
+
+    Notes
+    -----
+    Scores take the product with the centroid in float32. Weights are rounded to 127 steps of the largest, and query
+    tokens to 127 steps of their largest element; products with them are summed exactly.
+
+    References
+    ----------
+    ColBERTv2 (Santhanam et al. 2022), section 3.3; PLAID (Santhanam et al. 2022), section 4.5.
+
+    Examples
+    --------
+    >>> import numpy as np, polyvec as pv
+    >>> weights = np.array([-0.2, -0.1, 0.1, 0.2], np.float32)
+    >>> centroids = np.eye(4, dtype=np.float32)
+    >>> pv.maxsim.from_residuals([0, 3], np.zeros((2, 1), np.uint8), centroids, weights, [0, 2])
+    PackedTokens(1 documents, 2 tokens, dim=4, dtype='residual2')
+    """
+    op = "maxsim.from_residuals"
+    centroids = as_array(op, "centroids", centroids, ndim=2)
+    residuals = as_array(op, "residuals", residuals, dtypes=("uint8",), ndim=2)
+    weights = as_array(op, "bucket_weights", bucket_weights, ndim=1)
+    _backend.require_finite(op, "centroids", centroids, num_threads)
+    dtype = {bits: name for name, bits in _RESIDUAL.items()}.get(len(weights).bit_length() - 1, "")
+    if not dtype or len(weights) not in (4, 16):
+        raise ValueError(f"{op}: bucket_weights must have 4 or 16 entries, got {len(weights)}")
+    n, dim = int(residuals.shape[0]), int(centroids.shape[1])
+    if residuals.shape[1] != _stored_width(dtype, dim):
+        raise ValueError(
+            f"{op}: residuals must have {_stored_width(dtype, dim)} bytes a token, got {residuals.shape[1]}"
+        )
+    ids = as_ids(op, "codes", codes)
+    if len(ids) != n:
+        raise ValueError(f"{op}: codes must have one entry a token ({n}), got {len(ids)}")
+    _check_centroids(op, ids, centroids, dim)
+    ids = ids.int() if is_torch(ids) else ids.astype(np.int32)
+    sets = Ragged(residuals, offsets)
+    scales = empty(residuals, (n,), "float32")
+    scales[:] = 1
+    if normalize:
+        stored = (residuals, sets.offsets, None, ids, centroids, weights)
+        _backend.run(op, "maxsim_residual_scales", residuals, stored, scales, num_threads=num_threads)
+    return PackedTokens(sets, dtype, dim, scales=scales, centroid_ids=ids, centroids=centroids, bucket_weights=weights)
 
 
-def _queries_and_docs(op: str, queries: Any, docs: Any) -> tuple[Ragged, Ragged]:
-    """Read both; an empty list of one kind has the width of the other."""
+def _float_sets(op: str, name: str, x: Any, dtypes: tuple[str, ...], dim: int | None = None, like: str = "") -> Ragged:
+    if isinstance(x, PackedTokens):
+        if x.dtype != "float32":
+            raise TypeError(f"{op}: {name} must be {' or '.join(dtypes)}, got tokens packed as {x.dtype}")
+        x = x._sets
+    return as_ragged(op, name, x, dtypes=dtypes, dim=dim, like=like)
+
+
+def _queries_and_docs(op: str, queries: Any, docs: Any, num_threads: int | None) -> tuple[Ragged, tuple[Any, ...], int]:
+    """Read both; an empty list of one kind has the width of the other. The documents as the kernels take them."""
+    packed = isinstance(docs, PackedTokens) and docs.dtype != "float32"
     if isinstance(queries, list) and not queries:
-        doc_sets = _token_sets(op, "docs", docs, _FLOATS)
-        return _token_sets(op, "queries", queries, (dtype_name(doc_sets.values),), doc_sets.dim), doc_sets
-    sets = _token_sets(op, "queries", queries, _FLOATS)
-    return sets, _token_sets(op, "docs", docs, (dtype_name(sets.values),), sets.dim, like="queries")
+        like = docs if packed else _float_sets(op, "docs", docs, _FLOATS)
+        dtype = "float32" if packed else dtype_name(like.values)
+        sets = _float_sets(op, "queries", queries, (dtype,), like.dim)
+    else:
+        sets = _float_sets(op, "queries", queries, ("float32",) if packed else _FLOATS)
+    if not packed:
+        like = _float_sets(op, "docs", docs, (dtype_name(sets.values),), sets.dim, like="queries")
+        return sets, (like.values, like.offsets, None, None, None, None), len(like)
+    if docs.dim != sets.dim:
+        raise ValueError(f"{op}: docs must have the same d as queries ({sets.dim}), got {docs.dim}")
+    if "scales" in docs._tensors():
+        _backend.require_finite(op, "queries", sets.values, num_threads)
+    parts = {**docs._of_tokens, **docs._shared}
+    stored = (docs._sets.values, docs._sets.offsets, *(parts[name] for name in _PARTS))
+    return sets, stored, len(docs)
 
 
 def score(queries: Any, docs: Any, *, out: Any = None, num_threads: int | None = None) -> Any:
@@ -253,9 +443,9 @@ def score(queries: Any, docs: Any, *, out: Any = None, num_threads: int | None =
     array([[1.5, 2. ]], dtype=float32)
     """
     op = "maxsim.score"
-    q, d = _queries_and_docs(op, queries, docs)
-    out = output(op, out, q.values, (len(q), len(d)), dtype_name(q.values))
-    _backend.run(op, "maxsim_score", q.values, q.values, q.offsets, d.values, d.offsets, out, num_threads=num_threads)
+    q, stored, n = _queries_and_docs(op, queries, docs, num_threads)
+    out = output(op, out, q.values, (len(q), n), dtype_name(q.values))
+    _backend.run(op, "maxsim_score", q.values, q.values, q.offsets, stored, out, num_threads=num_threads)
     return out
 
 
@@ -320,12 +510,12 @@ def topk(
     """
     op = "maxsim.topk"
     k = as_count(op, "k", k)
-    q, d = _queries_and_docs(op, queries, docs)
+    q, stored, _ = _queries_and_docs(op, queries, docs, num_threads)
     offsets, ids = as_id_lists(op, "candidates", candidates)
     scores, found = outputs(op, out, q.values, (len(q), k), ("float32", "int64"), ("scores", "ids"))
     _backend.run(
         op, "maxsim_topk", q.values,
-        q.values, q.offsets, d.values, d.offsets, offsets, ids, scores, found,
+        q.values, q.offsets, stored, offsets, ids, scores, found,
         num_threads=num_threads,
     )  # fmt: skip
     return scores, found

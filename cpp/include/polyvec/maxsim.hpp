@@ -9,21 +9,21 @@
 #include "polyvec/error.hpp"
 #include "polyvec/exec.hpp"
 #include "polyvec/id_lists.hpp"
+#include "polyvec/stored_tokens.hpp"
 #include "polyvec/token_sets.hpp"
 
 namespace polyvec {
 
-inline void require_pair(const char* op, const TokenSets& queries, const TokenSets& docs) {
+inline void require_pair(const char* op, const TokenSets& queries, const StoredTokens& docs) {
     queries.validate(op);
-    docs.validate(op);
-    require_dtype(op, docs.tokens, queries.tokens.dtype);
-    require_dim(op, docs.tokens, 1, queries.dim(), "the same d as queries");
+    docs.validate(op, queries.dim(), queries.tokens.dtype);
 }
 
 /// out[q][d] = score(query q, document d).
 struct MaxsimScore {
     static constexpr const char* op = "maxsim.score";
-    TokenSets queries, docs;
+    TokenSets queries;
+    StoredTokens docs;
     Array out;  // (queries, docs), their dtype
 
     void validate() const {
@@ -38,7 +38,8 @@ struct MaxsimScore {
 /// The k best documents of each query, equal scores by the smaller id: of all documents, or of its candidates.
 struct MaxsimTopk {
     static constexpr const char* op = "maxsim.topk";
-    TokenSets queries, docs;
+    TokenSets queries;
+    StoredTokens docs;
     IdLists candidates;
     Array scores, ids;  // (queries, k) float32, int64
 
@@ -78,6 +79,42 @@ struct MaxsimAlign {
     }
 };
 
+/// Float tokens in fewer bits, as StoredTokens says. Each int8 token takes 127 steps of its largest element.
+struct MaxsimPack {
+    static constexpr const char* op = "maxsim.pack";
+    Array tokens;         // (T, d) float32
+    Array codes, scales;  // (T, stored width); (T,) float32 for int8
+
+    void validate() const {
+        require_dtype(op, tokens, DType::f32);
+        require_ndim(op, tokens, 2);
+        require_contiguous(op, tokens);
+        require_out(op, codes, codes.dtype);
+        const StoredTokens stored{{codes, {}}, scales, {}, {}, {}};
+        require(stored.format() != StoredTokens::floats, op, "codes must be uint16, float16 or uint8");
+        require_ndim(op, codes, 2);
+        require_dim(op, codes, 0, tokens.dim(0), "one row a token");
+        require_dim(op, codes, 1, stored.stored_width(tokens.dim(1)), "the stored width");
+        if (codes.dtype != DType::u8) return;
+        require_out(op, scales, DType::f32);
+        require_ndim(op, scales, 1);
+        require_dim(op, scales, 0, tokens.dim(0), "one entry a token");
+    }
+};
+
+/// scales[t] = 1 / |centroid + weights of the codes|: the decoded tokens have length 1 then (0 where it is 0).
+struct MaxsimResidualScales {
+    static constexpr const char* op = "maxsim.from_residuals";
+    StoredTokens docs;  // scales are written
+
+    void validate() const {
+        docs.validate(op, docs.centroids.dim(1), DType::f32);
+        require_out(op, docs.scales, DType::f32);
+    }
+};
+
+void run(const MaxsimPack&, Cpu);
+void run(const MaxsimResidualScales&, Cpu);
 void run(const MaxsimScore&, Cpu);
 void run(const MaxsimTopk&, Cpu);
 void run(const MaxsimAlign&, Cpu);

@@ -1,0 +1,178 @@
+"""MaxSim of tokens packed in fewer bits: scores are those of the decoded tokens."""
+
+import numpy as np
+import pytest
+
+import polyvec as pv
+import ranking
+from accuracy import assert_exact, assert_reduction
+from reference import maxsim as ref
+from reference import packed as stored
+
+WIDTHS = [0, 1, 2, 3, 4, 15, 16, 17, 35, 64, 130, 300]
+QUERY_TOKENS = [0, 1, 3, 15, 16, 17, 31, 33, 70]
+DOC_TOKENS = [0, 1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 29]
+PACKED = ["bfloat16", "float16", "int8"]
+
+
+def sample(rng, lengths, d):
+    return [rng.standard_normal((n, d)).astype(np.float32) for n in lengths]
+
+
+def assert_scores(scores, queries, docs, extra=0):
+    """`extra`: additional relative error, of queries that may or may not be rounded."""
+    length = queries[0].shape[1]
+    scale = np.abs(ref.scale(queries, docs))
+    assert_reduction(scores, ref.score(queries, docs), scale * (1 + extra), length=length)
+
+
+def compressed(rng, lengths, d, bits):
+    """Random arrays of ColBERT's form, and the tokens they stand for."""
+    n = sum(lengths)
+    centroids = rng.standard_normal((7, d)).astype(np.float32)
+    weights = np.sort(rng.standard_normal(1 << bits)).astype(np.float32)
+    ids, codes = rng.integers(0, 7, n), rng.integers(0, 1 << bits, (n, -(-d // 4) * 4))
+    offsets = np.cumsum([0, *lengths])
+    arrays = (ids, stored.residual_bytes(codes, bits), centroids, weights, offsets)
+    residuals = stored.rounded_weights(weights)[codes[:, :d]]
+    return arrays, centroids[ids].astype(np.float64), residuals
+
+
+@pytest.mark.parametrize("d", WIDTHS)
+@pytest.mark.parametrize("dtype", PACKED)
+def test_score_is_that_of_the_decoded_tokens(rng, isa, dtype, d):
+    queries, docs = sample(rng, QUERY_TOKENS, d), sample(rng, DOC_TOKENS, d)
+    packed = pv.maxsim.pack(docs, dtype)
+    assert (len(packed), packed.dim, packed.dtype) == (len(docs), d, dtype)
+    decoded = [stored.decoded(x, dtype) for x in docs]
+    if dtype == "int8":
+        queries_used = [stored.rounded_queries(x) for x in queries]
+    elif dtype == "bfloat16" and isa == "avx512_bf16":
+        queries_used = [stored.bfloat16(x) for x in queries]
+    else:
+        queries_used = queries
+    assert_scores(pv.maxsim.score(queries, packed), queries_used, decoded)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("d", [4, 8, 20, 128, 1100])
+def test_residuals(rng, isa, d, bits, normalize):
+    arrays, centroids, residuals = compressed(rng, DOC_TOKENS, d, bits)
+    packed = pv.maxsim.from_residuals(*arrays, normalize=normalize)
+    assert packed.dtype == f"residual{bits}"
+    queries = sample(rng, QUERY_TOKENS, d)
+    tokens = centroids + residuals
+    lengths = np.linalg.norm(tokens, axis=1, keepdims=True) if normalize else 1
+    # <q, c> has the query as it is, <q, residual> has it rounded: one product of rows twice as wide
+    wide_queries = [np.concatenate([q, stored.rounded_queries(q)], axis=1) for q in queries]
+    wide = np.concatenate([centroids, residuals], axis=1) / lengths
+    assert_scores(pv.maxsim.score(queries, packed), wide_queries, np.split(wide, arrays[4][1:-1]))
+
+
+@pytest.mark.parametrize("dtype", [*PACKED, "residual4", "residual2"])
+def test_batches_slices_threads_and_topk_change_no_bit(rng, isa, dtype):
+    lengths = rng.integers(0, 40, 60)
+    queries = sample(rng, [5, 0, 32, 17, 90, 1, *[20] * 10], 40)
+    if dtype in PACKED:
+        packed = pv.maxsim.pack(sample(rng, lengths, 40), dtype)
+    else:
+        packed = pv.maxsim.from_residuals(*compressed(rng, lengths, 40, int(dtype[-1]))[0])
+    scores = pv.maxsim.score(queries, packed)
+    assert_exact(np.concatenate([pv.maxsim.score([q], packed) for q in queries]), scores)
+    assert_exact(np.concatenate([pv.maxsim.score(queries, packed[i : i + 1]) for i in range(60)], axis=1), scores)
+    assert_exact(pv.maxsim.score(queries, packed.take([7, 7, 0])), scores[:, [7, 7, 0]])
+    for threads in (2, 7):
+        assert_exact(pv.maxsim.score(queries, packed, num_threads=threads), scores)
+    best, ids = pv.maxsim.topk(queries, packed, 9)
+    assert_exact(ids, ref.topk(scores, 9))
+    assert_exact(best, np.take_along_axis(scores, ids, 1))
+    lists = (np.arange(len(queries) + 1) * 60, np.tile(np.arange(60), len(queries)))
+    assert_exact(pv.maxsim.topk(queries, packed, 9, candidates=lists)[1], ids)
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("dtype", [*PACKED, "residual4"])
+def test_save_and_load(rng, tmp_path, lib, dtype, mmap):
+    queries, lengths = sample(rng, [3, 20], 8), [3, 0, 5]
+    if dtype in PACKED:
+        packed = pv.maxsim.pack([lib(x) for x in sample(rng, lengths, 8)], dtype)
+    else:
+        packed = pv.maxsim.from_residuals(*(lib(x) for x in compressed(rng, lengths, 8, 4)[0]))
+    packed.save(tmp_path / "docs.safetensors")
+    loaded = pv.maxsim.PackedTokens.load(tmp_path / "docs.safetensors", mmap=mmap)
+    assert (loaded.dtype, loaded.dim, loaded.nbytes) == (dtype, 8, packed.nbytes)
+    assert_exact(pv.maxsim.score(queries, loaded), pv.maxsim.score([lib(q) for q in queries], packed))
+
+
+def test_extreme_elements():
+    exact = [np.array([[0, 2.0**-24, -(2.0**-14), 65504, -1]], np.float32), np.zeros((1, 5), np.float32)]
+    query = np.eye(5, dtype=np.float32)[:, None]
+    for dtype in ("float16", "bfloat16"):
+        scores = pv.maxsim.score(query, pv.maxsim.pack(exact, dtype))
+        assert_exact(scores, np.stack([stored.decoded(x[0], dtype) for x in exact], axis=1))
+    assert_exact(pv.maxsim.score(query, pv.maxsim.pack(exact, "int8"))[:, 1], np.zeros(5))
+
+
+def test_int8_ranks_as_float32_does(data):
+    docs, queries, relevance = ranking.read(data / "cranfield")
+    judged = [q for q, grades in enumerate(relevance) if grades]
+    queries, relevance = queries.take(judged), [relevance[q] for q in judged]
+    for dtype in PACKED:
+        _, ids = pv.maxsim.topk(queries, pv.maxsim.pack(docs, dtype), 10)
+        assert abs(ranking.ndcg(ids, relevance) - 0.4382) < 0.002
+
+
+def ones(*shape, dtype=np.float32):
+    return np.ones(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (
+            lambda: pv.maxsim.pack([ones(2, 3) * 70000], "float16"),
+            ValueError,
+            "maxsim.pack: docs must be at most 65504 in float16, got 70000",
+        ),
+        (
+            lambda: pv.maxsim.score([ones(2, 4)], pv.maxsim.pack([ones(2, 3)], "int8")),
+            ValueError,
+            "maxsim.score: docs must have the same d as queries (4), got 3",
+        ),
+        (
+            lambda: pv.maxsim.score([ones(2, 3) * np.nan], pv.maxsim.pack([ones(2, 3)], "int8")),
+            ValueError,
+            "maxsim.score: queries must be finite, got NaN or Inf in row 0",
+        ),
+        (
+            lambda: pv.maxsim.score(pv.maxsim.pack([ones(2, 3)], "int8"), [ones(2, 3)]),
+            TypeError,
+            "maxsim.score: queries must be float32 or float64, got tokens packed as int8",
+        ),
+        (
+            lambda: pv.maxsim.from_residuals([0, 7], ones(2, 4, dtype=np.uint8), ones(5, 8), ones(16), [0, 2]),
+            IndexError,
+            "maxsim.from_residuals: codes must be in [0, 5), got 0 to 7",
+        ),
+        (
+            lambda: pv.maxsim.from_residuals([0, 4], ones(2, 4, dtype=np.uint8), ones(5, 8), ones(8), [0, 2]),
+            ValueError,
+            "maxsim.from_residuals: bucket_weights must have 4 or 16 entries, got 8",
+        ),
+        (
+            lambda: pv.maxsim.from_residuals([0, 4], ones(2, 4, dtype=np.uint8), ones(5, 8), ones(4), [0, 2]),
+            ValueError,
+            "maxsim.from_residuals: residuals must have 2 bytes a token, got 4",
+        ),
+        (
+            lambda: pv.maxsim.from_residuals([0], ones(2, 4, dtype=np.uint8), ones(5, 8), ones(16), [0, 2]),
+            ValueError,
+            "maxsim.from_residuals: codes must have one entry a token (2), got 1",
+        ),
+    ],
+)
+def test_errors(call, error, text):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == text
