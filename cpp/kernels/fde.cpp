@@ -89,40 +89,34 @@ void signs(const float* tokens, size_t n, size_t d, const float* planes, const f
     }
 }
 
-/// K vectors of the chain's tokens, summed in order; returns how many tokens there were.
+/// Columns from i on, K registers a walk along the chain, then fewer for the columns that remain.
 template <int K>
-POLYVEC_INLINE uint32_t chain_sum(const float* tokens, size_t d, const uint32_t* next, uint32_t first,
-                                  Vec<float> (&sum)[K]) noexcept {
-    for (int k = 0; k < K; ++k) sum[k] = Vec<float>{};
-    uint32_t count = 0;
-    for (uint32_t t = first; t != fde_end; t = next[t], ++count) {
-        const float* x = tokens + static_cast<size_t>(t) * d;
-        for (int k = 0; k < K; ++k) sum[k] += load(x + static_cast<size_t>(k) * lanes<float>);
+POLYVEC_INLINE void sum_columns(size_t i, const float* tokens, size_t d, const uint32_t* next, uint32_t first,
+                                bool mean, float* out) noexcept {
+    constexpr size_t step = K * lanes<float>;
+    const auto walk = [&](auto add) {
+        uint32_t count = 0;
+        for (uint32_t t = first; t != fde_end; t = next[t], ++count) add(tokens + static_cast<size_t>(t) * d + i);
+        return mean ? 1 / static_cast<float>(count) : 1.0f;
+    };
+    for (; i + step <= d; i += step) {
+        Vec<float> sum[K]{};
+        const float scale = walk([&](const float* x) {
+            for (int k = 0; k < K; ++k) sum[k] += load(x + k * lanes<float>);
+        });
+        for (int k = 0; k < K; ++k) store(out + i + k * lanes<float>, sum[k] * scale);
     }
-    return count;
+    if constexpr (K > 1) {
+        sum_columns<K / 2>(i, tokens, d, next, first, mean, out);
+    } else if (i < d) {
+        Vec<float> sum{};
+        const float scale = walk([&](const float* x) { sum += load_first(x, d - i); });
+        store_first(out + i, sum * scale, d - i);
+    }
 }
 
 void reduce(const float* tokens, size_t d, const uint32_t* next, uint32_t first, bool mean, float* out) noexcept {
-    constexpr int K = 8;
-    constexpr size_t step = K * lanes<float>;
-    const auto scale_of = [mean](uint32_t count) { return mean ? 1 / static_cast<float>(count) : 1.0f; };
-    size_t i = 0;
-    for (; i + step <= d; i += step) {
-        Vec<float> sum[K];
-        const float scale = scale_of(chain_sum(tokens + i, d, next, first, sum));
-        for (int k = 0; k < K; ++k) store(out + i + static_cast<size_t>(k) * lanes<float>, sum[k] * scale);
-    }
-    for (; i + lanes<float> <= d; i += lanes<float>) {
-        Vec<float> sum[1];
-        const float scale = scale_of(chain_sum(tokens + i, d, next, first, sum));
-        store(out + i, sum[0] * scale);
-    }
-    if (i == d) return;
-    Vec<float> sum{};
-    uint32_t count = 0;
-    for (uint32_t t = first; t != fde_end; t = next[t], ++count)
-        sum += load_first(tokens + static_cast<size_t>(t) * d + i, d - i);
-    store_first(out + i, sum * scale_of(count), d - i);
+    sum_columns<8>(0, tokens, d, next, first, mean, out);
 }
 
 struct RowList {
@@ -164,20 +158,9 @@ void project(const float* const* rows, const uint32_t* blocks, size_t n, size_t 
     }
 }
 
-void sketch(const float* x, const int32_t* index, const float* sign, size_t n, float* out) noexcept {
-    constexpr size_t block = 64;  // products are made in vectors, then added one by one
-    float signed_x[block];
-    for (size_t i = 0; i < n; i += block) {
-        const size_t count = n - i < block ? n - i : block;
-        for (size_t k = 0; k < count; ++k) signed_x[k] = sign[i + k] * x[i + k];
-#pragma GCC unroll 4
-        for (size_t k = 0; k < count; ++k) out[index[i + k]] += signed_x[k];
-    }
-}
-
 }  // namespace
 
 extern const FdeKernels fde_kernels;
-const FdeKernels fde_kernels{signs, reduce, project, sketch};
+const FdeKernels fde_kernels{signs, reduce, project};
 
 }  // namespace polyvec::POLYVEC_ISA

@@ -141,8 +141,6 @@ struct FdeKernels {
     /// out[blocks[k]] = rows[k] times the projection (d, width), for k < n; blocks are `width` long.
     void (*project)(const float* const* rows, const std::uint32_t* blocks, std::size_t n, std::size_t d,
                     const float* projection, std::size_t width, float* out) noexcept;
-    /// out[index[i]] += sign[i] * x[i] for i < n.
-    void (*sketch)(const float* x, const std::int32_t* index, const float* sign, std::size_t n, float* out) noexcept;
 };
 
 struct Kernels {

@@ -13,7 +13,7 @@
 namespace polyvec {
 namespace {
 
-constexpr std::int64_t tokens_per_piece = 512;  // a piece costs a fraction of a millisecond
+constexpr std::int64_t tokens_per_piece = 256;  // a piece costs a fraction of a millisecond
 
 /// Columns of a packed matrix of n columns.
 std::int64_t packed_columns(std::int64_t n) {
@@ -85,6 +85,7 @@ public:
           nearest_(aligned<std::uint64_t>(buckets_)),
           rows_(aligned<const float*>(buckets_ + 3)),
           blocks_(aligned<std::uint32_t>(buckets_ + 3)),
+          empty_(aligned<std::uint32_t>(buckets_)),
           sums_(aligned<float>(std::min(buckets_, longest_set / 2) * m_.d)),
           repetition_(aligned<float>(m_.sketch_index ? block_size_ : 0)) {}
 
@@ -112,9 +113,12 @@ private:
     void encode(const float* tokens, std::int64_t n, BucketOf bucket_of, std::int64_t r, float* blocks) {
         chain(n, bucket_of);
         std::int64_t rows = reduce(tokens);
-        const bool empty = rows < buckets_;
-        if (empty && op_.fill) rows = choose_fill(tokens, rows, bucket_of);
-        if (empty && !op_.fill) std::fill_n(blocks, block_size_, 0.0f);
+        const std::int64_t empty = buckets_ - rows;
+        if (op_.fill) {
+            if (empty) rows = choose_fill(tokens, rows, empty, bucket_of);
+        } else if (empty) {
+            std::fill_n(blocks, block_size_, 0.0f);
+        }
         if (m_.projections) {
             for (; rows % 4; ++rows) {  // the tile likes fours, and a row may be written twice
                 rows_[rows] = rows_[rows - 1];
@@ -125,7 +129,7 @@ private:
         } else {
             for (std::int64_t k = 0; k < rows; ++k) std::copy_n(rows_[k], m_.d, blocks + blocks_[k] * m_.d);
         }
-        if (empty && op_.fill) copy_filled(blocks);
+        if (op_.fill) copy_filled(empty, blocks);
     }
 
     /// Chains the tokens of each bucket in their order.
@@ -139,19 +143,27 @@ private:
         }
     }
 
-    /// One row a bucket that is not empty; returns how many.
+    /// One row a bucket that is not empty, and the list of those that are; returns how many rows.
     std::int64_t reduce(const float* tokens) {
-        std::int64_t rows = 0;
+        std::int64_t rows = 0, empty = 0;
+        for (std::int64_t b = 0; b < buckets_; ++b) {  // without branches: nobody can foretell them
+            const bool none = first_[b] == fde_end;
+            blocks_[rows] = empty_[empty] = static_cast<std::uint32_t>(b);
+            empty += none;
+            rows += !none;
+        }
         float* sum = sums_.get();
-        for (std::int64_t b = 0; b < buckets_; ++b) {
-            const std::uint32_t first = first_[b];
-            if (first == fde_end) continue;
-            const bool single = next_[first] == fde_end;
-            if (!single) kernel_.reduce(tokens, m_.d, next_.get(), first, op_.mean, sum);
-            filled_[b] = single ? static_cast<std::uint32_t>(b) : fde_end;
-            rows_[rows] = single ? tokens + first * m_.d : sum;
-            blocks_[rows++] = static_cast<std::uint32_t>(b);
-            sum += single ? 0 : m_.d;
+        for (std::int64_t k = 0; k < rows; ++k) {
+            const std::uint32_t b = blocks_[k], first = first_[b];
+            if (next_[first] == fde_end) {
+                rows_[k] = tokens + first * m_.d;
+                filled_[b] = b;
+            } else {
+                kernel_.reduce(tokens, m_.d, next_.get(), first, op_.mean, sum);
+                rows_[k] = sum;
+                filled_[b] = fde_end;
+                sum += m_.d;
+            }
         }
         return rows;
     }
@@ -163,7 +175,7 @@ private:
     /// or whose id, is lowest. All these minima of (distance, token or id) come from one round a bit over the
     /// hypercube, since a Hamming distance is a sum over bits.
     template <class BucketOf>
-    std::int64_t choose_fill(const float* tokens, std::int64_t rows, BucketOf bucket_of) {
+    std::int64_t choose_fill(const float* tokens, std::int64_t rows, std::int64_t empty, BucketOf bucket_of) {
         constexpr std::uint64_t farther = std::uint64_t(1) << 40, nothing = ~std::uint64_t(0) >> 1;
         for (std::int64_t b = 0; b < buckets_; ++b)
             nearest_[b] = first_[b] == fde_end ? nothing : op_.lowest_bucket ? std::uint64_t(b) : first_[b];
@@ -176,25 +188,22 @@ private:
                 }
             }
         }
-        for (std::int64_t b = 0; b < buckets_; ++b) {
-            if (first_[b] != fde_end) continue;
-            const std::uint64_t source = nearest_[b] % farther;
+        for (std::int64_t e = 0; e < empty; ++e) {
+            const std::uint64_t source = nearest_[empty_[e]] % farther;
             const std::uint64_t bucket = op_.lowest_bucket ? source : bucket_of(static_cast<std::int64_t>(source));
-            nearest_[b] = bucket;
+            nearest_[empty_[e]] = bucket;
             if (filled_[bucket] != fde_end) continue;
-            filled_[bucket] = static_cast<std::uint32_t>(b);
-            rows_[rows] = tokens + first_[bucket] * m_.d;
-            blocks_[rows++] = static_cast<std::uint32_t>(b);
+            filled_[bucket] = blocks_[rows] = empty_[e];
+            rows_[rows++] = tokens + first_[bucket] * m_.d;
         }
         return rows;
     }
 
     /// A token that fills several buckets, or is alone in its own, was projected once.
-    void copy_filled(float* blocks) {
-        for (std::int64_t b = 0; b < buckets_; ++b) {
-            if (first_[b] != fde_end) continue;
-            const std::int64_t from = filled_[nearest_[b]];
-            if (from != b) std::copy_n(blocks + from * m_.width, m_.width, blocks + b * m_.width);
+    void copy_filled(std::int64_t empty, float* blocks) {
+        for (std::int64_t e = 0; e < empty; ++e) {
+            const std::int64_t to = empty_[e], from = filled_[nearest_[to]];
+            if (from != to) std::copy_n(blocks + from * m_.width, m_.width, blocks + to * m_.width);
         }
     }
 
@@ -202,9 +211,10 @@ private:
     void sketch(const float* blocks, std::int64_t begin, float* out) {
         const std::int32_t* index = m_.sketch_index.get() + begin;
         const float* sign = m_.sketch_sign.get() + begin;
-        if (op_.fill) return kernel_.sketch(blocks, index, sign, block_size_, out);
-        for (std::int64_t b = 0, i = 0; b < buckets_; ++b, i += m_.width)
-            if (first_[b] != fde_end) kernel_.sketch(blocks + i, index + i, sign + i, m_.width, out);
+        for (std::int64_t b = 0; b < buckets_; ++b) {
+            if (!op_.fill && first_[b] == fde_end) continue;
+            for (std::int64_t i = b * m_.width; i < (b + 1) * m_.width; ++i) out[index[i]] += sign[i] * blocks[i];
+        }
     }
 
     const FdeEncode& op_;
@@ -217,6 +227,7 @@ private:
     Aligned<std::uint64_t> nearest_;       // the bucket that fills an empty one
     Aligned<const float*> rows_;           // what is projected, or copied ...
     Aligned<std::uint32_t> blocks_;        // ... to which block
+    Aligned<std::uint32_t> empty_;         // the empty buckets
     Aligned<float> sums_;                  // the rows of buckets of two tokens or more
     Aligned<float> repetition_;            // a repetition's blocks on their way into the final sketch
 };
