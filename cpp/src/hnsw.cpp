@@ -19,7 +19,6 @@
 namespace polyvec {
 namespace {
 
-constexpr std::uint32_t no_link = HnswIndex::no_link;
 constexpr std::int64_t max_slots = std::int64_t(1) << 31;  // an Entry has 31 bits for the slot
 constexpr int max_level = 63;
 constexpr std::size_t lock_count = 1 << 12;

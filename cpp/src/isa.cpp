@@ -37,11 +37,21 @@ struct Level {
 };
 
 #if defined(__x86_64__)
+// By features, as Clang before 18 does not know x86-64-v3 and -v4: a CPU with these has the rest of the level.
+bool supports_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma");
+}
+
+bool supports_avx512() {
+    return supports_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
+}
+
 bool supports_avx512_bf16() {
-    return __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16") &&
-           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
-           __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bitalg") &&
-           __builtin_cpu_supports("avx512vpopcntdq");
+    return supports_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") &&
+           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+           __builtin_cpu_supports("avx512bitalg") && __builtin_cpu_supports("avx512vpopcntdq");
 }
 #endif
 
@@ -49,8 +59,8 @@ bool supports_avx512_bf16() {
 const Level levels[] = {
 #if defined(__x86_64__)
     {avx512_bf16::table, supports_avx512_bf16},
-    {avx512::table, [] { return __builtin_cpu_supports("x86-64-v4") != 0; }},
-    {avx2::table, [] { return __builtin_cpu_supports("x86-64-v3") != 0; }},
+    {avx512::table, supports_avx512},
+    {avx2::table, supports_avx2},
     {base::table, [] { return true; }},
 #else
     {neon::table, [] { return true; }},
