@@ -1,0 +1,120 @@
+"""Exact search against faiss, torch and numpy, on tables larger than the last-level cache."""
+
+import numpy as np
+import pytest
+
+import polyvec as pv
+
+
+def sample(rng, *shape):
+    return rng.standard_normal(shape, np.float32)
+
+
+def faiss_index(threads, vectors, metric="ip"):
+    faiss = pytest.importorskip("faiss")
+    faiss.omp_set_num_threads(threads)
+    index = (faiss.IndexFlatL2 if metric == "l2" else faiss.IndexFlatIP)(vectors.shape[1])
+    index.add(vectors)
+    return index
+
+
+def best_scores(expected):
+    return lambda result: np.testing.assert_allclose(np.asarray(result[0]), expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("k", [10, 1000])
+@pytest.mark.parametrize("nq", [1, 4, 1000])
+def test_topk(compare, rng, threads, nq, k):
+    torch = pytest.importorskip("torch")
+    queries, items = sample(rng, nq, 384), sample(rng, 50_000, 384)
+    index = faiss_index(threads, items)
+    tq, ti = torch.from_numpy(queries), torch.from_numpy(items)
+    out = np.empty((nq, k), np.float32), np.empty((nq, k), np.int64)
+    compare(
+        lambda: pv.scan.topk(queries, items, k, out=out),
+        {"faiss": lambda: index.search(queries, k), "torch": lambda: (tq @ ti.T).topk(k)},
+        check=best_scores(-np.sort(-(queries @ items.T), axis=1)[:, :k]),
+        flops=2 * nq * items.size,
+        bytes=items.nbytes,
+    )
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "d"),
+    [(100_000, 256, 8), (100_000, 256, 32), (20_000, 1024, 384)],
+    ids=["subspace-8", "subspace-32", "k-means-384"],
+)
+def test_nearest(compare, rng, threads, n, k, d):
+    torch = pytest.importorskip("torch")
+    x, centroids = sample(rng, n, d), sample(rng, k, d)
+    index = faiss_index(threads, centroids, "l2")
+    tx, tc = torch.from_numpy(x), torch.from_numpy(centroids)
+    out = np.empty(n, np.int64), np.empty(n, np.float32)
+
+    def in_torch():
+        distances, ids = zip(*(torch.cdist(part, tc).min(1) for part in tx.split(10_000)), strict=True)
+        return torch.cat(ids), torch.cat(distances).square()
+
+    def in_faiss():
+        distances, ids = index.search(x, 1)
+        return ids[:, 0], distances[:, 0]
+
+    expected = in_torch()[1]
+    compare(
+        lambda: pv.scan.nearest(x, centroids, out=out),
+        {"faiss": in_faiss, "torch": in_torch},
+        check=lambda result: np.testing.assert_allclose(np.asarray(result[1]), expected, rtol=1e-3, atol=1e-3),
+        flops=2 * n * k * d,
+    )
+
+
+def test_rank(compare, rng):
+    """256 queries at the size of WN18RR."""
+    torch = pytest.importorskip("torch")
+    n, nq = 40_943, 256
+    queries, items, targets = sample(rng, nq, 512), sample(rng, n, 512), rng.integers(0, n, nq)
+    lengths = rng.integers(0, 30, nq)
+    offsets, known = np.concatenate([[0], np.cumsum(lengths)]), rng.integers(0, n, lengths.sum())
+    rows = np.repeat(np.arange(nq), lengths)
+    arrays = [torch.from_numpy(a) for a in (queries, items, targets, rows, known)]
+
+    def in_numpy():
+        scores = queries @ items.T
+        target = scores[np.arange(nq), targets][:, None]
+        scores[rows, known] = -np.inf
+        scores[np.arange(nq), targets] = target[:, 0]
+        return (scores > target).sum(1) + ((scores == target).sum(1) + 1) / 2
+
+    def in_torch():
+        q, x, t, r, c = arrays
+        scores = q @ x.T
+        target = scores.gather(1, t[:, None])
+        scores[r, c] = -torch.inf
+        scores.scatter_(1, t[:, None], target)
+        return (scores > target).sum(1) + ((scores == target).sum(1) + 1) / 2
+
+    expected = in_numpy()
+    compare(
+        lambda: pv.scan.rank(queries, items, targets, known=(offsets, known)),
+        {"numpy": in_numpy, "torch": in_torch},
+        check=lambda result: np.testing.assert_allclose(np.asarray(result), expected, rtol=0, atol=2),
+        flops=2 * nq * items.size,
+    )
+
+
+def test_score_pairs(compare, rng):
+    """256 sampled negatives a query."""
+    torch = pytest.importorskip("torch")
+    queries, items, ids = sample(rng, 512, 512), sample(rng, 40_943, 512), rng.integers(0, 40_943, (512, 256))
+    tq, ti, tids = (torch.from_numpy(a) for a in (queries, items, ids))
+    expected = np.take_along_axis(queries @ items.T, ids, 1)
+    compare(
+        lambda: pv.scan.score_pairs(queries, items, ids),
+        {
+            "torch gather": lambda: torch.einsum("nmd,nd->nm", ti[tids], tq),
+            "torch product": lambda: (tq @ ti.T).gather(1, tids),
+        },
+        check=lambda result: np.testing.assert_allclose(np.asarray(result), expected, rtol=0, atol=1e-3),
+        flops=2 * ids.size * 512,
+        bytes=4 * ids.size * 512,
+    )
