@@ -17,13 +17,18 @@ void pack(const float* rows, size_t count, size_t stride, size_t d, float* panel
     pack_panel(panel, rows, count, stride, d, width);
 }
 
-/// Turns the products of rows first, first + 1, ... into values. One expression for every op: their bits must agree.
+/// Turns the products of rows first, first + 1, ... into values. Every op does it here: their bits must agree.
 template <int J>
 POLYVEC_INLINE void to_values(const ScanBlock& block, size_t first, Vec<float> (&acc)[J][R]) noexcept {
-    if (!block.scale) return;
-    for (int j = 0; j < J; ++j) {
-        const Vec<float> scale = broadcast(block.scale[first + j]), offset = broadcast(block.offset[first + j]);
-        for (int r = 0; r < R; ++r) acc[j][r] = fma(acc[j][r], scale, offset);
+    if (block.scale) {
+        for (int j = 0; j < J; ++j) {
+            const Vec<float> scale = broadcast(block.scale[first + j]), offset = broadcast(block.offset[first + j]);
+            for (int r = 0; r < R; ++r) acc[j][r] = fma(acc[j][r], scale, offset);
+        }
+    } else if (block.offset) {
+        for (int j = 0; j < J; ++j) {
+            for (int r = 0; r < R; ++r) acc[j][r] += broadcast(block.offset[first + j]);
+        }
     }
 }
 
@@ -101,16 +106,16 @@ void count(const ScanBlock& block, const float* target, int32_t* greater, int32_
 
 void nearest(const ScanBlock& block, float* best, int32_t* id) noexcept {
     for_each_value(block, [&]<int J>(size_t first, const Vec<float>(&value)[J][R]) {
-        const auto first_id = static_cast<int32_t>(block.first_row + first);
+        const auto row = static_cast<int32_t>(block.first_row + first);
         for (int r = 0; r < R; ++r) {
-            Vec<float> bests = load(best + r * L);
+            Vec<float> top = load(best + r * L);
             Vec<int32_t> ids = load(id + r * L);
             for (int j = 0; j < J; ++j) {
-                const Mask<float> better = value[j][r] > bests;
-                bests = select(better, value[j][r], bests);
-                ids = select(better, broadcast(first_id + j), ids);
+                const Mask<float> better = value[j][r] > top;
+                top = select(better, value[j][r], top);
+                ids = select(better, broadcast(row + j), ids);
             }
-            store(best + r * L, bests);
+            store(best + r * L, top);
             store(id + r * L, ids);
         }
     });

@@ -89,13 +89,14 @@ struct MaxsimKernels {
 };
 
 /// A panel of queries (ScanKernels::pack) and a block of consecutive rows of a table.
-/// The value of a pair is product * scale[row] + offset[row], or the product where scale is null.
+/// The value of a pair is product * scale[row] + offset[row].
 struct ScanBlock {
     const float* panel;
     const float* rows;  // (n, d)
     std::size_t n, d;
-    const float *scale = nullptr, *offset = nullptr;  // (n,), both or none
-    std::uint64_t first_row = 0;                      // the row of the table that rows starts with
+    const float* scale = nullptr;   // (n,), null: 1; comes with an offset
+    const float* offset = nullptr;  // (n,), null: 0
+    std::uint64_t first_row = 0;    // the row of the table that rows starts with
     /// Pairs that do not take part: row of the table * panel_width + lane, ascending, from this block on.
     const std::uint64_t *excluded = nullptr, *excluded_end = nullptr;
 };

@@ -35,11 +35,15 @@ std::int64_t group_panels(std::int64_t panel_size) {
     return std::clamp<std::int64_t>(group_bytes / (4 * std::max<std::int64_t>(panel_size, 1)), 1, max_group);
 }
 
-/// 1 / |row|, 0 for a zero vector.
+/// 1 / |x| of a squared norm, 0 for a zero vector.
+float inverse_root(float square) {
+    return square > 0 ? 1 / std::sqrt(square) : 0;
+}
+
 float inverse_norm(const float* row, std::int64_t d) {
     float square;
     kernels().scan->squares(row, 1, d, &square);
-    return square > 0 ? 1 / std::sqrt(square) : 0;
+    return inverse_root(square);
 }
 
 /// What turns products with some of the items into values: value = product * scale + offset, higher is better.
@@ -51,19 +55,16 @@ public:
     /// Chooses the items: `n` of them from `first` on.
     void compute(std::int64_t first, std::int64_t n) {
         first_ = first;
-        if (plain()) return;
-        scale_.assign(n, 1);
+        if (metric_ == Metric::ip && !bias_) return;
         offset_.assign(n, 0);
         if (bias_) std::copy_n(bias_.as<const float>() + first, n, offset_.begin());
         if (metric_ == Metric::ip) return;
-        squares_.resize(n);
-        kernels().scan->squares(row(first), n, items_.dim(1), squares_.data());
-        for (std::int64_t i = 0; i < n; ++i) {
-            if (metric_ == Metric::l2) {
-                offset_[i] = (offset_[i] - squares_[i]) / 2;
-            } else {
-                scale_[i] = squares_[i] > 0 ? 1 / std::sqrt(squares_[i]) : 0;
-            }
+        scale_.resize(n);
+        kernels().scan->squares(row(first), n, items_.dim(1), scale_.data());
+        if (metric_ == Metric::l2) {
+            for (std::int64_t i = 0; i < n; ++i) offset_[i] = (offset_[i] - scale_[i]) / 2;
+        } else {
+            for (std::int64_t i = 0; i < n; ++i) scale_[i] = inverse_root(scale_[i]);
         }
     }
 
@@ -74,20 +75,19 @@ public:
         block.rows = row(first);
         block.n = n;
         block.d = items_.dim(1);
-        block.scale = plain() ? nullptr : scale_.data() + (first - first_);
-        block.offset = plain() ? nullptr : offset_.data() + (first - first_);
+        block.scale = metric_ == Metric::cosine ? scale_.data() + (first - first_) : nullptr;
+        block.offset = offset_.empty() ? nullptr : offset_.data() + (first - first_);
         block.first_row = first;
         return block;
     }
 
 private:
-    bool plain() const { return metric_ == Metric::ip && !bias_; }
     const float* row(std::int64_t i) const { return items_.as<const float>() + i * items_.dim(1); }
 
     Metric metric_;
     Array items_, bias_;
     std::int64_t first_ = 0;
-    std::vector<float> scale_, offset_, squares_;
+    std::vector<float> scale_, offset_;
 };
 
 /// Some of the queries, packed.
@@ -256,8 +256,9 @@ private:
             products_[*pair % batch_.width * n + *pair / batch_.width - first] = std::nanf("");
         for (std::int64_t lane = 0; lane < lanes; ++lane) {
             for (std::int64_t i = 0; i < n; ++i) {
-                const float product = products_[lane * n + i];
-                const float value = block.scale ? product * block.scale[i] + block.offset[i] : product;
+                float value = products_[lane * n + i];
+                if (block.scale) value *= block.scale[i];
+                if (block.offset) value += block.offset[i];
                 if (value > best[lane].threshold()) best[lane].push(value, first + i);
             }
         }
