@@ -94,6 +94,18 @@ POLYVEC_INLINE void prefetch(const void* p) noexcept {
 #endif
 }
 
+// Fetch the cache line of p for writing: a store that finds its line absent waits for it, and the stores after it wait
+// too.
+POLYVEC_INLINE void prefetch_to_write(void* p) noexcept {
+#if defined(__x86_64__)
+    asm volatile("prefetchw %0" : : "m"(*static_cast<char*>(p)));
+#elif defined(__aarch64__)
+    asm volatile("prfm pstl1keep, %a0" : : "p"(p));
+#else
+    __builtin_prefetch(p, 1);
+#endif
+}
+
 // ---- arithmetic; V is a vector type, so that these serve every element type
 
 // All lanes x. Written as a difference because x - 0 is x for every x, signed zeros too, so that one
@@ -148,6 +160,15 @@ POLYVEC_INLINE V min(V a, V b) noexcept {
 template <class V>
 POLYVEC_INLINE V max(V a, V b) noexcept {
     return a > b ? a : b;
+}
+
+// Rounded correctly; GCC and Clang make one instruction of the loop.
+template <class T>
+POLYVEC_INLINE Vec<T> sqrt(Vec<T> v) noexcept {
+    for (size_t k = 0; k < lanes<T>; ++k) {
+        v[k] = sizeof(T) == sizeof(float) ? __builtin_sqrtf(v[k]) : __builtin_sqrt(v[k]);
+    }
+    return v;
 }
 
 // Absolute value of floating-point lanes: clears the sign bit.

@@ -8,6 +8,14 @@
 
 namespace polyvec {
 
+/// What a relation query gathers from: rows of entities, of relations (divided by their norm, when `normalize`), and of
+/// translations (added; null: none).
+template <class T>
+struct RelationTables {
+    const T *entities, *relations, *translations;
+    bool normalize;
+};
+
 /// Rows of `components` planes of length d: component c of a row is row[c * d .. c * d + d).
 /// An algebra is its table: out[c] = sum_i table[c * components + i] * x[i] * y[i ^ c].
 template <class T>
@@ -16,9 +24,10 @@ struct HypercomplexKernel {
     void (*norm)(const T* x, T* out, std::size_t components, std::size_t d) noexcept;
     void (*normalize)(const T* x, T* out, std::size_t components, std::size_t d) noexcept;
     void (*conjugate)(const T* x, T* out, std::size_t components, std::size_t d) noexcept;
-    /// out = head (*) relation (over its norm, when `normalize`) + translation (may be null).
-    void (*relation_query)(const T* head, const T* relation, const T* translation, T* out, std::size_t components,
-                           std::size_t d, const T* table, bool normalize) noexcept;
+    /// out row k = entities row head_ids[k] (*) relations row relation_ids[k], and so on: see RelationTables.
+    void (*relation_query)(const RelationTables<T>& tables, const std::int64_t* head_ids,
+                           const std::int64_t* relation_ids, std::size_t n, T* out, std::size_t components,
+                           std::size_t d, const T* table) noexcept;
     /// The components of n numbers side by side (n, components) <-> planes (components, n).
     void (*to_planes)(const T* x, T* planes, std::size_t components, std::size_t n) noexcept;
     void (*from_planes)(const T* planes, T* x, std::size_t components, std::size_t n) noexcept;

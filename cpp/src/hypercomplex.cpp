@@ -98,16 +98,13 @@ void relation_query(const RelationQuery& op, int num_threads) {
     const std::vector<T> table = cast<T>(op.table);
     const std::int64_t components = op.entities.dim(1), d = op.entities.dim(2), row_size = components * d;
     const auto *heads = op.head_ids.as<const std::int64_t>(), *relations = op.relation_ids.as<const std::int64_t>();
-    const T* entities = op.entities.as<const T>();
-    const T* rotors = op.relations.as<const T>();
-    const T* translations = op.translations ? op.translations.as<const T>() : nullptr;
+    const RelationTables<T> tables{op.entities.as<const T>(), op.relations.as<const T>(),
+                                   op.translations ? op.translations.as<const T>() : nullptr, op.normalize};
     T* out = op.out.as<T>();
     const std::int64_t n = op.head_ids.dim(0);
     parallel_for(n, rows_per_piece(row_size), num_threads, [&](std::int64_t begin, std::int64_t end, int) {
-        for (std::int64_t i = begin; i < end; ++i)
-            kernel.relation_query(entities + heads[i] * row_size, rotors + relations[i] * row_size,
-                                  translations ? translations + relations[i] * row_size : nullptr, out + i * row_size,
-                                  components, d, table.data(), op.normalize);
+        kernel.relation_query(tables, heads + begin, relations + begin, end - begin, out + begin * row_size, components,
+                              d, table.data());
     });
 }
 

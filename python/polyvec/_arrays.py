@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -48,7 +49,12 @@ def is_torch(x: Any) -> bool:
 
 def dtype_name(x: Any) -> str:
     """Name of the dtype as users write it: float32, bfloat16, int64."""
-    return str(x.dtype).rpartition(".")[2]
+    return _text_of_dtype(x.dtype)
+
+
+@cache  # numpy takes microseconds to spell a dtype
+def _text_of_dtype(dtype: Any) -> str:
+    return str(dtype).rpartition(".")[2]
 
 
 def device_name(x: Any) -> str:

@@ -176,10 +176,12 @@ def product(
     interleaved = _component_axis(op, axis, len(left.shape))
     _check_components(op, "x", left, interleaved, components)
     _check_components(op, "y", right, interleaved, components)
-    try:
-        shape = np.broadcast_shapes(tuple(left.shape), tuple(right.shape))
-    except ValueError:
-        raise ValueError(f"{op}: y must broadcast against x {tuple(left.shape)}, got {tuple(right.shape)}") from None
+    shape = tuple(left.shape)
+    if tuple(right.shape) != shape:
+        try:
+            shape = np.broadcast_shapes(shape, tuple(right.shape))
+        except ValueError:
+            raise ValueError(f"{op}: y must broadcast against x {shape}, got {tuple(right.shape)}") from None
     left, right = (_kernel_view(a, shape, interleaved) for a in (left, right))
     out = output(op, out, left, shape, dtype_name(left))
     _backend.run(op, "hypercomplex_product", left, left, right, out, table, interleaved, num_threads=num_threads)
