@@ -1,6 +1,8 @@
-// The operations that vector extensions have no words for, in plain C: aarch64 has no masked load, and a mask
+// The operations that vector extensions have no words for, mostly in plain C: aarch64 has no masked load, and a mask
 // there has no cheap way to the integer side. Included by simd.hpp.
 #pragma once
+
+#include <arm_neon.h>
 
 namespace polyvec::POLYVEC_ISA {
 namespace {
