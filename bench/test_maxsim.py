@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import polyvec as pv
+import ranking
 
 N, D, QUERY_TOKENS = 1000, 128, 32
 
@@ -160,4 +161,23 @@ def test_packed(compare, rng, dtype):
         check=lambda result: np.testing.assert_allclose(np.ravel(result), expected, rtol=0.01, atol=0.01),
         flops=2 * query.size * len(docs.values),
         bytes=packed.nbytes,
+    )
+
+
+@pytest.mark.parametrize("name", ["cranfield", "scifact"])
+def test_certified_topk(compare, data, name):
+    """Screening int8 tokens of real documents, where scores crowd less than those of random ones, against float32."""
+    docs, queries, _ = ranking.read(data / name)
+    queries, floats, packed = queries.take(range(20)), pv.maxsim.pack(docs), pv.maxsim.pack(docs, "int8")
+    expected = pv.maxsim.topk(queries, floats, 10)
+
+    def check(result):
+        np.testing.assert_array_equal(result[0], expected[0])
+        np.testing.assert_array_equal(result[1], expected[1])
+
+    compare(
+        lambda: pv.maxsim.certified_topk(queries, packed, floats, 10),
+        {"float32": lambda: pv.maxsim.topk(queries, floats, 10)},
+        check=check,
+        flops=2 * queries.values.size * len(docs.values),
     )

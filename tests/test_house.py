@@ -179,7 +179,16 @@ PUBLIC = {
     "polyvec.fde": ["Encoder"],
     "polyvec.hnsw": ["Index"],
     "polyvec.hypercomplex": ["conjugate", "norm", "normalize", "product", "relation_query"],
-    "polyvec.maxsim": ["PackedTokens", "align", "from_residuals", "pack", "score", "topk"],
+    "polyvec.maxsim": [
+        "CertifiedTopk",
+        "PackedTokens",
+        "align",
+        "certified_topk",
+        "from_residuals",
+        "pack",
+        "score",
+        "topk",
+    ],
     "polyvec.scan": ["nearest", "rank", "score_pairs", "topk"],
     "polyvec.torch": ["normalize", "product", "relation_query"],
 }

@@ -65,6 +65,32 @@ void bind_maxsim(py::module_& m) {
         },
         py::arg("docs"), py::arg("scales"), py::arg("where"));
     m.def(
+        "maxsim_bounds",
+        [](const py::object& tokens, const py::object& docs, const py::object& bounds, std::intptr_t where) {
+            Args args = args_for<Exec>(MaxsimBounds::op, where);
+            const Array first = args.in("docs", tokens);
+            run_op<Exec>(MaxsimBounds{first, stored_tokens(args, docs), args.out("bounds", bounds)}, where, first);
+        },
+        py::arg("tokens"), py::arg("docs"), py::arg("bounds"), py::arg("where"));
+    m.def(
+        "maxsim_certified_topk",
+        [](const py::object& queries, const py::object& query_offsets, const py::object& packed,
+           const py::object& bounds, const py::object& docs, const py::object& doc_offsets, const py::object& scores,
+           const py::object& ids, const py::object& rescored, std::intptr_t where) {
+            Args args = args_for<Exec>(MaxsimCertifiedTopk::op, where);
+            const Array tokens = args.in("queries", queries);
+            run_op<Exec>(MaxsimCertifiedTopk{{tokens, args.in("query offsets", query_offsets)},
+                                             stored_tokens(args, packed),
+                                             args.in("bounds", bounds),
+                                             {args.in("docs", docs), args.in("doc offsets", doc_offsets)},
+                                             args.out("out scores", scores),
+                                             args.out("out ids", ids),
+                                             args.out("rescored", rescored)},
+                         where, tokens);
+        },
+        py::arg("queries"), py::arg("query_offsets"), py::arg("packed"), py::arg("bounds"), py::arg("docs"),
+        py::arg("doc_offsets"), py::arg("scores"), py::arg("ids"), py::arg("rescored"), py::arg("where"));
+    m.def(
         "maxsim_align",
         [](const py::object& query, const py::object& doc, const py::object& ids, const py::object& similarities,
            std::intptr_t where) {

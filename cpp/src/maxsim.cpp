@@ -238,20 +238,20 @@ void score(const MaxsimScore& op, int num_threads) {
     });
 }
 
+/// The k best documents of each query: of all, or of the positions of `ids` from lists[q] to lists[q + 1].
 template <class Panels>
-void topk(const MaxsimTopk& op, int num_threads) {
+std::vector<TopK> best_of(const TokenSets& queries, const StoredTokens& docs, std::int64_t k, const std::int64_t* lists,
+                          const std::int64_t* ids, int num_threads) {
     using T = typename Panels::Score;
-    const bool listed = static_cast<bool>(op.candidates.offsets);
-    const auto* ids = listed ? op.candidates.ids.as<const std::int64_t>() : nullptr;
-    const auto* lists = listed ? op.candidates.offsets.as<const std::int64_t>() : nullptr;
-    const Scorer<Panels> scorer(op.queries, op.docs, listed, num_threads);
-    const std::int64_t groups = scorer.groups.size(), nq = op.queries.size(), k = op.scores.dim(1);
+    const bool listed = lists != nullptr;
+    const Scorer<Panels> scorer(queries, docs, listed, num_threads);
+    const std::int64_t groups = scorer.groups.size(), nq = queries.size();
     std::vector<Block> blocks;
     if (listed) {
         for (std::int64_t q = 0; q < nq; ++q)
             scorer.cut(lists[q], lists[q + 1], ids, scorer.groups[q].tokens, q, blocks);
     } else {
-        scorer.cut(0, op.docs.size(), nullptr, scorer.most_tokens, 0, blocks);
+        scorer.cut(0, docs.size(), nullptr, scorer.most_tokens, 0, blocks);
     }
     std::vector<TopK> best(nq, TopK(k));
     std::vector<std::mutex> taken(groups);
@@ -267,8 +267,21 @@ void topk(const MaxsimTopk& op, int num_threads) {
             for (std::int64_t i = block.begin; i < block.end; ++i)
                 best[q].push(static_cast<float>(*score++), ids ? ids[i] : i);
     });
-    for (std::int64_t q = 0; q < nq; ++q)
-        best[q].write(op.scores.as<float>() + q * k, op.ids.as<std::int64_t>() + q * k);
+    return best;
+}
+
+void write(std::vector<TopK>& best, const Array& scores, const Array& ids) {
+    const std::int64_t k = scores.dim(1), n = best.size();
+    for (std::int64_t q = 0; q < n; ++q) best[q].write(scores.as<float>() + q * k, ids.as<std::int64_t>() + q * k);
+}
+
+template <class Panels>
+void topk(const MaxsimTopk& op, int num_threads) {
+    const auto& [offsets, ids] = op.candidates;
+    auto best =
+        best_of<Panels>(op.queries, op.docs, op.scores.dim(1), offsets ? offsets.as<const std::int64_t>() : nullptr,
+                        ids ? ids.as<const std::int64_t>() : nullptr, num_threads);
+    write(best, op.scores, op.ids);
 }
 
 template <class T>
@@ -316,6 +329,79 @@ float to_int8(const float* x, std::int64_t d, unsigned char* codes) {
     return largest / 127;
 }
 
+/// Reads stored tokens of integers or residual codes: scales[t] * (centroid + rounded). The queries are rounded to
+/// steps of their own where they meet `rounded`.
+class Decoder {
+public:
+    explicit Decoder(const StoredTokens& docs)
+        : docs_(docs), width_(docs.tokens.dim(1)), d_(docs.centroids ? docs.centroids.dim(1) : 0) {
+        if (!docs.centroids) return;
+        const std::int64_t codes = docs.weights.dim(0);
+        const auto* weights = docs.weights.as<const float>();
+        const float unit = weight_unit(weights, codes);
+        bits_ = codes == 16 ? 4 : 2;
+        for (int stored = 0; stored < codes; ++stored) {
+            int code = 0;
+            for (int b = 0; b < bits_; ++b) code |= (stored >> b & 1) << (bits_ - 1 - b);
+            weight_[stored] = static_cast<double>(unit) * static_cast<double>(std::lrint(weights[code] / unit));
+        }
+    }
+
+    double centroid(std::int64_t t, std::int64_t i) const {
+        if (bits_ == 8) return 0;
+        return docs_.centroids.as<const float>()[docs_.centroid_ids.as<const std::int32_t>()[t] * d_ + i];
+    }
+
+    double rounded(std::int64_t t, std::int64_t i) const {
+        const auto* row = docs_.tokens.as<const unsigned char>() + t * width_;
+        if (bits_ == 8) return row[i] - 128.0;
+        const int per_byte = 8 / bits_, shift = 8 - bits_ * (static_cast<int>(i % per_byte) + 1);
+        return weight_[row[i / per_byte] >> shift & ((1 << bits_) - 1)];
+    }
+
+private:
+    const StoredTokens& docs_;
+    std::int64_t width_, d_;
+    int bits_ = 8;
+    double weight_[16];  // of a code as stored, its lowest bit first
+};
+
+/// Sums over the tokens of a query: of norms, and of what these lose when tokens are rounded as the kernels round them.
+struct QueryNorms {
+    double exact = 0, lost = 0;
+
+    QueryNorms(const float* tokens, std::int64_t n, std::int64_t d) {
+        for (const float* x = tokens; x < tokens + n * d; x += d) {
+            float largest = 0;
+            for (std::int64_t i = 0; i < d; ++i) largest = std::max(largest, std::fabs(x[i]));
+            if (largest == 0) continue;
+            const float steps = 127 / largest, scale = largest / 127;
+            double squares = 0, lost_squares = 0;
+            for (std::int64_t i = 0; i < d; ++i) {
+                const double integer = std::isfinite(steps) ? static_cast<double>(std::lrint(x[i] * steps)) : 0;
+                const double value = x[i], error = value - integer * scale;
+                squares += value * value;
+                lost_squares += error * error;
+            }
+            exact += std::sqrt(squares);
+            lost += std::sqrt(lost_squares);
+        }
+    }
+};
+
+/// How far a score of a document as stored, in float32, can be from that of its exact tokens, in float32.
+///
+/// With a token x = y + r, y = s (c + w) as stored, and a query token q that is rounded to q' where it meets w:
+///     <q, x> - (<q, s c> + <q', s w>) = <q, r> + <q - q', s w>    <=  |q| |r| + |q - q'| |s w|,
+/// which holds for the difference of the maxima over x as well. A sum of n float32 products of a and b is off by less
+/// than n 2^-23 |a| |b|, unless it leaves the range of float32.
+double largest_error(const QueryNorms& query, const float* bounds, std::int64_t tokens, std::int64_t d) {
+    const double error = bounds[0], rounded = bounds[1], size = bounds[2];
+    const double magnitude = (query.exact + query.lost) * size, terms = static_cast<double>(d + 16);
+    if (!(magnitude < 1e37)) return HUGE_VAL;
+    return query.exact * error + query.lost * rounded + terms * (0x1p-23 * magnitude + 0x1p-126 * tokens);
+}
+
 /// Those that share an allotment of memory for their products with the centroids.
 template <class Op, class Run>
 void in_slices(const Op& op, Run run) {
@@ -333,6 +419,59 @@ Array rows(Array a, std::int64_t begin, std::int64_t end) {
     a.data = a.as<char>() + begin * (a.size() / std::max<std::int64_t>(1, a.dim(0))) * size_of(a.dtype);
     a.shape[0] = end - begin;
     return a;
+}
+
+/// Queries [begin, end).
+void certify(const MaxsimCertifiedTopk& op, std::int64_t begin, std::int64_t end, int num_threads) {
+    const std::int64_t n = end - begin, nd = op.docs.size(), d = op.queries.dim(), k = op.scores.dim(1);
+    const TokenSets queries{op.queries.tokens, rows(op.queries.offsets, begin, end + 1)};
+    const Aligned<float> estimates = aligned<float>(n * nd);
+    Array screened = rows(op.scores, begin, end);
+    screened.data = estimates.get();
+    screened.shape[1] = nd;
+    run(MaxsimScore{queries, op.docs, screened}, Cpu{num_threads});
+
+    std::vector<std::vector<std::int64_t>> chosen(n);
+    const auto rescore = [&] {
+        std::vector<std::int64_t> lists{0}, ids;
+        for (std::int64_t q = 0; q < n; ++q) {
+            ids.insert(ids.end(), chosen[q].begin(), chosen[q].end());
+            lists.push_back(ids.size());
+            op.rescored.as<std::int64_t>()[begin + q] += chosen[q].size();
+        }
+        return best_of<FloatPanels<float>>(queries, {op.exact, {}, {}, {}, {}}, k, lists.data(), ids.data(),
+                                           num_threads);
+    };
+
+    std::fill_n(op.rescored.as<std::int64_t>() + begin, n, 0);
+    parallel_for(n, 1, num_threads, [&](std::int64_t q, std::int64_t, int) {
+        TopK best(k);
+        for (std::int64_t i = 0; i < nd; ++i) best.push(estimates[q * nd + i], i);
+        for (const Hit& hit : best.hits()) chosen[q].push_back(hit.id);
+        std::sort(chosen[q].begin(), chosen[q].end());
+    });
+    auto best = rescore();
+    parallel_for(n, 1, num_threads, [&](std::int64_t q, std::int64_t, int) {
+        const auto& hits = best[q].hits();
+        const std::int64_t tokens = queries.length(q), found = hits.size();
+        const double enough = found < k ? -HUGE_VAL : hits[k - 1].score;
+        const QueryNorms norms(queries.set<float>(q), tokens, d);
+        std::vector<std::int64_t> others;
+        auto done = chosen[q].begin();
+        for (std::int64_t i = 0; i < nd; ++i) {
+            if (done != chosen[q].end() && *done == i) {
+                ++done;
+                continue;
+            }
+            const double highest =
+                estimates[q * nd + i] + largest_error(norms, op.bounds.as<const float>() + 3 * i, tokens, d);
+            if (!(highest < enough)) others.push_back(i);
+        }
+        chosen[q] = std::move(others);
+    });
+    const auto others = rescore();
+    for (std::int64_t q = 0; q < n; ++q) best[q].merge(others[q]);
+    write(best, rows(op.scores, begin, end), rows(op.ids, begin, end));
 }
 
 }  // namespace
@@ -360,29 +499,44 @@ void run(const MaxsimPack& op, Cpu cpu) {
 }
 
 void run(const MaxsimResidualScales& op, Cpu cpu) {
-    const StoredTokens& docs = op.docs;
-    const std::int64_t d = docs.centroids.dim(1), width = docs.tokens.dim(1), codes = docs.weights.dim(0);
-    const int bits = codes == 16 ? 4 : 2, per_byte = 8 / bits;
-    const auto* weights = docs.weights.as<const float>();
-    const float unit = weight_unit(weights, codes);
-    float weight[16];  // of a code as stored, its lowest bit first
-    for (int stored = 0; stored < codes; ++stored) {
-        int code = 0;
-        for (int b = 0; b < bits; ++b) code |= (stored >> b & 1) << (bits - 1 - b);
-        weight[stored] = unit * static_cast<float>(std::lrint(weights[code] / unit));
-    }
-    parallel_for(docs.tokens.dim(0), token_block, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+    const Decoder decoder(op.docs);
+    const std::int64_t d = op.docs.centroids.dim(1);
+    parallel_for(op.docs.tokens.dim(0), token_block, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
         for (std::int64_t t = begin; t < end; ++t) {
-            const auto* row = docs.tokens.as<const unsigned char>() + t * width;
-            const float* centroid =
-                docs.centroids.as<const float>() + docs.centroid_ids.as<const std::int32_t>()[t] * d;
             double sum = 0;
             for (std::int64_t i = 0; i < d; ++i) {
-                const int shift = 8 - bits * (static_cast<int>(i % per_byte) + 1);
-                const double x = static_cast<double>(centroid[i]) + weight[row[i / per_byte] >> shift & (codes - 1)];
+                const double x = decoder.centroid(t, i) + decoder.rounded(t, i);
                 sum += x * x;
             }
-            docs.scales.as<float>()[t] = sum > 0 ? static_cast<float>(1 / std::sqrt(sum)) : 0;
+            op.docs.scales.as<float>()[t] = sum > 0 ? static_cast<float>(1 / std::sqrt(sum)) : 0;
+        }
+    });
+}
+
+void run(const MaxsimBounds& op, Cpu cpu) {
+    const Decoder decoder(op.docs);
+    const std::int64_t d = op.tokens.dim(1);
+    const auto round_up = [](double x) { return std::nextafter(static_cast<float>(x * (1 + 0x1p-30)), HUGE_VALF); };
+    parallel_for(op.docs.size(), 16, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+        for (std::int64_t i = begin; i < end; ++i) {
+            double largest[3] = {};
+            for (std::int64_t t = op.docs.begin(i); t < op.docs.begin(i + 1); ++t) {
+                const float* token = op.tokens.as<const float>() + t * d;
+                const double scale = op.docs.scales.as<const float>()[t];
+                double token_squares = 0, lost = 0, centroid = 0, rounded = 0;
+                for (std::int64_t j = 0; j < d; ++j) {
+                    const double x = token[j], c = scale * decoder.centroid(t, j), w = scale * decoder.rounded(t, j);
+                    token_squares += x * x;
+                    lost += (x - c - w) * (x - c - w);
+                    centroid += c * c;
+                    rounded += w * w;
+                }
+                const double size = std::sqrt(token_squares) + std::sqrt(centroid) + std::sqrt(rounded);
+                largest[0] = std::max(largest[0], std::sqrt(lost));
+                largest[1] = std::max(largest[1], std::sqrt(rounded));
+                largest[2] = std::max(largest[2], size);
+            }
+            std::transform(largest, largest + 3, op.bounds.as<float>() + 3 * i, round_up);
         }
     });
 }
@@ -417,6 +571,13 @@ void run(const MaxsimTopk& op, Cpu cpu) {
     } else {
         topk<FloatPanels<double>>(op, cpu.num_threads);
     }
+}
+
+void run(const MaxsimCertifiedTopk& op, Cpu cpu) {
+    constexpr std::int64_t most = 1 << 24;  // scores held at a time
+    const std::int64_t n = op.queries.size(), step = std::max<std::int64_t>(1, most / (op.docs.size() + 1));
+    for (std::int64_t begin = 0; begin < n; begin += step)
+        certify(op, begin, std::min(begin + step, n), cpu.num_threads);
 }
 
 void run(const MaxsimAlign& op, Cpu cpu) {

@@ -70,6 +70,19 @@ def hypercomplex_relation_query(
     where: int,
 ) -> None: ...
 def maxsim_align(query: typing.Any, doc: typing.Any, ids: typing.Any, similarities: typing.Any, where: int) -> None: ...
+def maxsim_bounds(tokens: typing.Any, docs: typing.Any, bounds: typing.Any, where: int) -> None: ...
+def maxsim_certified_topk(
+    queries: typing.Any,
+    query_offsets: typing.Any,
+    packed: typing.Any,
+    bounds: typing.Any,
+    docs: typing.Any,
+    doc_offsets: typing.Any,
+    scores: typing.Any,
+    ids: typing.Any,
+    rescored: typing.Any,
+    where: int,
+) -> None: ...
 def maxsim_pack(tokens: typing.Any, codes: typing.Any, scales: typing.Any, where: int) -> None: ...
 def maxsim_residual_scales(docs: typing.Any, scales: typing.Any, where: int) -> None: ...
 def maxsim_score(

@@ -35,6 +35,15 @@ struct MaxsimScore {
     }
 };
 
+inline void require_topk(const char* op, const Array& scores, const Array& ids, std::int64_t queries) {
+    require_out(op, scores, DType::f32);
+    require_out(op, ids, DType::i64);
+    require_ndim(op, scores, 2);
+    require_dim(op, scores, 0, queries, "one row a query");
+    require(ids.ndim == 2 && ids.shape == scores.shape, op, "ids must have the shape of scores ", scores.shape_text(),
+            ", got ", ids.shape_text());
+}
+
 /// The k best documents of each query, equal scores by the smaller id: of all documents, or of its candidates.
 struct MaxsimTopk {
     static constexpr const char* op = "maxsim.topk";
@@ -46,12 +55,63 @@ struct MaxsimTopk {
     void validate() const {
         require_pair(op, queries, docs);
         candidates.validate(op, queries.size(), docs.size());
-        require_out(op, scores, DType::f32);
-        require_out(op, ids, DType::i64);
-        require_ndim(op, scores, 2);
-        require_dim(op, scores, 0, queries.size(), "one row a query");
-        require(ids.ndim == 2 && ids.shape == scores.shape, op, "ids must have the shape of scores ",
-                scores.shape_text(), ", got ", ids.shape_text());
+        require_topk(op, scores, ids, queries.size());
+    }
+};
+
+inline void require_bounds(const char* op, const Array& bounds, const StoredTokens& docs) {
+    require_ndim(op, bounds, 2);
+    require_dtype(op, bounds, DType::f32);
+    require_contiguous(op, bounds);
+    require_dim(op, bounds, 0, docs.size(), "one row a document");
+    require_dim(op, bounds, 1, 3, "three bounds");
+}
+
+/// For each document, the largest norms among its tokens t, rounded up, where c is the centroid (if any) and w the rest
+/// of what is stored, so that the token is scales[t] * (c + w) when it is decoded:
+/// bounds[d] = (|token - decoded|, |scale w|, |token| + |scale c| + |scale w|).
+struct MaxsimBounds {
+    static constexpr const char* op = "maxsim.pack";
+    Array tokens;  // (T, d) float32
+    StoredTokens docs;
+    Array bounds;  // (docs, 3) float32
+
+    void validate() const {
+        require_ndim(op, tokens, 2);
+        require_dtype(op, tokens, DType::f32);
+        require_contiguous(op, tokens);
+        require_dim(op, tokens, 0, docs.tokens.dim(0), "one row a token");
+        docs.validate(op, tokens.dim(1), DType::f32);
+        require(static_cast<bool>(docs.scales), op, "docs must be int8 or residual codes");
+        require_out(op, bounds, DType::f32);
+        require_bounds(op, bounds, docs);
+    }
+};
+
+/// MaxsimTopk of the documents `exact`, bit for bit. All are scored as stored; a score is off by no more than the
+/// bounds and the rounding of the query allow, so that only documents whose score plus that can reach the k-th best
+/// score are scored exactly. rescored[q] = how many.
+struct MaxsimCertifiedTopk {
+    static constexpr const char* op = "maxsim.certified_topk";
+    TokenSets queries;
+    StoredTokens docs;
+    Array bounds;  // of MaxsimBounds
+    TokenSets exact;
+    Array scores, ids, rescored;  // (queries, k) float32, int64; (queries,) int64
+
+    void validate() const {
+        require_pair(op, queries, docs);
+        require(queries.dim() <= 1 << 17, op, "docs must have a width of at most 131072, got ", queries.dim());
+        require(static_cast<bool>(docs.scales), op, "packed must be int8 or residual codes");
+        require_bounds(op, bounds, docs);
+        require_pair(op, queries, {exact, {}, {}, {}, {}});
+        for (std::int64_t i = 0; i <= docs.size(); ++i)
+            require(exact.size() == docs.size() && exact.begin(i) == docs.begin(i), op,
+                    "docs must have the lengths of the packed documents");
+        require_topk(op, scores, ids, queries.size());
+        require_out(op, rescored, DType::i64);
+        require_ndim(op, rescored, 1);
+        require_dim(op, rescored, 0, queries.size(), "one entry a query");
     }
 };
 
@@ -115,8 +175,10 @@ struct MaxsimResidualScales {
 
 void run(const MaxsimPack&, Cpu);
 void run(const MaxsimResidualScales&, Cpu);
+void run(const MaxsimBounds&, Cpu);
 void run(const MaxsimScore&, Cpu);
 void run(const MaxsimTopk&, Cpu);
+void run(const MaxsimCertifiedTopk&, Cpu);
 void run(const MaxsimAlign&, Cpu);
 
 }  // namespace polyvec
