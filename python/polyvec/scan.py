@@ -88,8 +88,8 @@ def topk(
     Notes
     -----
     2 nq n d flops, accumulated in float32; items are read once for thousands of queries, and for few queries memory is
-    the limit. Beside the outputs it needs 16 k bytes a query and a few megabytes. Items are not searched for NaN: one
-    whose score is NaN or -inf is never returned. With "l2" the items are chosen by q . x - |x|^2 / 2, whose rounding
+    the limit. Beside the outputs it needs at most about 20 MB a thread. Items are not searched for NaN: one whose score
+    is NaN or -inf is never returned. With "l2" the items are chosen by q . x - |x|^2 / 2, whose rounding
     can swap the last of them where distances differ by less than about 1e-7 |x|^2; the returned distances are
     computed directly, without that cancellation, and ordered. The result does not depend on the number of threads.
 
@@ -222,8 +222,8 @@ def rank(
     Notes
     -----
     2 nq n d flops, accumulated in float32; the scores of a query with different items are computed alike, so that equal
-    items tie. An item whose score is NaN counts for nothing. The nq x n scores are never stored: it needs a few
-    megabytes. The result does not depend on the number of threads.
+    items tie. An item whose score is NaN counts for nothing. The nq x n scores are never stored: it needs about 20 MB.
+    The result does not depend on the number of threads.
 
     References
     ----------
