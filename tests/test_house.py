@@ -187,6 +187,8 @@ PUBLIC = {
         "from_residuals",
         "pack",
         "score",
+        "score_matrix",
+        "score_pairs",
         "topk",
     ],
     "polyvec.scan": ["nearest", "rank", "score_pairs", "topk"],

@@ -123,6 +123,96 @@ def test_a_similarity_that_is_nan_is_never_the_maximum(rng, isa):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("d", [0, 1, 17, 64])
+def test_score_pairs(rng, isa, d, dtype):
+    docs = sample(rng, DOC_TOKENS * 2, d, dtype)
+    queries = sample(rng, rng.permutation(QUERY_TOKENS * 2)[: len(docs)], d, dtype)
+    scores = pv.maxsim.score_pairs(queries, docs)
+    assert scores.dtype == dtype
+    expected, scale = (f(queries, docs).diagonal() for f in (ref.score, ref.scale))
+    assert_reduction(scores, expected, abs(scale), length=d)
+    assert_exact(scores, pv.maxsim.score(queries, docs).diagonal())
+
+
+def test_more_pairs_than_are_prepared_at_a_time(rng):
+    queries, docs = (integers(rng, rng.integers(0, 4, 2500), 3) for _ in range(2))
+    expected = [ref.score([query], [doc])[0, 0] for query, doc in zip(queries, docs, strict=True)]
+    assert_exact(pv.maxsim.score_pairs(queries, docs), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("tq", "td"), [(0, 5), (5, 0), (1, 1), (15, 30), (17, 180), (33, 63), (130, 65)])
+def test_score_matrix(rng, isa, tq, td, dtype):
+    query, doc = sample(rng, [tq, td], 19, dtype)
+    matrix = pv.maxsim.score_matrix(query, doc)
+    assert matrix.dtype == dtype
+    size = ref.similarities(abs(query), abs(doc))
+    assert_reduction(matrix, ref.similarities(query, doc), size, length=19)
+    if td:
+        assert_exact(matrix.max(1), pv.maxsim.align(query, doc)[1])
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, "bfloat16", "int8"])
+@pytest.mark.parametrize("empty", [-np.inf, 0, -1e9])
+@pytest.mark.parametrize("padding", ["exclude", "zero", "relu"])
+def test_what_takes_part_in_place_of_missing_tokens(rng, isa, padding, empty, dtype):
+    packed = isinstance(dtype, str)
+    queries = sample(rng, [0, 1, 5, 17, 40], 8, np.float32 if packed else dtype)
+    docs = sample(rng, [3, 0, 1, 7, 2, 7], 8, np.float32 if packed else dtype)
+    docs = [-abs(queries[2][:1]) + doc * np.float32(0.1) for doc in docs]  # many best similarities are below 0
+    lengths = np.array([len(doc) for doc in docs])
+    zeros = {"exclude": 0 * lengths, "zero": lengths.max() - lengths, "relu": 0 * lengths + 1}[padding]
+    sets = pv.maxsim.pack(docs, dtype) if packed else docs
+    options = {"padding": padding, "empty": empty}
+    scores = pv.maxsim.score(queries, sets, **options)
+    if packed:  # the rounding of tokens is none of this test's business: one-token queries show the maxima
+        tokens = [token[None] for token in np.concatenate(queries)]
+        maxima = pv.maxsim.score(tokens, sets, empty=-np.inf)
+        maxima = np.where(zeros > 0, np.maximum(maxima, 0), maxima)
+        ends = np.cumsum([len(query) for query in queries])
+        expected = [np.add.reduce(m, dtype=np.float64) for m in np.split(maxima, ends[:-1])]
+        expected = np.array(expected, np.float32)
+        expected[1:, (lengths == 0) & (zeros == 0)] = empty
+        np.testing.assert_allclose(scores, expected, rtol=1e-6)
+    else:
+        expected = ref.score(queries, docs, zeros=zeros, empty=empty)
+        assert_reduction(scores, expected, abs(np.where(lengths > 0, ref.scale(queries, docs), 1e9)), length=8)
+    best, ids = pv.maxsim.topk(queries, sets, 6, **options)
+    assert_exact(ids, ref.topk(scores.astype(np.float32), 6))
+    assert_exact(best, -np.sort(-scores.astype(np.float32), axis=1))
+    assert_exact(pv.maxsim.score_pairs(queries, sets[:5], **options), scores[:, :5].diagonal())
+
+
+def test_zero_padding_is_that_of_the_padded_array(rng, lib):
+    queries, docs = sample(rng, [4, 3], 8), rng.standard_normal((5, 7, 8)).astype(np.float32)
+    mask = rng.random((5, 7)) < 0.5
+    mask[:, 3] = False  # no document has all its rows
+    lengths = np.array([2, 0, 6, 6, 1])
+    for form, kept, options in (
+        (lib(docs), mask, {"doc_mask": lib(mask)}),
+        ((lib(docs), lengths), np.arange(7) < lengths[:, None], {}),
+    ):
+        scores = pv.maxsim.score([lib(query) for query in queries], form, padding="zero", **options)
+        assert_reduction(scores, ref.score(queries, docs * kept[..., None]), ref.scale(queries, docs), length=8)
+
+
+def test_masks_drop_tokens(rng, lib):
+    queries, docs = (rng.standard_normal((n, t, 8)).astype(np.float32) for n, t in ((4, 6), (4, 9)))
+    query_mask, doc_mask = rng.random((4, 6)) < 0.5, rng.random((4, 9)) < 0.5
+    doc_mask[2] = False
+    kept = [[x[m] for x, m in zip(*pair, strict=True)] for pair in ((queries, query_mask), (docs, doc_mask))]
+    given = (lib(queries), lib(docs))
+    masks = {"query_mask": lib(query_mask), "doc_mask": doc_mask.tolist()}
+    assert_exact(pv.maxsim.score(*given, **masks), pv.maxsim.score(*kept))
+    assert_exact(pv.maxsim.topk(*given, 2, **masks)[1], pv.maxsim.topk(*kept, 2)[1])
+    assert_exact(pv.maxsim.score_pairs(*given, **masks), pv.maxsim.score_pairs(*kept))
+    docs[~doc_mask] = np.nan
+    first = [doc[:5][m[:5]] for doc, m in zip(docs, doc_mask, strict=True)]
+    scores = pv.maxsim.score(kept[0], (lib(docs), [5] * 4), doc_mask=doc_mask)
+    assert_exact(scores, pv.maxsim.score(kept[0], first))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(("tq", "td"), [(0, 5), (5, 0), (1, 1), (15, 30), (17, 180), (33, 13), (130, 7)])
 def test_align(rng, isa, tq, td, dtype):
     query, doc = sample(rng, [tq, td], 19, dtype)
@@ -154,6 +244,8 @@ def test_result_does_not_depend_on_thread_count(rng):
             *pv.maxsim.topk(queries, docs, 9, num_threads=threads),
             *pv.maxsim.topk(queries, docs, 9, candidates=candidates, num_threads=threads),
             *pv.maxsim.align(np.concatenate(queries), docs[3], num_threads=threads),
+            pv.maxsim.score_pairs(queries, docs[:70], num_threads=threads),
+            pv.maxsim.score_matrix(np.concatenate(queries), docs[3], num_threads=threads),
         )
 
     one = results(1)
@@ -200,6 +292,9 @@ def test_the_caller_gets_the_library_it_gave(rng, lib):
     best = pv.maxsim.topk(queries, pv.maxsim.pack(docs), 2, candidates=(lib(np.array([0, 2, 3])), [0, 1, 2]), out=out)
     assert best[0] is out[0]
     assert best[1] is out[1]
+    pairs, matrix = lib(np.zeros(2, np.float32)), lib(np.zeros((3, 5), np.float32))
+    assert pv.maxsim.score_pairs(queries, docs[:2], out=pairs) is pairs
+    assert pv.maxsim.score_matrix(queries[0], docs[0], out=matrix) is matrix
     for result in (pv.maxsim.score(queries, docs), *pv.maxsim.topk(queries, docs, 1),
                    *pv.maxsim.align(queries[0], docs[0])):  # fmt: skip
         assert type(result) is type(queries[0])
@@ -329,6 +424,46 @@ DOCS = [zeros(2, 3), zeros(4, 3)]
             lambda: pv.maxsim.topk(DOCS, DOCS, 1, candidates=([0, 1, 2], [0.5, 1])),
             TypeError,
             "maxsim.topk: candidates ids must be integers, got float64",
+        ),
+        (
+            lambda: pv.maxsim.score_pairs(DOCS, DOCS[:1]),
+            ValueError,
+            "maxsim.score_pairs: docs must have one document a query (2), got 1",
+        ),
+        (
+            lambda: pv.maxsim.score(DOCS, DOCS, padding="max"),
+            ValueError,
+            "maxsim.score: padding must be one of 'exclude', 'zero', 'relu', got 'max'",
+        ),
+        (
+            lambda: pv.maxsim.topk(DOCS, DOCS, 1, empty=np.nan),
+            ValueError,
+            "maxsim.topk: empty must be a number, got nan",
+        ),
+        (
+            lambda: pv.maxsim.score(DOCS, DOCS, query_mask=[[True]]),
+            ValueError,
+            "maxsim.score: queries must be a padded (n, t, d) array to take a mask, got list",
+        ),
+        (
+            lambda: pv.maxsim.score(DOCS, pv.maxsim.pack(DOCS), doc_mask=[[True]]),
+            ValueError,
+            "maxsim.score: docs must be a padded (n, t, d) array to take a mask, got PackedTokens",
+        ),
+        (
+            lambda: pv.maxsim.score(DOCS, zeros(2, 4, 3), doc_mask=np.ones((2, 3), bool)),
+            ValueError,
+            "maxsim.score: docs: mask must have shape (2, 4), got (2, 3)",
+        ),
+        (
+            lambda: pv.maxsim.score(DOCS, zeros(2, 4, 3), doc_mask=np.ones((2, 4), np.int64)),
+            TypeError,
+            "maxsim.score: docs: mask must be bool, got int64; cast it with .astype('bool')",
+        ),
+        (
+            lambda: pv.maxsim.score_matrix(zeros(2, 3), zeros(2, 4)),
+            ValueError,
+            "maxsim.score_matrix: doc must have the same d as query (3), got 4",
         ),
         (
             lambda: pv.maxsim.align(zeros(2, 3), zeros(2, 4)),

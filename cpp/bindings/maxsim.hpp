@@ -18,33 +18,58 @@ template <class Exec>
 void bind_maxsim(py::module_& m) {
     m.def(
         "maxsim_score",
-        [](const py::object& queries, const py::object& query_offsets, const py::object& docs, const py::object& out,
-           std::intptr_t where) {
+        [](const py::object& queries, const py::object& query_offsets, const py::object& docs, std::int64_t full,
+           double empty, const py::object& out, std::intptr_t where) {
             Args args = args_for<Exec>(MaxsimScore::op, where);
             const Array tokens = args.in("queries", queries);
-            run_op<Exec>(
-                MaxsimScore{
-                    {tokens, args.in("query offsets", query_offsets)}, stored_tokens(args, docs), args.out("out", out)},
-                where, tokens);
+            run_op<Exec>(MaxsimScore{{tokens, args.in("query offsets", query_offsets)},
+                                     stored_tokens(args, docs),
+                                     {full, empty},
+                                     args.out("out", out)},
+                         where, tokens);
         },
-        py::arg("queries"), py::arg("query_offsets"), py::arg("docs"), py::arg("out"), py::arg("where"));
+        py::arg("queries"), py::arg("query_offsets"), py::arg("docs"), py::arg("full"), py::arg("empty"),
+        py::arg("out"), py::arg("where"));
+    m.def(
+        "maxsim_score_pairs",
+        [](const py::object& queries, const py::object& query_offsets, const py::object& docs, std::int64_t full,
+           double empty, const py::object& out, std::intptr_t where) {
+            Args args = args_for<Exec>(MaxsimScorePairs::op, where);
+            const Array tokens = args.in("queries", queries);
+            run_op<Exec>(MaxsimScorePairs{{tokens, args.in("query offsets", query_offsets)},
+                                          stored_tokens(args, docs),
+                                          {full, empty},
+                                          args.out("out", out)},
+                         where, tokens);
+        },
+        py::arg("queries"), py::arg("query_offsets"), py::arg("docs"), py::arg("full"), py::arg("empty"),
+        py::arg("out"), py::arg("where"));
+    m.def(
+        "maxsim_score_matrix",
+        [](const py::object& query, const py::object& doc, const py::object& out, std::intptr_t where) {
+            Args args = args_for<Exec>(MaxsimScoreMatrix::op, where);
+            const Array tokens = args.in("query", query);
+            run_op<Exec>(MaxsimScoreMatrix{tokens, args.in("doc", doc), args.out("out", out)}, where, tokens);
+        },
+        py::arg("query"), py::arg("doc"), py::arg("out"), py::arg("where"));
     m.def(
         "maxsim_topk",
-        [](const py::object& queries, const py::object& query_offsets, const py::object& docs,
-           const py::object& candidate_offsets, const py::object& candidate_ids, const py::object& scores,
+        [](const py::object& queries, const py::object& query_offsets, const py::object& docs, std::int64_t full,
+           double empty, const py::object& candidate_offsets, const py::object& candidate_ids, const py::object& scores,
            const py::object& ids, std::intptr_t where) {
             Args args = args_for<Exec>(MaxsimTopk::op, where);
             const Array tokens = args.in("queries", queries);
             run_op<Exec>(
                 MaxsimTopk{{tokens, args.in("query offsets", query_offsets)},
                            stored_tokens(args, docs),
+                           {full, empty},
                            {args.in("candidates offsets", candidate_offsets), args.in("candidates ids", candidate_ids)},
                            args.out("out scores", scores),
                            args.out("out ids", ids)},
                 where, tokens);
         },
-        py::arg("queries"), py::arg("query_offsets"), py::arg("docs"), py::arg("candidate_offsets"),
-        py::arg("candidate_ids"), py::arg("scores"), py::arg("ids"), py::arg("where"));
+        py::arg("queries"), py::arg("query_offsets"), py::arg("docs"), py::arg("full"), py::arg("empty"),
+        py::arg("candidate_offsets"), py::arg("candidate_ids"), py::arg("scores"), py::arg("ids"), py::arg("where"));
     m.def(
         "maxsim_pack",
         [](const py::object& tokens, const py::object& codes, const py::object& scales, std::intptr_t where) {

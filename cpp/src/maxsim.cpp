@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <limits>
 #include <mutex>
 #include <vector>
 
@@ -18,6 +19,7 @@ constexpr std::int64_t panel_bytes = 1 << 18;         // a group's panels, which
 constexpr std::int64_t least_panels = 8;              // of a full group: little of the last panel is wasted
 constexpr std::int64_t products_per_piece = 1 << 23;  // a piece of work: a tenth of a millisecond, a few at worst
 constexpr std::int64_t max_block = 1 << 14;           // tokens of a piece, a document counting as one at least
+constexpr std::int64_t most_alone = 1 << 10;          // queries with documents of their own in panels at a time
 
 /// Queries [begin, end), whose tokens lie in panels together.
 struct Group {
@@ -146,8 +148,8 @@ public:
     using T = typename Panels::Score;
 
     /// `alone`: every query is a group of its own, for documents of its own.
-    Scorer(const TokenSets& queries, const StoredTokens& docs, bool alone, int num_threads)
-        : queries_(queries), docs_(docs), d_(queries.dim()), panels_(docs, d_) {
+    Scorer(const TokenSets& queries, const StoredTokens& docs, Missing missing, bool alone, int num_threads)
+        : queries_(queries), docs_(docs), missing_(missing), d_(queries.dim()), panels_(docs, d_) {
         const std::int64_t row_bytes = std::max<std::int64_t>(1, panels_.token_bytes());
         const std::int64_t full = alone ? 0 : std::max(panel_bytes / row_bytes, least_panels * panels_.width());
         std::int64_t room = 0;
@@ -203,10 +205,14 @@ public:
         for (std::int64_t i = block.begin; i < block.end; ++i) {
             const std::int64_t doc = id(i), next = i + 1 < block.end ? id(i + 1) : doc;
             panels_.maxima(group.panels, group.tokens, doc, next, maxima);
+            const bool zero = docs_.length(doc) < missing_.full, empty = docs_.length(doc) == 0 && !zero;
+            const T least = zero ? T{0} : -std::numeric_limits<T>::infinity();
             const T* maximum = maxima;
             for (std::int64_t q = group.begin; q < group.end; ++q) {
                 double sum = 0;
-                for (const T* last = maximum + queries_.length(q); maximum < last; ++maximum) sum += *maximum;
+                for (const T* last = maximum + queries_.length(q); maximum < last; ++maximum)
+                    sum += std::max(*maximum, least);
+                if (empty && queries_.length(q) > 0) sum = missing_.empty;
                 out[(q - group.begin) * stride + i - block.begin] = static_cast<T>(sum);
             }
         }
@@ -219,6 +225,7 @@ private:
 
     const TokenSets& queries_;
     const StoredTokens& docs_;
+    Missing missing_;
     std::int64_t d_;
     Panels panels_;
 };
@@ -226,7 +233,7 @@ private:
 template <class Panels>
 void score(const MaxsimScore& op, int num_threads) {
     using T = typename Panels::Score;
-    const Scorer<Panels> scorer(op.queries, op.docs, false, num_threads);
+    const Scorer<Panels> scorer(op.queries, op.docs, op.missing, false, num_threads);
     const std::int64_t nd = op.docs.size(), groups = scorer.groups.size();
     std::vector<Block> blocks;
     scorer.cut(0, nd, nullptr, scorer.most_tokens, 0, blocks);
@@ -238,13 +245,23 @@ void score(const MaxsimScore& op, int num_threads) {
     });
 }
 
+template <class Panels>
+void score_pairs(const MaxsimScorePairs& op, int num_threads) {
+    using T = typename Panels::Score;
+    const Scorer<Panels> scorer(op.queries, op.docs, op.missing, true, num_threads);
+    T* out = op.out.as<T>();
+    scorer.for_each_piece(op.queries.size(), num_threads, [&](std::int64_t i, T* maxima) {
+        scorer.score(scorer.groups[i], {i, i + 1, i}, nullptr, maxima, out + i, 1);
+    });
+}
+
 /// The k best documents of each query: of all, or of the positions of `ids` from lists[q] to lists[q + 1].
 template <class Panels>
-std::vector<TopK> best_of(const TokenSets& queries, const StoredTokens& docs, std::int64_t k, const std::int64_t* lists,
-                          const std::int64_t* ids, int num_threads) {
+std::vector<TopK> best_of(const TokenSets& queries, const StoredTokens& docs, Missing missing, std::int64_t k,
+                          const std::int64_t* lists, const std::int64_t* ids, int num_threads) {
     using T = typename Panels::Score;
     const bool listed = lists != nullptr;
-    const Scorer<Panels> scorer(queries, docs, listed, num_threads);
+    const Scorer<Panels> scorer(queries, docs, missing, listed, num_threads);
     const std::int64_t groups = scorer.groups.size(), nq = queries.size();
     std::vector<Block> blocks;
     if (listed) {
@@ -278,9 +295,9 @@ void write(std::vector<TopK>& best, const Array& scores, const Array& ids) {
 template <class Panels>
 void topk(const MaxsimTopk& op, int num_threads) {
     const auto& [offsets, ids] = op.candidates;
-    auto best =
-        best_of<Panels>(op.queries, op.docs, op.scores.dim(1), offsets ? offsets.as<const std::int64_t>() : nullptr,
-                        ids ? ids.as<const std::int64_t>() : nullptr, num_threads);
+    auto best = best_of<Panels>(op.queries, op.docs, op.missing, op.scores.dim(1),
+                                offsets ? offsets.as<const std::int64_t>() : nullptr,
+                                ids ? ids.as<const std::int64_t>() : nullptr, num_threads);
     write(best, op.scores, op.ids);
 }
 
@@ -295,6 +312,23 @@ void align(const MaxsimAlign& op, int num_threads) {
         kernel.align(panel.get(), end - begin, op.doc.as<const T>(), op.doc.dim(0), d, maxima.get(), rows.get());
         std::copy_n(maxima.get(), end - begin, op.similarities.as<T>() + begin);
         std::copy_n(rows.get(), end - begin, op.ids.as<std::int64_t>() + begin);
+    });
+}
+
+/// Document tokens lie in lanes: an inner product has the same bits either way.
+template <class T>
+void score_matrix(const MaxsimScoreMatrix& op, int num_threads) {
+    const auto& kernel = typed<T>(*kernels().maxsim);
+    const std::int64_t d = op.query.dim(1), rows = op.query.dim(0), columns = op.doc.dim(0);
+    const std::int64_t width = kernel.panel_width;
+    parallel_for(columns, width, num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+        const Aligned<T> panel = aligned<T>(width * d), products = aligned<T>(width);
+        kernel.pack(op.doc.as<const T>() + begin * d, end - begin, d, panel.get());
+        for (std::int64_t i = 0; i < rows; ++i) {
+            const T* token = op.query.as<const T>() + i * d;
+            kernel.maxima(panel.get(), end - begin, token, 1, token, d, products.get());
+            std::copy_n(products.get(), end - begin, op.out.as<T>() + i * columns + begin);
+        }
     });
 }
 
@@ -402,14 +436,16 @@ double largest_error(const QueryNorms& query, const float* bounds, std::int64_t 
     return query.exact * error + query.lost * rounded + terms * (0x1p-23 * magnitude + 0x1p-126 * tokens);
 }
 
-/// Those that share an allotment of memory for their products with the centroids.
+/// Those that share an allotment of memory for their products with the centroids, `queries` at most.
 template <class Op, class Run>
-void in_slices(const Op& op, Run run) {
+void in_slices(const Op& op, std::int64_t queries, Run run) {
     constexpr std::int64_t most = 1 << 26;
     const std::int64_t n = op.queries.size(), centroids = op.docs.centroids ? op.docs.centroids.dim(0) : 0;
     for (std::int64_t begin = 0, end; begin < n; begin = end) {
         end = begin + 1;
-        while (end < n && (op.queries.begin(end + 1) - op.queries.begin(begin)) * centroids <= most) ++end;
+        while (end < std::min(n, begin + queries) &&
+               (op.queries.begin(end + 1) - op.queries.begin(begin)) * centroids <= most)
+            ++end;
         run(begin, end);
     }
 }
@@ -429,7 +465,7 @@ void certify(const MaxsimCertifiedTopk& op, std::int64_t begin, std::int64_t end
     Array screened = rows(op.scores, begin, end);
     screened.data = estimates.get();
     screened.shape[1] = nd;
-    run(MaxsimScore{queries, op.docs, screened}, Cpu{num_threads});
+    run(MaxsimScore{queries, op.docs, {}, screened}, Cpu{num_threads});
 
     std::vector<std::vector<std::int64_t>> chosen(n);
     const auto rescore = [&] {
@@ -439,7 +475,7 @@ void certify(const MaxsimCertifiedTopk& op, std::int64_t begin, std::int64_t end
             lists.push_back(ids.size());
             op.rescored.as<std::int64_t>()[begin + q] += chosen[q].size();
         }
-        return best_of<FloatPanels<float>>(queries, {op.exact, {}, {}, {}, {}}, k, lists.data(), ids.data(),
+        return best_of<FloatPanels<float>>(queries, {op.exact, {}, {}, {}, {}}, {}, k, lists.data(), ids.data(),
                                            num_threads);
     };
 
@@ -543,7 +579,7 @@ void run(const MaxsimBounds& op, Cpu cpu) {
 
 void run(const MaxsimScore& op, Cpu cpu) {
     if (op.docs.format() != StoredTokens::floats) {
-        in_slices(op, [&](std::int64_t begin, std::int64_t end) {
+        in_slices(op, op.queries.size(), [&](std::int64_t begin, std::int64_t end) {
             MaxsimScore slice = op;
             slice.queries.offsets = rows(op.queries.offsets, begin, end + 1);
             slice.out = rows(op.out, begin, end);
@@ -556,9 +592,28 @@ void run(const MaxsimScore& op, Cpu cpu) {
     }
 }
 
+void run(const MaxsimScorePairs& op, Cpu cpu) {
+    in_slices(op, most_alone, [&](std::int64_t begin, std::int64_t end) {
+        MaxsimScorePairs slice = op;
+        slice.queries.offsets = rows(op.queries.offsets, begin, end + 1);
+        slice.docs.offsets = rows(op.docs.offsets, begin, end + 1);
+        slice.out = rows(op.out, begin, end);
+        if (op.docs.format() != StoredTokens::floats)
+            score_pairs<NarrowPanels>(slice, cpu.num_threads);
+        else if (op.queries.tokens.dtype == DType::f32)
+            score_pairs<FloatPanels<float>>(slice, cpu.num_threads);
+        else
+            score_pairs<FloatPanels<double>>(slice, cpu.num_threads);
+    });
+}
+
+void run(const MaxsimScoreMatrix& op, Cpu cpu) {
+    op.query.dtype == DType::f32 ? score_matrix<float>(op, cpu.num_threads) : score_matrix<double>(op, cpu.num_threads);
+}
+
 void run(const MaxsimTopk& op, Cpu cpu) {
     if (op.docs.format() != StoredTokens::floats) {
-        in_slices(op, [&](std::int64_t begin, std::int64_t end) {
+        in_slices(op, op.queries.size(), [&](std::int64_t begin, std::int64_t end) {
             MaxsimTopk slice = op;
             slice.queries.offsets = rows(op.queries.offsets, begin, end + 1);
             slice.candidates.offsets = rows(op.candidates.offsets, begin, end + 1);

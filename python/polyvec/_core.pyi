@@ -86,12 +86,30 @@ def maxsim_certified_topk(
 def maxsim_pack(tokens: typing.Any, codes: typing.Any, scales: typing.Any, where: int) -> None: ...
 def maxsim_residual_scales(docs: typing.Any, scales: typing.Any, where: int) -> None: ...
 def maxsim_score(
-    queries: typing.Any, query_offsets: typing.Any, docs: typing.Any, out: typing.Any, where: int
+    queries: typing.Any,
+    query_offsets: typing.Any,
+    docs: typing.Any,
+    full: int,
+    empty: float,
+    out: typing.Any,
+    where: int,
+) -> None: ...
+def maxsim_score_matrix(query: typing.Any, doc: typing.Any, out: typing.Any, where: int) -> None: ...
+def maxsim_score_pairs(
+    queries: typing.Any,
+    query_offsets: typing.Any,
+    docs: typing.Any,
+    full: int,
+    empty: float,
+    out: typing.Any,
+    where: int,
 ) -> None: ...
 def maxsim_topk(
     queries: typing.Any,
     query_offsets: typing.Any,
     docs: typing.Any,
+    full: int,
+    empty: float,
     candidate_offsets: typing.Any,
     candidate_ids: typing.Any,
     scores: typing.Any,

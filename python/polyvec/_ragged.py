@@ -85,25 +85,35 @@ class Ragged:
         return cls(arrays[0].__array_namespace__().concat(arrays), offsets)
 
     @classmethod
-    def from_padded(cls, x: Any, lengths: Any = None) -> Ragged:
-        """Drop the padding of `x` (n, t, d): set i keeps its first `lengths[i]` rows (all t when None)."""
+    def from_padded(cls, x: Any, lengths: Any = None, *, mask: Any = None) -> Ragged:
+        """Drop the padding of `x` (n, t, d): set i keeps its first `lengths[i]` rows (all t when None).
+
+        Of these, a bool `mask` (n, t) keeps the rows where it is true.
+        """
         x = native(x) if is_array(x) else np.asarray(x, dtype=np.float32)
         if len(x.shape) != 3:
             raise ValueError(f"Ragged: a padded array must have 3 axes, got shape {tuple(x.shape)}")
         n, t, d = (int(s) for s in x.shape)
-        if lengths is None:
+        if lengths is None and mask is None:
             return cls(contiguous(x).reshape(n * t, d), np.arange(n + 1, dtype=np.int64) * t)
-        if is_torch(lengths):
-            lengths = lengths.cpu().numpy()
-        lengths = np.asarray(as_ids("Ragged", "lengths", lengths))
-        if len(lengths) != n:
-            raise ValueError(f"Ragged: lengths must have one entry a set ({n}), got {len(lengths)}")
-        bad = np.flatnonzero((lengths < 0) | (lengths > t))
-        if len(bad):
-            raise ValueError(f"Ragged: lengths must be in [0, {t}], got {lengths[bad[0]]} at position {bad[0]}")
+        keep = np.ones((n, t), bool)
+        if lengths is not None:
+            if is_torch(lengths):
+                lengths = lengths.cpu().numpy()
+            lengths = np.asarray(as_ids("Ragged", "lengths", lengths))
+            if len(lengths) != n:
+                raise ValueError(f"Ragged: lengths must have one entry a set ({n}), got {len(lengths)}")
+            bad = np.flatnonzero((lengths < 0) | (lengths > t))
+            if len(bad):
+                raise ValueError(f"Ragged: lengths must be in [0, {t}], got {lengths[bad[0]]} at position {bad[0]}")
+            keep = np.arange(t) < lengths[:, None]
+        if mask is not None:
+            mask = as_array("Ragged", "mask", mask.cpu() if is_torch(mask) else mask, dtypes=("bool",))
+            if tuple(mask.shape) != (n, t):
+                raise ValueError(f"Ragged: mask must have shape {(n, t)}, got {tuple(mask.shape)}")
+            keep = keep & np.asarray(mask)
         offsets = np.zeros(n + 1, np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        keep = np.arange(t) < lengths[:, None]
+        np.cumsum(keep.sum(1), out=offsets[1:])
         if is_torch(x):
             import torch
 
@@ -148,27 +158,43 @@ class Ragged:
         return f"Ragged({len(self)} sets, {self.values.shape[0]} rows, d={self.dim}, {dtype_name(self.values)}{where})"
 
 
+def is_padded(x: Any) -> bool:
+    """Whether token sets are a padded array (n, t, d), alone or with its lengths."""
+    if isinstance(x, tuple) and len(x) == 2:
+        return len(getattr(x[0], "shape", ())) == 3
+    return is_array(x) and len(x.shape) == 3
+
+
 def as_ragged(
-    op: str, name: str, x: Any, *, dtypes: Sequence[str] = ("float32",), dim: int | None = None, like: str = ""
+    op: str,
+    name: str,
+    x: Any,
+    *,
+    dtypes: Sequence[str] = ("float32",),
+    dim: int | None = None,
+    like: str = "",
+    mask: Any = None,
 ) -> Ragged:
     """Return token sets in any accepted form as a Ragged of contiguous values.
 
     Accepted: a Ragged; `(values (T, d), offsets (n + 1,))`; `(padded (n, t, d), lengths (n,))`; a padded array
     (n, t, d) without padding; a list of `(n_i, d)` arrays. `dim` is the width that the sets must have, as the argument
-    `like` has it.
+    `like` has it. A bool `mask` (n, t) says which rows of a padded array are kept.
     """
+    if mask is not None and not is_padded(x):
+        raise ValueError(f"{op}: {name} must be a padded (n, t, d) array to take a mask, got {type(x).__name__}")
     try:
         if isinstance(x, Ragged):
             sets = x
         elif isinstance(x, tuple) and len(x) == 2 and len(getattr(x[1], "shape", (0,))) == 1:
-            sets = Ragged.from_padded(*x) if len(getattr(x[0], "shape", ())) == 3 else Ragged(*x)
+            sets = Ragged.from_padded(*x, mask=mask) if is_padded(x) else Ragged(*x)
         elif is_array(x):
             if len(x.shape) != 3:
                 raise ValueError(
                     f"{name} must be a Ragged, (values, offsets), a list of (n_i, d) arrays or a padded (n, t, d) "
                     f"array, got shape {tuple(x.shape)}"
                 )
-            sets = Ragged.from_padded(x)
+            sets = Ragged.from_padded(x, mask=mask)
         elif isinstance(x, (list, tuple)):
             sets = Ragged.from_list(x, dim=dim)
         else:

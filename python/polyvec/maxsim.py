@@ -2,9 +2,19 @@
 similarities are summed.
 
 Queries and documents are token sets: a `polyvec.Ragged`, `(values, offsets)`, a list of (n_i, d) arrays, or a padded
-(n, t, d) array, alone or with its lengths as `(padded, lengths)`. Padding is excluded: it takes no part in any maximum
-or sum. A document without tokens scores -inf, so that it is never found ahead of another; a query without tokens
-scores 0. Documents that are scored many times are prepared once by `pack`.
+(n, t, d) array, alone or with its lengths as `(padded, lengths)`. Masks drop further tokens of a padded array.
+Documents that are scored many times are prepared once by `pack`.
+
+A query token that is dropped adds nothing to any sum. What takes part in place of document tokens differs between
+libraries:
+
+- `padding="exclude"`: nothing. As maxsim-cpu, ColBERT on a GPU and, with `empty=-1e9`, sentence-transformers.
+- `padding="zero"`: a zero vector in each document that has fewer tokens than padded `docs` have rows, or, in any other
+  form of token sets, than the longest of `docs` has. As PyLate, and as colpali-engine within one of its batches.
+- `padding="relu"`: a zero vector in every document, so that no maximum is below 0. As ColBERT on a CPU.
+
+A document in which nothing takes part scores `empty`: -inf, so that it is never found ahead of another. A query without
+tokens scores 0 against any document.
 """
 
 from __future__ import annotations
@@ -27,9 +37,20 @@ from polyvec._arrays import (
     output,
     outputs,
 )
-from polyvec._ragged import Ragged, as_ragged
+from polyvec._ragged import Ragged, as_ragged, is_padded
 
-__all__ = ["CertifiedTopk", "PackedTokens", "align", "certified_topk", "from_residuals", "pack", "score", "topk"]
+__all__ = [
+    "CertifiedTopk",
+    "PackedTokens",
+    "align",
+    "certified_topk",
+    "from_residuals",
+    "pack",
+    "score",
+    "score_matrix",
+    "score_pairs",
+    "topk",
+]
 
 _FLOATS = ("float32", "float64")
 _STORED = {
@@ -390,25 +411,29 @@ def from_residuals(
     return PackedTokens(sets, dtype, dim, scales=scales, centroid_ids=ids, centroids=centroids, bucket_weights=weights)
 
 
-def _float_sets(op: str, name: str, x: Any, dtypes: tuple[str, ...], dim: int | None = None, like: str = "") -> Ragged:
-    if isinstance(x, PackedTokens):
+def _float_sets(
+    op: str, name: str, x: Any, mask: Any, dtypes: tuple[str, ...], dim: int | None = None, like: str = ""
+) -> Ragged:
+    if isinstance(x, PackedTokens) and mask is None:
         if x.dtype != "float32":
             raise TypeError(f"{op}: {name} must be {' or '.join(dtypes)}, got tokens packed as {x.dtype}")
         x = x._sets
-    return as_ragged(op, name, x, dtypes=dtypes, dim=dim, like=like)
+    return as_ragged(op, name, x, dtypes=dtypes, dim=dim, like=like, mask=mask)
 
 
-def _queries_and_docs(op: str, queries: Any, docs: Any, num_threads: int | None) -> tuple[Ragged, tuple[Any, ...], int]:
+def _queries_and_docs(
+    op: str, queries: Any, docs: Any, masks: tuple[Any, Any], num_threads: int | None
+) -> tuple[Ragged, tuple[Any, ...], int]:
     """Read both; an empty list of one kind has the width of the other. The documents as the kernels take them."""
-    packed = isinstance(docs, PackedTokens) and docs.dtype != "float32"
+    packed = isinstance(docs, PackedTokens) and docs.dtype != "float32" and masks[1] is None
     if isinstance(queries, list) and not queries:
-        like = docs if packed else _float_sets(op, "docs", docs, _FLOATS)
+        like = docs if packed else _float_sets(op, "docs", docs, masks[1], _FLOATS)
         dtype = "float32" if packed else dtype_name(like.values)
-        sets = _float_sets(op, "queries", queries, (dtype,), like.dim)
+        sets = _float_sets(op, "queries", queries, masks[0], (dtype,), like.dim)
     else:
-        sets = _float_sets(op, "queries", queries, ("float32",) if packed else _FLOATS)
+        sets = _float_sets(op, "queries", queries, masks[0], ("float32",) if packed else _FLOATS)
     if not packed:
-        like = _float_sets(op, "docs", docs, (dtype_name(sets.values),), sets.dim, like="queries")
+        like = _float_sets(op, "docs", docs, masks[1], (dtype_name(sets.values),), sets.dim, like="queries")
         return sets, (like.values, like.offsets, None, None, None, None), len(like)
     if docs.dim != sets.dim:
         raise ValueError(f"{op}: docs must have the same d as queries ({sets.dim}), got {docs.dim}")
@@ -417,7 +442,28 @@ def _queries_and_docs(op: str, queries: Any, docs: Any, num_threads: int | None)
     return sets, docs._stored(), len(docs)
 
 
-def score(queries: Any, docs: Any, *, out: Any = None, num_threads: int | None = None) -> Any:
+def _missing(op: str, padding: str, empty: float, docs: Any, offsets: Any) -> tuple[int, float]:
+    """Return the number of tokens under which a zero vector takes part in a document, and the score of an empty one."""
+    choice(op, "padding", padding, ("exclude", "zero", "relu"))
+    if not isinstance(empty, (int, float)) or empty != empty:
+        raise ValueError(f"{op}: empty must be a number, got {empty!r}")
+    if padding == "zero":
+        padded = docs[0] if isinstance(docs, tuple) else docs
+        return int(padded.shape[1] if is_padded(docs) else np.diff(offsets).max(initial=0)), empty
+    return 0 if padding == "exclude" else np.iinfo(np.int64).max, empty
+
+
+def score(
+    queries: Any,
+    docs: Any,
+    *,
+    query_mask: Any = None,
+    doc_mask: Any = None,
+    padding: str = "exclude",
+    empty: float = -np.inf,
+    out: Any = None,
+    num_threads: int | None = None,
+) -> Any:
     """Score every query against every document.
 
     `out[q, d] = sum_i max_j <queries[q][i], docs[d][j]>`, higher is better.
@@ -426,6 +472,12 @@ def score(queries: Any, docs: Any, *, out: Any = None, num_threads: int | None =
     ----------
     queries : token sets, float32 | float64
     docs : token sets of queries' dtype and width, or PackedTokens
+    query_mask, doc_mask : bool array of shape (n, t), optional
+        Which tokens of padded queries, of padded documents count.
+    padding : {"exclude", "zero", "relu"}
+        What takes part in place of missing document tokens: see the head of this module.
+    empty : float
+        Score of a document in which nothing takes part.
     out : array of shape (nq, nd), queries' dtype, optional
         Written and returned.
     num_threads : int, optional
@@ -434,12 +486,11 @@ def score(queries: Any, docs: Any, *, out: Any = None, num_threads: int | None =
     Returns
     -------
     array of shape (nq, nd); queries' dtype, library and device
-        -inf for a document without tokens, 0 for a query without tokens (whatever the document).
 
     Raises
     ------
     ValueError
-        Widths that differ, offsets that run backwards, an `out` of another shape.
+        Widths that differ, offsets that run backwards, a mask or an `out` of another shape.
     TypeError
         Dtypes other than float32 and float64, or two different ones.
 
@@ -462,9 +513,116 @@ def score(queries: Any, docs: Any, *, out: Any = None, num_threads: int | None =
     array([[1.5, 2. ]], dtype=float32)
     """
     op = "maxsim.score"
-    q, stored, n = _queries_and_docs(op, queries, docs, num_threads)
+    q, stored, n = _queries_and_docs(op, queries, docs, (query_mask, doc_mask), num_threads)
+    missing = _missing(op, padding, empty, docs, stored[1])
     out = output(op, out, q.values, (len(q), n), dtype_name(q.values))
-    _backend.run(op, "maxsim_score", q.values, q.values, q.offsets, stored, out, num_threads=num_threads)
+    _backend.run(op, "maxsim_score", q.values, q.values, q.offsets, stored, *missing, out, num_threads=num_threads)
+    return out
+
+
+def score_pairs(
+    queries: Any,
+    docs: Any,
+    *,
+    query_mask: Any = None,
+    doc_mask: Any = None,
+    padding: str = "exclude",
+    empty: float = -np.inf,
+    out: Any = None,
+    num_threads: int | None = None,
+) -> Any:
+    """Score each query against one document: `out[i]` is the score of query i and document i.
+
+    Parameters
+    ----------
+    queries : n token sets, float32 | float64
+    docs : n token sets of queries' dtype and width, or PackedTokens
+    query_mask, doc_mask : bool array of shape (n, t), optional
+        Which tokens of padded queries, of padded documents count.
+    padding : {"exclude", "zero", "relu"}
+        What takes part in place of missing document tokens: see the head of this module.
+    empty : float
+        Score of a document in which nothing takes part.
+    out : array of shape (n,), queries' dtype, optional
+        Written and returned.
+    num_threads : int, optional
+        CPU threads; the process setting when None.
+
+    Returns
+    -------
+    array of shape (n,); queries' dtype, library and device
+
+    Raises
+    ------
+    ValueError
+        Numbers of sets or widths that differ, offsets that run backwards, a mask or an `out` of another shape.
+    TypeError
+        Dtypes other than float32 and float64, or two different ones.
+
+    Notes
+    -----
+    A score has the bits that `score` gives it. Residual tokens cost a product of every query token with all centroids
+    as well.
+
+    Examples
+    --------
+    >>> import numpy as np, polyvec as pv
+    >>> queries = np.ones((2, 3, 4), np.float32)
+    >>> pv.maxsim.score_pairs(queries, [np.ones((1, 4), np.float32), -np.ones((5, 4), np.float32)])
+    array([ 12., -12.], dtype=float32)
+    >>> pv.maxsim.score_pairs(queries, queries, query_mask=[[1, 1, 0], [1, 0, 0]])
+    array([8., 4.], dtype=float32)
+    """
+    op = "maxsim.score_pairs"
+    q, stored, _ = _queries_and_docs(op, queries, docs, (query_mask, doc_mask), num_threads)
+    missing = _missing(op, padding, empty, docs, stored[1])
+    out = output(op, out, q.values, (len(q),), dtype_name(q.values))
+    _backend.run(
+        op, "maxsim_score_pairs", q.values, q.values, q.offsets, stored, *missing, out, num_threads=num_threads
+    )
+    return out
+
+
+def score_matrix(query: Any, doc: Any, *, out: Any = None, num_threads: int | None = None) -> Any:
+    """Return all token similarities of one pair: `out[i, j] = <query[i], doc[j]>`.
+
+    Parameters
+    ----------
+    query : array of shape (tq, d), float32 | float64
+    doc : array of shape (td, d), query's dtype
+    out : array of shape (tq, td), query's dtype, optional
+        Written and returned.
+    num_threads : int, optional
+        CPU threads; the process setting when None.
+
+    Returns
+    -------
+    array of shape (tq, td); query's dtype, library and device
+        -inf where a similarity is NaN.
+
+    Raises
+    ------
+    ValueError
+        Widths that differ, arrays of other rank, an `out` of another shape.
+    TypeError
+        Dtypes other than float32 and float64, or two different ones.
+
+    Notes
+    -----
+    The similarities have the bits that `score` takes the maxima of.
+
+    Examples
+    --------
+    >>> import numpy as np, polyvec as pv
+    >>> pv.maxsim.score_matrix(np.eye(2, dtype=np.float32), np.array([[0, 2], [1, 0], [3, 4]], np.float32))
+    array([[0., 1., 3.],
+           [2., 0., 4.]], dtype=float32)
+    """
+    op = "maxsim.score_matrix"
+    q = as_array(op, "query", query, dtypes=_FLOATS, ndim=2)
+    d = as_array(op, "doc", doc, dtypes=(dtype_name(q),), ndim=2)
+    out = output(op, out, q, (int(q.shape[0]), int(d.shape[0])), dtype_name(q))
+    _backend.run(op, "maxsim_score_matrix", q, q, d, out, num_threads=num_threads)
     return out
 
 
@@ -474,6 +632,10 @@ def topk(
     k: int,
     *,
     candidates: tuple[Any, Any] | None = None,
+    query_mask: Any = None,
+    doc_mask: Any = None,
+    padding: str = "exclude",
+    empty: float = -np.inf,
     out: tuple[Any, Any] | None = None,
     num_threads: int | None = None,
 ) -> tuple[Any, Any]:
@@ -487,6 +649,12 @@ def topk(
     candidates : (offsets of shape (nq + 1,), ids of shape (n,)), integer arrays, optional
         Query q chooses from the documents `ids[offsets[q]:offsets[q + 1]]`. An id that a list names twice is ranked
         twice.
+    query_mask, doc_mask : bool array of shape (n, t), optional
+        Which tokens of padded queries, of padded documents count.
+    padding : {"exclude", "zero", "relu"}
+        What takes part in place of missing document tokens: see the head of this module.
+    empty : float
+        Score of a document in which nothing takes part.
     out : pair of arrays, optional
         (scores, ids) of the returned shapes and dtypes.
     num_threads : int, optional
@@ -503,7 +671,7 @@ def topk(
     Raises
     ------
     ValueError
-        k below 1, widths that differ, offsets that run backwards.
+        k below 1, widths that differ, offsets that run backwards, a mask of another shape.
     TypeError
         Dtypes other than float32 and float64, or two different ones.
     IndexError
@@ -511,7 +679,7 @@ def topk(
 
     Notes
     -----
-    Costs what `score` costs for the same pairs, and never stores all scores. Documents without tokens come last.
+    Costs what `score` costs for the same pairs, and never stores all scores.
 
     References
     ----------
@@ -529,12 +697,13 @@ def topk(
     """
     op = "maxsim.topk"
     k = as_count(op, "k", k)
-    q, stored, _ = _queries_and_docs(op, queries, docs, num_threads)
+    q, stored, _ = _queries_and_docs(op, queries, docs, (query_mask, doc_mask), num_threads)
+    missing = _missing(op, padding, empty, docs, stored[1])
     offsets, ids = as_id_lists(op, "candidates", candidates)
     scores, found = outputs(op, out, q.values, (len(q), k), ("float32", "int64"), ("scores", "ids"))
     _backend.run(
         op, "maxsim_topk", q.values,
-        q.values, q.offsets, stored, offsets, ids, scores, found,
+        q.values, q.offsets, stored, *missing, offsets, ids, scores, found,
         num_threads=num_threads,
     )  # fmt: skip
     return scores, found
@@ -627,8 +796,8 @@ def certified_topk(
         raise TypeError(f"{op}: packed must be int8, got {packed.dtype}")
     if packed._bounds is None:
         raise ValueError(f"{op}: packed must have bounds, as pack makes them")
-    q, stored, _ = _queries_and_docs(op, queries, packed, num_threads)
-    floats = _float_sets(op, "docs", docs, ("float32",), q.dim, like="queries")
+    q, stored, _ = _queries_and_docs(op, queries, packed, (None, None), num_threads)
+    floats = _float_sets(op, "docs", docs, None, ("float32",), q.dim, like="queries")
     scores, ids = outputs(op, out, q.values, (len(q), k), ("float32", "int64"), ("scores", "ids"))
     rescored = empty(q.values, (len(q),), "int64")
     _backend.run(

@@ -8,12 +8,19 @@ def similarities(query, doc):
     return np.asarray(query, np.float64) @ np.asarray(doc, np.float64).T
 
 
-def score(queries, docs):
-    """(nq, nd): per query token the best document token, summed; an empty maximum is -inf, an empty sum 0."""
+def score(queries, docs, *, zeros=None, empty=-np.inf):
+    """(nq, nd): per query token the best document token, summed; an empty sum is 0.
+
+    `zeros[d]` zero vectors join document d; a document that has no tokens then scores `empty`.
+    """
     out = np.empty((len(queries), len(docs)))
-    for q, query in enumerate(queries):
-        for d, doc in enumerate(docs):
-            out[q, d] = similarities(query, doc).max(1, initial=-np.inf).sum()
+    for d, doc in enumerate(docs):
+        padded = doc if zeros is None else np.concatenate([doc, np.zeros((zeros[d], doc.shape[1]))])
+        for q, query in enumerate(queries):
+            if len(padded):
+                out[q, d] = similarities(query, padded).max(1).sum()
+            else:
+                out[q, d] = empty if len(query) else 0
     return out
 
 

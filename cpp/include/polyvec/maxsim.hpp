@@ -1,9 +1,11 @@
 /// MaxSim, the score of late interaction: score(q, d) = sum over the tokens i of q of max over the tokens j of d of
 /// <q_i, d_j>.
 ///
-/// A document without tokens scores -inf, a query without tokens scores 0. A similarity that is NaN is never the
-/// maximum. Paper: ColBERT (Khattab and Zaharia 2020), section 3.2.
+/// A query without tokens scores 0. A similarity that is NaN is never the maximum. Paper: ColBERT (Khattab and Zaharia
+/// 2020), section 3.2.
 #pragma once
+
+#include <limits>
 
 #include "polyvec/array.hpp"
 #include "polyvec/error.hpp"
@@ -19,11 +21,18 @@ inline void require_pair(const char* op, const TokenSets& queries, const StoredT
     docs.validate(op, queries.dim(), queries.tokens.dtype);
 }
 
+/// What documents score where tokens are missing.
+struct Missing {
+    std::int64_t full = 0;  // a zero vector takes part in every document of fewer tokens
+    double empty = -std::numeric_limits<double>::infinity();  // the score of a document in which nothing takes part
+};
+
 /// out[q][d] = score(query q, document d).
 struct MaxsimScore {
     static constexpr const char* op = "maxsim.score";
     TokenSets queries;
     StoredTokens docs;
+    Missing missing;
     Array out;  // (queries, docs), their dtype
 
     void validate() const {
@@ -32,6 +41,45 @@ struct MaxsimScore {
         require_ndim(op, out, 2);
         require_dim(op, out, 0, queries.size(), "one row a query");
         require_dim(op, out, 1, docs.size(), "one column a document");
+    }
+};
+
+/// out[i] = score(query i, document i).
+struct MaxsimScorePairs {
+    static constexpr const char* op = "maxsim.score_pairs";
+    TokenSets queries;
+    StoredTokens docs;
+    Missing missing;
+    Array out;  // (n,), their dtype
+
+    void validate() const {
+        require_pair(op, queries, docs);
+        require(docs.size() == queries.size(), op, "docs must have one document a query (", queries.size(), "), got ",
+                docs.size());
+        require_out(op, out, queries.tokens.dtype);
+        require_ndim(op, out, 1);
+        require_dim(op, out, 0, queries.size(), "one entry a query");
+    }
+};
+
+/// out[i][j] = <query_i, doc_j>; -inf where it is NaN.
+struct MaxsimScoreMatrix {
+    static constexpr const char* op = "maxsim.score_matrix";
+    Array query, doc;  // (tq, d), (td, d)
+    Array out;         // (tq, td), their dtype
+
+    void validate() const {
+        require_float(op, query);
+        require_dtype(op, doc, query.dtype);
+        for (const Array* a : {&query, &doc}) {
+            require_ndim(op, *a, 2);
+            require_contiguous(op, *a);
+        }
+        require_dim(op, doc, 1, query.dim(1), "the same d as query");
+        require_out(op, out, query.dtype);
+        require_ndim(op, out, 2);
+        require_dim(op, out, 0, query.dim(0), "one row a query token");
+        require_dim(op, out, 1, doc.dim(0), "one column a document token");
     }
 };
 
@@ -49,6 +97,7 @@ struct MaxsimTopk {
     static constexpr const char* op = "maxsim.topk";
     TokenSets queries;
     StoredTokens docs;
+    Missing missing;
     IdLists candidates;
     Array scores, ids;  // (queries, k) float32, int64
 
@@ -177,6 +226,8 @@ void run(const MaxsimPack&, Cpu);
 void run(const MaxsimResidualScales&, Cpu);
 void run(const MaxsimBounds&, Cpu);
 void run(const MaxsimScore&, Cpu);
+void run(const MaxsimScorePairs&, Cpu);
+void run(const MaxsimScoreMatrix&, Cpu);
 void run(const MaxsimTopk&, Cpu);
 void run(const MaxsimCertifiedTopk&, Cpu);
 void run(const MaxsimAlign&, Cpu);
