@@ -172,6 +172,7 @@ PUBLIC = {
         "hypercomplex",
         "maxsim",
         "num_threads",
+        "quantize",
         "runtime_info",
         "scan",
         "set_num_threads",
@@ -191,6 +192,7 @@ PUBLIC = {
         "score_pairs",
         "topk",
     ],
+    "polyvec.quantize": ["KMeansResult", "ProductQuantizer", "kmeans"],
     "polyvec.scan": ["nearest", "rank", "score_pairs", "topk"],
     "polyvec.torch": ["normalize", "product", "relation_query"],
 }

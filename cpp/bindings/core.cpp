@@ -6,6 +6,7 @@
 #include "polyvec/finite.hpp"
 #include "polyvec/isa.hpp"
 #include "polyvec/parallel.hpp"
+#include "quantize.hpp"
 #include "run_op.hpp"
 #include "scan.hpp"
 
@@ -65,4 +66,5 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
     bind_maxsim<Cpu>(m);
     bind_scan<Cpu>(m);
     bind_fde<Cpu>(m);
+    bind_quantize<Cpu>(m);
 }

@@ -11,6 +11,7 @@ extern const DistanceKernels distance_kernels;
 extern const MaxsimKernels maxsim_kernels;
 extern const ScanKernels scan_kernels;
 extern const FdeKernels fde_kernels;
+extern const QuantizeKernels quantize_kernels;
 
 extern const Kernels table;
 const Kernels table{
@@ -20,6 +21,7 @@ const Kernels table{
     .maxsim = &maxsim_kernels,
     .scan = &scan_kernels,
     .fde = &fde_kernels,
+    .quantize = &quantize_kernels,
 };
 
 }  // namespace polyvec::POLYVEC_ISA

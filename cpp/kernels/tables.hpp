@@ -153,6 +153,35 @@ struct FdeKernels {
                     const float* projection, std::size_t width, float* out) noexcept;
 };
 
+/// One or more queries, at most PqKernel::width, and the codebooks (m, 16 or 256, dsub) to build tables from.
+struct PqTables {
+    const float* queries;  // (count, m * dsub)
+    std::size_t count;
+    const float* codebooks;
+    std::size_t m, dsub;
+    bool nibbles;  // 16 codewords a subspace, two codes a byte; else 256
+    bool squared;  // entries are -|q - c|^2; else <q, c>
+};
+
+/// Scores of codes against `width` queries at a time. A table (code bytes, 256, width) holds what each value of a byte
+/// adds to the score of each query: for nibbles the sum of two subspaces.
+struct PqKernel {
+    std::size_t width;
+    /// `panel` is scratch for m * dsub * width floats.
+    void (*tables)(const PqTables&, float* panel, float* out) noexcept;
+    /// Writes the pairs whose score is at least floor[lane] to `hits`, which has room for all n * width, and returns
+    /// their number. ScanHit::at is code * width + lane.
+    std::size_t (*scan)(const float* tables, const std::uint8_t* codes, std::size_t n, std::size_t code_size,
+                        const float* floor, ScanHit* hits) noexcept;
+};
+
+struct QuantizeKernels {
+    /// The sum of n rows of x (., d), each times scale[row] unless scale is null, in this order and in float64.
+    void (*sum_rows)(const float* x, const std::int64_t* rows, std::size_t n, std::size_t d, const float* scale,
+                     double* sum) noexcept;
+    PqKernel one, many;
+};
+
 struct Kernels {
     const char* isa;
     const HypercomplexKernels* hypercomplex;
@@ -160,6 +189,7 @@ struct Kernels {
     const MaxsimKernels* maxsim;
     const ScanKernels* scan;
     const FdeKernels* fde;
+    const QuantizeKernels* quantize;
 };
 
 /// The table of the active level. Fetched once an op, not once an element.

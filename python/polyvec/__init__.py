@@ -8,7 +8,7 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-from polyvec import fde, hnsw, hypercomplex, maxsim, scan
+from polyvec import fde, hnsw, hypercomplex, maxsim, quantize, scan
 from polyvec._errors import CudaError, FormatError
 from polyvec._ragged import Ragged
 from polyvec._runtime import runtime_info
@@ -25,6 +25,7 @@ __all__ = [
     "hypercomplex",
     "maxsim",
     "num_threads",
+    "quantize",
     "runtime_info",
     "scan",
     "set_num_threads",

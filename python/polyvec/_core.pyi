@@ -116,6 +116,27 @@ def maxsim_topk(
     ids: typing.Any,
     where: int,
 ) -> None: ...
+def quantize_kmeans_seed(x: typing.Any, rows: typing.Any, seed: int, metric: str, where: int) -> None: ...
+def quantize_kmeans_step(
+    x: typing.Any,
+    centroids: typing.Any,
+    labels: typing.Any,
+    inertia: typing.Any,
+    updated: typing.Any,
+    metric: str,
+    where: int,
+) -> None: ...
+def quantize_pq_decode(codes: typing.Any, codebooks: typing.Any, out: typing.Any, where: int) -> None: ...
+def quantize_pq_encode(x: typing.Any, codebooks: typing.Any, codes: typing.Any, where: int) -> None: ...
+def quantize_pq_search(
+    queries: typing.Any,
+    codes: typing.Any,
+    codebooks: typing.Any,
+    scores: typing.Any,
+    ids: typing.Any,
+    squared: bool,
+    where: int,
+) -> None: ...
 def scan_nearest(
     x: typing.Any, centroids: typing.Any, ids: typing.Any, distances: typing.Any, metric: str, where: int
 ) -> None: ...

@@ -1,0 +1,481 @@
+#include "polyvec/quantize.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <numeric>
+#include <vector>
+
+#include "polyvec/aligned.hpp"
+#include "polyvec/parallel.hpp"
+#include "polyvec/random.hpp"
+#include "polyvec/scan.hpp"
+#include "polyvec/topk.hpp"
+#include "tables.hpp"
+
+namespace polyvec {
+namespace {
+
+constexpr std::int64_t elements_per_piece = 1 << 17;  // a piece costs tens of microseconds
+constexpr float infinity = std::numeric_limits<float>::infinity();
+
+std::int64_t rows_per_piece(std::int64_t row_size) {
+    return std::max<std::int64_t>(1, elements_per_piece / std::max<std::int64_t>(1, row_size));
+}
+
+/// a[i].
+Array slice(const Array& a, std::int64_t i) {
+    Array part = a;
+    part.data = a.as<char>() + static_cast<std::size_t>(i * a.stride(0)) * size_of(a.dtype);
+    part.ndim = a.ndim - 1;
+    std::copy(a.shape.begin() + 1, a.shape.end(), part.shape.begin());
+    std::copy(a.strides.begin() + 1, a.strides.end(), part.strides.begin());
+    return part;
+}
+
+/// Calls body(p) for every problem: the threads share problems where there are enough of them, else each problem.
+template <class F>
+void for_each_problem(std::int64_t problems, int num_threads, const F& body) {
+    const auto range = [&](std::int64_t begin, std::int64_t end, int) {
+        for (std::int64_t p = begin; p < end; ++p) body(p);
+    };
+    if (problems >= (num_threads > 0 ? num_threads : get_num_threads())) {
+        parallel_for(problems, 1, num_threads, range);
+    } else {
+        range(0, problems, 0);
+    }
+}
+
+float norm(const float* x, std::int64_t d) {
+    float square;
+    kernels().scan->squares(x, 1, d, &square);
+    return std::sqrt(square);
+}
+
+std::vector<float> row_norms(const float* x, std::int64_t n, std::int64_t d, int num_threads) {
+    std::vector<float> norms(n);
+    parallel_for(n, rows_per_piece(d), num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+        kernels().scan->squares(x + begin * d, end - begin, d, norms.data() + begin);
+        for (std::int64_t i = begin; i < end; ++i) norms[i] = std::sqrt(norms[i]);
+    });
+    return norms;
+}
+
+float inverse(float norm) {
+    return norm > 0 ? 1 / norm : 0.0f;
+}
+
+/// D^2 sampling on one problem. Each row has a gap, its squared distance from the nearest seed.
+///
+/// Gaps narrow by batches of seeds, in one pass of the register tile over the rows. A batch is drawn by the gaps before
+/// it; a candidate whose gap the accepted ones have since narrowed to a fraction of it stays with that probability.
+/// That is rejection sampling: the seeds have the distribution of drawing one at a time.
+class Seeding {
+public:
+    static constexpr std::int64_t batch = 24;  // full tiles at every level
+
+    Seeding(const float* x, std::int64_t n, std::int64_t d, bool unit, int num_threads)
+        : x_(x),
+          n_(n),
+          d_(d),
+          num_threads_(num_threads),
+          width_(kernels().scan->panel_width),
+          panels_((n + width_ - 1) / width_),
+          scale_(n, 1.0f),
+          mean_(d),
+          packed_(aligned<float>(panels_ * width_ * d)),
+          squares_(panels_ * width_),
+          nearest_(aligned<float>(panels_ * width_)),
+          gaps_(panels_ * width_),
+          sums_(panels_) {
+        if (unit) {
+            scale_ = row_norms(x, n, d, num_threads);
+            std::transform(scale_.begin(), scale_.end(), scale_.begin(), inverse);
+        }
+        std::vector<std::int64_t> rows(n);
+        std::iota(rows.begin(), rows.end(), 0);
+        std::vector<double> sum(d);
+        kernels().quantize->sum_rows(x, rows.data(), n, d, scale_.data(), sum.data());
+        for (std::int64_t i = 0; i < d; ++i) mean_[i] = static_cast<float>(sum[i] / static_cast<double>(n));
+        std::fill_n(nearest_.get(), panels_ * width_, -infinity);
+        parallel_for(panels_, rows_per_piece(width_ * d), num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+            std::vector<float> block(width_ * d_);
+            for (std::int64_t p = begin; p < end; ++p) {
+                const std::int64_t first = p * width_, count = std::min(width_, n_ - first);
+                for (std::int64_t i = 0; i < count; ++i) {
+                    copy(first + i, block.data() + i * d_);
+                    squares_[first + i] = square(block.data() + i * d_);
+                }
+                kernels().scan->pack(block.data(), count, d_, d_, packed_.get() + first * d_);
+            }
+        });
+    }
+
+    void choose(std::int64_t k, Random random, std::int64_t* rows) {
+        rows[0] = uniform(random);
+        narrow(rows, 1);
+        for (std::int64_t chosen = 1; chosen < k;) {
+            const std::int64_t accepted = draw_batch(std::min(batch, k - chosen), random, rows + chosen);
+            narrow(rows + chosen, accepted);
+            chosen += accepted;
+            check_interrupt();
+        }
+    }
+
+private:
+    /// Writes the accepted candidates, at least one and at most `count`, and returns their number.
+    std::int64_t draw_batch(std::int64_t count, Random& random, std::int64_t* rows) const {
+        const double total = std::accumulate(sums_.begin(), sums_.end(), 0.0);
+        if (!(total > 0)) {  // every row equals a seed
+            std::generate_n(rows, count, [&] { return uniform(random); });
+            return count;
+        }
+        std::vector<float> accepted, candidate(d_);
+        std::int64_t n = 0;
+        for (std::int64_t c = 0; c < count; ++c) {
+            const std::int64_t row = draw(random.uniform() * total);
+            copy(row, candidate.data());
+            float gap = gaps_[row];
+            for (std::int64_t a = 0; a < n; ++a)
+                gap = std::min(gap, distance(candidate.data(), accepted.data() + a * d_));
+            if (random.uniform() * gaps_[row] >= gap) continue;
+            accepted.insert(accepted.end(), candidate.begin(), candidate.end());
+            rows[n++] = row;
+        }
+        return n;
+    }
+
+    /// Makes `count` rows seeds.
+    void narrow(const std::int64_t* rows, std::int64_t count) {
+        std::vector<float> seeds(count * d_), scale(count, 1.0f), offset(count);
+        for (std::int64_t s = 0; s < count; ++s) {
+            copy(rows[s], seeds.data() + s * d_);
+            offset[s] = -square(seeds.data() + s * d_) / 2;
+            nearest_[rows[s]] = infinity;  // its gap is exactly 0
+        }
+        const ScanKernels& scan = *kernels().scan;
+        const std::int64_t grain = rows_per_piece(width_ * d_);
+        parallel_for(panels_, grain, num_threads_, [&](std::int64_t begin, std::int64_t end, int) {
+            const Aligned<std::int32_t> ids = aligned<std::int32_t>(width_);
+            std::fill_n(ids.get(), width_, 0);
+            for (std::int64_t p = begin; p < end; ++p) {
+                float* nearest = nearest_.get() + p * width_;
+                ScanBlock block{packed_.get() + p * width_ * d_, seeds.data(), static_cast<std::size_t>(count),
+                                static_cast<std::size_t>(d_)};
+                block.scale = scale.data();
+                block.offset = offset.data();
+                scan.nearest(block, nearest, ids.get());
+                sums_[p] = 0;
+                for (std::int64_t i = p * width_; i < std::min(n_, (p + 1) * width_); ++i) {
+                    gaps_[i] = std::max(0.0f, squares_[i] - 2 * nearest_[i]);
+                    sums_[p] += gaps_[i];
+                }
+            }
+        });
+    }
+
+    std::int64_t uniform(Random& random) const {
+        return static_cast<std::int64_t>(random.uniform() * static_cast<double>(n_));
+    }
+
+    /// The row at which the running sum of gaps exceeds `target`.
+    std::int64_t draw(double target) const {
+        const std::int64_t panel = find(sums_.data(), panels_, target);
+        return panel * width_ + find(gaps_.data() + panel * width_, width_, target);
+    }
+
+    /// The first entry at which the running sum exceeds `target`, which loses the sum before it. Never one that is 0.
+    static std::int64_t find(const float* weights, std::int64_t n, double& target) {
+        std::int64_t last = 0;
+        for (std::int64_t i = 0; i < n; ++i) {
+            if (!(weights[i] > 0)) continue;
+            if (target < weights[i]) return i;
+            target -= weights[i];
+            last = i;
+        }
+        return last;
+    }
+
+    /// The row as distances see it: less the mean, so that no digits are lost to a common offset.
+    void copy(std::int64_t row, float* out) const {
+        for (std::int64_t i = 0; i < d_; ++i) out[i] = x_[row * d_ + i] * scale_[row] - mean_[i];
+    }
+
+    float square(const float* row) const { return std::inner_product(row, row + d_, row, 0.0f); }
+
+    float distance(const float* a, const float* b) const {
+        float sum = 0;
+        for (std::int64_t i = 0; i < d_; ++i) sum += (a[i] - b[i]) * (a[i] - b[i]);
+        return sum;
+    }
+
+    const float* x_;
+    std::int64_t n_, d_;
+    int num_threads_;
+    std::int64_t width_, panels_;
+    std::vector<float> scale_, mean_;
+    Aligned<float> packed_;  // the rows, panel by panel
+    std::vector<float> squares_;
+    Aligned<float> nearest_;  // max over the seeds of <x, c> - |c|^2 / 2
+    std::vector<float> gaps_, sums_;
+};
+
+/// Rows in the order of their labels: those of label c are rows[begin[c]] ... rows[begin[c + 1] - 1], ascending.
+struct Clusters {
+    std::vector<std::int64_t> begin, rows;
+
+    Clusters(const std::int64_t* labels, std::int64_t n, std::int64_t k) : begin(k + 1), rows(n) {
+        for (std::int64_t i = 0; i < n; ++i) ++begin[labels[i] + 1];
+        std::partial_sum(begin.begin(), begin.end(), begin.begin());
+        std::vector<std::int64_t> next(begin.begin(), begin.end() - 1);
+        for (std::int64_t i = 0; i < n; ++i) rows[next[labels[i]]++] = i;
+    }
+    std::int64_t size(std::int64_t c) const { return begin[c + 1] - begin[c]; }
+};
+
+/// One iteration on one problem.
+class Lloyd {
+public:
+    Lloyd(const KMeansStep& op, std::int64_t p, int num_threads)
+        : op_(op),
+          x_(slice(op.x, p)),
+          centroids_(slice(op.centroids, p)),
+          labels_(slice(op.labels, p)),
+          updated_(op.updated ? slice(op.updated, p).as<float>() : nullptr),
+          num_threads_(num_threads) {}
+
+    /// Returns the inertia.
+    double run() {
+        // Spherical: the cosine ranks centroids as the inner product with their unit vectors does.
+        const Metric metric = spherical() ? Metric::cosine : Metric::l2;
+        polyvec::run(ScanNearest{x_, centroids_, labels_, {}, metric}, Cpu{num_threads_});
+        const std::int64_t n = x_.dim(0), k = centroids_.dim(0);
+        const Clusters clusters(labels_.as<const std::int64_t>(), n, k);
+        if (spherical()) {
+            norms_ = row_norms(x(), n, d(), num_threads_);
+            if (op_.metric == Metric::cosine)
+                for (const float norm : norms_) scale_.push_back(inverse(norm));
+        }
+        losses_.resize(n);
+        std::vector<double> inertia(k);
+        const std::int64_t grain = rows_per_piece((n / k + 1) * d());
+        parallel_for(k, grain, num_threads_, [&](std::int64_t begin, std::int64_t end, int) {
+            std::vector<double> sum(d());
+            for (std::int64_t c = begin; c < end; ++c) {
+                const std::int64_t* rows = clusters.rows.data() + clusters.begin[c];
+                float* losses = losses_.data() + clusters.begin[c];
+                measure(c, rows, clusters.size(c), losses);
+                inertia[c] = std::accumulate(losses, losses + clusters.size(c), 0.0);
+                if (updated_) move(c, rows, clusters.size(c), sum);
+            }
+        });
+        if (updated_) fill_empty(clusters);
+        return std::accumulate(inertia.begin(), inertia.end(), 0.0);
+    }
+
+private:
+    bool spherical() const { return op_.metric != Metric::l2; }
+    std::int64_t d() const { return x_.dim(1); }
+    const float* x() const { return x_.as<const float>(); }
+    const float* centroid(std::int64_t c) const { return centroids_.as<const float>() + c * d(); }
+
+    void measure(std::int64_t c, const std::int64_t* rows, std::int64_t n, float* losses) const {
+        const DistanceKernel<std::int64_t>& distance = kernels().distance->i64;
+        if (!spherical()) return distance.l2(centroid(c), x(), rows, n, d(), losses);
+        distance.dot(centroid(c), x(), rows, n, d(), losses);
+        const float scale = inverse(norm(centroid(c), d()));
+        for (std::int64_t i = 0; i < n; ++i) {
+            const float length = norms_[rows[i]], projection = losses[i] * scale;
+            const float loss = op_.metric == Metric::ip ? length - projection : 1 - projection * inverse(length);
+            losses[i] = std::max(0.0f, loss);
+        }
+    }
+
+    /// Writes the new centroid; one without rows, or whose rows cancel out, stays where it is.
+    void move(std::int64_t c, const std::int64_t* rows, std::int64_t n, std::vector<double>& sum) const {
+        kernels().quantize->sum_rows(x(), rows, n, d(), scale_.empty() ? nullptr : scale_.data(), sum.data());
+        double size = spherical() ? length(sum) : static_cast<double>(n);
+        if (!(size > 0)) {
+            std::copy_n(centroid(c), d(), sum.begin());
+            size = spherical() ? length(sum) : 1;
+        }
+        if (!(size > 0)) size = 1;
+        for (std::int64_t i = 0; i < d(); ++i) updated_[c * d() + i] = static_cast<float>(sum[i] / size);
+    }
+
+    static double length(const std::vector<double>& x) {
+        return std::sqrt(std::inner_product(x.begin(), x.end(), x.begin(), 0.0));
+    }
+
+    void fill_empty(const Clusters& clusters) const {
+        std::vector<std::int64_t> empty;
+        for (std::int64_t c = 0; c < centroids_.dim(0); ++c)
+            if (clusters.size(c) == 0) empty.push_back(c);
+        if (empty.empty()) return;
+        TopK farthest(static_cast<std::int64_t>(empty.size()));
+        for (std::size_t i = 0; i < losses_.size(); ++i)
+            if (losses_[i] > 0) farthest.push(losses_[i], clusters.rows[i]);
+        std::sort(farthest.hits().begin(), farthest.hits().end(), better);
+        for (std::size_t e = 0; e < farthest.hits().size(); ++e) {
+            const std::int64_t row = farthest.hits()[e].id;
+            const float scale = spherical() ? inverse(norms_[row]) : 1;
+            for (std::int64_t i = 0; i < d(); ++i) updated_[empty[e] * d() + i] = x()[row * d() + i] * scale;
+        }
+    }
+
+    const KMeansStep& op_;
+    const Array x_, centroids_, labels_;
+    float* const updated_;
+    const int num_threads_;
+    std::vector<float> norms_, scale_;  // of rows, where the metric needs them
+    std::vector<float> losses_;         // in the order of the clusters
+};
+
+}  // namespace
+
+void run(const KMeansSeed& op, Cpu cpu) {
+    const std::int64_t n = op.x.dim(1), d = op.x.dim(2), k = op.rows.dim(1);
+    for_each_problem(op.x.dim(0), cpu.num_threads, [&](std::int64_t p) {
+        Seeding(op.x.as<const float>() + p * n * d, n, d, op.metric != Metric::l2, cpu.num_threads)
+            .choose(k, Random(op.seed, static_cast<std::uint64_t>(p)), op.rows.as<std::int64_t>() + p * k);
+    });
+}
+
+void run(const KMeansStep& op, Cpu cpu) {
+    for_each_problem(op.x.dim(0), cpu.num_threads,
+                     [&](std::int64_t p) { op.inertia.as<double>()[p] = Lloyd(op, p, cpu.num_threads).run(); });
+}
+
+void run(const PqEncode& op, Cpu cpu) {
+    const ScanKernels& scan = *kernels().scan;
+    const std::int64_t m = op.codebooks.dim(0), ksub = op.codebooks.dim(1), dsub = op.codebooks.dim(2), d = m * dsub;
+    const std::int64_t code_size = op.codes.dim(1), width = static_cast<std::int64_t>(scan.panel_width);
+    const float *x = op.x.as<const float>(), *codebooks = op.codebooks.as<const float>();
+    // |x - c|^2 is least where <x, c> - |c|^2 / 2 is greatest.
+    std::vector<float> scale(ksub, 1.0f), offset(m * ksub);
+    for (std::int64_t c = 0; c < m * ksub; ++c) {
+        const float* codeword = codebooks + c * dsub;
+        offset[c] = static_cast<float>(-0.5 * std::inner_product(codeword, codeword + dsub, codeword, 0.0));
+    }
+    const std::int64_t panels = (op.x.dim(0) + width - 1) / width;
+    parallel_for(panels, 4, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+        const Aligned<float> panel = aligned<float>(dsub * width), best = aligned<float>(width);
+        const Aligned<std::int32_t> nearest = aligned<std::int32_t>(width);
+        for (std::int64_t p = begin; p < end; ++p) {
+            const std::int64_t first = p * width, count = std::min(width, op.x.dim(0) - first);
+            std::uint8_t* codes = op.codes.as<std::uint8_t>() + first * code_size;
+            for (std::int64_t s = 0; s < m; ++s) {
+                scan.pack(x + first * d + s * dsub, count, d, dsub, panel.get());
+                std::fill_n(best.get(), width, -infinity);
+                std::fill_n(nearest.get(), width, 0);
+                ScanBlock block{panel.get(), codebooks + s * ksub * dsub, static_cast<std::size_t>(ksub),
+                                static_cast<std::size_t>(dsub)};
+                block.scale = scale.data();
+                block.offset = offset.data() + s * ksub;
+                scan.nearest(block, best.get(), nearest.get());
+                for (std::int64_t i = 0; i < count; ++i) {
+                    std::uint8_t* code = codes + i * code_size + (ksub == 256 ? s : s / 2);
+                    const bool high = ksub == 16 && s % 2 == 1;
+                    *code = static_cast<std::uint8_t>(high ? *code | nearest[i] << 4 : nearest[i]);
+                }
+            }
+        }
+    });
+}
+
+void run(const PqDecode& op, Cpu cpu) {
+    const std::int64_t m = op.codebooks.dim(0), ksub = op.codebooks.dim(1), dsub = op.codebooks.dim(2), d = m * dsub;
+    const float* codebooks = op.codebooks.as<const float>();
+    parallel_for(op.codes.dim(0), rows_per_piece(d), cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+        for (std::int64_t i = begin; i < end; ++i) {
+            const std::uint8_t* code = op.codes.as<const std::uint8_t>() + i * op.codes.dim(1);
+            for (std::int64_t s = 0; s < m; ++s) {
+                const int entry = ksub == 256 ? code[s] : code[s / 2] >> (s % 2 * 4) & 15;
+                std::memcpy(op.out.as<float>() + i * d + s * dsub, codebooks + (s * ksub + entry) * dsub,
+                            static_cast<std::size_t>(dsub) * sizeof(float));
+            }
+        }
+    });
+}
+
+namespace {
+
+/// Queries that scan the codes together.
+struct QueryGroup {
+    std::int64_t first, count;
+    const PqKernel* kernel;
+};
+
+std::vector<QueryGroup> query_groups(std::int64_t n) {
+    constexpr std::int64_t fewest = 3;  // a scan for one query takes a third of the time of one for many
+    const QuantizeKernels& kernel = *kernels().quantize;
+    std::vector<QueryGroup> groups;
+    for (std::int64_t first = 0; first < n;) {
+        const bool many = n - first >= fewest;
+        const std::int64_t count = many ? std::min<std::int64_t>(n - first, kernel.many.width) : 1;
+        groups.push_back({first, count, many ? &kernel.many : &kernel.one});
+        first += count;
+    }
+    return groups;
+}
+
+/// The scratch memory of one thread.
+struct PqScratch {
+    Aligned<float> panel, tables, floor;
+    std::vector<ScanHit> hits;
+};
+
+}  // namespace
+
+void run(const PqSearch& op, Cpu cpu) {
+    constexpr std::int64_t block = 256;                                // codes between two looks at the hits
+    constexpr std::int64_t lookups_per_piece = 1 << 21, least = 8192;  // so that tables cost little beside the scan
+    const std::int64_t n = op.codes.dim(0), code_size = op.codes.dim(1), k = op.scores.dim(1), d = op.queries.dim(1);
+    const std::int64_t m = op.codebooks.dim(0), dsub = op.codebooks.dim(2);
+    const auto* codes = op.codes.as<const std::uint8_t>();
+    const std::vector<QueryGroup> groups = query_groups(op.queries.dim(0));
+    const std::int64_t range = std::max(least, lookups_per_piece / std::max<std::int64_t>(1, code_size));
+    const std::int64_t ranges = (n + range - 1) / range, pieces = static_cast<std::int64_t>(groups.size()) * ranges;
+
+    std::vector<TopK> best(op.queries.dim(0), TopK(k));
+    std::mutex merging;
+    std::vector<PqScratch> scratch(workers_for(pieces, 1, cpu.num_threads));
+    for (PqScratch& own : scratch) {
+        const std::int64_t width = static_cast<std::int64_t>(kernels().quantize->many.width);
+        own = {aligned<float>(d * width), aligned<float>(code_size * 256 * width), aligned<float>(width),
+               std::vector<ScanHit>(block * width)};
+    }
+    parallel_for(pieces, 1, cpu.num_threads, [&](std::int64_t piece, std::int64_t, int worker) {
+        const auto [first, count, kernel] = groups[piece / ranges];
+        const std::int64_t begin = piece % ranges * range, end = std::min(n, begin + range);
+        const std::int64_t width = static_cast<std::int64_t>(kernel->width);
+        PqScratch& own = scratch[worker];
+        kernel->tables(
+            {op.queries.as<const float>() + first * d, static_cast<std::size_t>(count), op.codebooks.as<const float>(),
+             static_cast<std::size_t>(m), static_cast<std::size_t>(dsub), op.codebooks.dim(1) == 16, op.squared},
+            own.panel.get(), own.tables.get());
+        std::vector<TopK> found(count, TopK(k));
+        std::fill_n(own.floor.get(), width, std::numeric_limits<float>::quiet_NaN());  // lanes without a query
+        {
+            const std::lock_guard lock(merging);
+            for (std::int64_t q = 0; q < count; ++q) own.floor[q] = best[first + q].threshold();
+        }
+        for (std::int64_t i = begin; i < end; i += block) {
+            const std::size_t hits = kernel->scan(own.tables.get(), codes + i * code_size, std::min(block, end - i),
+                                                  code_size, own.floor.get(), own.hits.data());
+            for (std::size_t h = 0; h < hits; ++h) {
+                const auto [score, at] = own.hits[h];
+                found[at % width].push(score, i + at / width);
+            }
+            for (std::int64_t q = 0; q < count; ++q) own.floor[q] = std::max(own.floor[q], found[q].threshold());
+        }
+        const std::lock_guard lock(merging);
+        for (std::int64_t q = 0; q < count; ++q) best[first + q].merge(found[q]);
+    });
+    for (std::size_t q = 0; q < best.size(); ++q)
+        best[q].write(op.scores.as<float>() + q * k, op.ids.as<std::int64_t>() + q * k, op.squared ? -1.0f : 1.0f);
+}
+
+}  // namespace polyvec
