@@ -88,6 +88,12 @@ def flat_table(algebra: Algebra) -> list[float]:
     return [value for row in sign_table(algebra) for value in row]
 
 
+def adjoint_table(algebra: Algebra) -> list[float]:
+    """Return the flat table of the transposed right multiplication: <x (*) y, g> = <x, g (*)' y> with this table."""
+    table = sign_table(algebra)
+    return [table[c][i] for i in range(len(table)) for c in range(len(table))]
+
+
 def _component_axis(op: str, axis: int, ndim: int) -> bool:
     """Return whether the components are the last axis (interleaved) rather than the last but one (planar)."""
     if axis not in (-1, -2) and axis not in (ndim - 1, ndim - 2):
@@ -290,6 +296,7 @@ def relation_query(
     algebra: Algebra = "quaternion",
     translations: ArrayT | None = None,
     normalize: bool = True,
+    adjoint: bool = False,
     out: ArrayT | None = None,
     num_threads: int | None = None,
 ) -> ArrayT:
@@ -310,6 +317,9 @@ def relation_query(
         Added after the rotation.
     normalize : bool
         Divide each rotor by its Euclidean norm, number by number (a rotor of norm 0 gives 0).
+    adjoint : bool
+        Apply the transposed rotation: with tails as `head_ids` this gives the queries that find heads, since
+        <h (*) r, t> = <h, adjoint query of (t, r)>. Takes no translations: theirs is a constant of the (r, t) pair.
     out : array of shape (n, C * d), optional
     num_threads : int, optional
         CPU threads; the process setting when None.
@@ -321,7 +331,7 @@ def relation_query(
     Raises
     ------
     ValueError
-        Shapes that do not fit each other or the algebra.
+        Shapes that do not fit each other or the algebra; translations with `adjoint`.
     TypeError
         Dtypes other than float32 and float64, or mixed ones.
     IndexError
@@ -345,6 +355,8 @@ def relation_query(
     array([[1., 1., 1., 1., 1., 1., 1., 1.]], dtype=float32)
     """
     op = "hypercomplex.relation_query"
+    if adjoint and translations is not None:
+        raise ValueError(f"{op}: translations must be None with adjoint=True, got an array")
     table: Any = as_array(op, "entities", entities, dtypes=_FLOATS, ndim=3)
     dtype = (dtype_name(table),)
     rotors = as_array(op, "relations", relations, dtypes=dtype, ndim=3)
@@ -356,7 +368,8 @@ def relation_query(
     out = output(op, out, table, (int(heads.shape[0]), int(table.shape[1] * table.shape[2])), dtype[0])
     _backend.run(
         op, "hypercomplex_relation_query", table,
-        table, rotors, heads, relation_rows, shifts, out, flat_table(algebra), normalize,
+        table, rotors, heads, relation_rows, shifts, out,
+        adjoint_table(algebra) if adjoint else flat_table(algebra), normalize,
         num_threads=num_threads,
     )  # fmt: skip
     return out

@@ -1,0 +1,757 @@
+"""The moves strung together: multi-vector retrieval (encode, search, rescore) and link prediction (compose, scan)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from polyvec import _backend, _files, fde, hnsw, hypercomplex, maxsim, quantize, scan
+from polyvec._arrays import as_array, as_count, as_ids, choice, empty, is_torch
+from polyvec._progress import Progress, reporter
+from polyvec._ragged import Ragged, as_ragged
+
+FIRST_STAGES = ("hnsw", "pq", "flat")
+_BLOCK = 256  # documents encoded and indexed at a time: bounds the memory of their encodings
+
+
+class MultiVectorIndex:
+    """Find the best documents for a query when both are sets of vectors.
+
+    Documents are encoded as one vector each (`fde.Encoder`), a first stage finds candidates by inner product, and
+    exact MaxSim on the kept token vectors ranks them: score(q, d) = sum_i max_j <q_i, d_j>.
+
+    Parameters
+    ----------
+    dim : int
+        Width of the token vectors.
+    encoder : fde.Encoder, optional
+        `fde.Encoder(dim)` when None.
+    first_stage : {"hnsw", "pq", "flat"}
+        What searches the encodings: a graph; product-quantised codes (256 centroids for every 8 dimensions, trained on
+        the first documents added, at least 256 of them); or all of them, exactly.
+
+    Notes
+    -----
+    Memory a document: its tokens (4 * dim bytes each), its encoding (4 * output_dim bytes; output_dim / 8 with "pq"),
+    and the graph's links. Searches may run at the same time; `add` must run alone.
+
+    References
+    ----------
+    MUVERA: Multi-Vector Retrieval via Fixed Dimensional Encodings (Dhulipala et al. 2024), sections 2 and 3.2.
+
+    Examples
+    --------
+    >>> import numpy as np, polyvec as pv
+    >>> rng = np.random.default_rng(0)
+    >>> docs = [rng.standard_normal((n, 16)).astype(np.float32) for n in (5, 3, 8)]
+    >>> index = pv.retrieve.MultiVectorIndex(16, first_stage="flat").add(docs, ids=[10, 20, 30])
+    >>> scores, ids = index.search([docs[2]], k=1)
+    >>> ids
+    array([[30]])
+    """
+
+    def __init__(self, dim: int, *, encoder: fde.Encoder | None = None, first_stage: str = "hnsw") -> None:
+        op = "MultiVectorIndex"
+        self.dim = as_count(op, "dim", dim)
+        self.encoder = fde.Encoder(self.dim) if encoder is None else encoder
+        if self.encoder.dim != self.dim:
+            raise ValueError(f"{op}: encoder must have dim {self.dim}, got {self.encoder.dim}")
+        self.first_stage = choice(op, "first_stage", first_stage, FIRST_STAGES)
+        self._ids = np.empty(0, np.int64)
+        self._tokens = _Rows(self.dim, np.float32)
+        self._offsets = np.zeros(1, np.int64)
+        self._stage: _Stage = _STAGES[first_stage](self.encoder.output_dim)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __repr__(self) -> str:
+        return (
+            f"MultiVectorIndex({len(self)} documents, {self._offsets[-1]} tokens, dim={self.dim}, "
+            f"first_stage={self.first_stage!r})"
+        )
+
+    @property
+    def ids(self) -> npt.NDArray[np.int64]:
+        """The documents' ids, in the order in which they were added, shape (n,)."""
+        return self._ids.copy()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: tokens, first stage, ids."""
+        return int(self._tokens.view().nbytes + self._stage.nbytes + self._ids.nbytes + self._offsets.nbytes)
+
+    def add(
+        self,
+        docs: Any,
+        ids: Any = None,
+        *,
+        progress: Progress = None,
+        num_threads: int | None = None,
+    ) -> MultiVectorIndex:
+        """Add documents.
+
+        Parameters
+        ----------
+        docs : token sets, float32
+            A Ragged, (values, offsets), a list of (n_i, dim) arrays, or a padded array (with lengths).
+        ids : integer array of shape (n,), optional
+            Unique; by default numbers from the largest id so far + 1.
+        progress : bool or callable, optional
+            True shows a bar; a callable is given (done, total) documents.
+        num_threads : int, optional
+            CPU threads; the process setting when None.
+
+        Returns
+        -------
+        MultiVectorIndex
+            The index itself.
+
+        Raises
+        ------
+        ValueError
+            Wrong width, NaN or Inf in a token, ids that repeat or are already there, too few documents to train "pq";
+            the index is unchanged.
+
+        Notes
+        -----
+        Works in blocks of 256 documents. Ctrl-C leaves the finished blocks in the index and nothing of the others.
+        """
+        op = "MultiVectorIndex.add"
+        sets = as_ragged(op, "docs", docs, dim=self.dim)
+        _backend.require_finite(op, "docs", sets.values, num_threads)
+        new_ids = self._new_ids(op, ids, len(sets))
+        self._stage.prepare(op, self.encoder, sets, num_threads)
+        with reporter(progress, len(sets), "indexing") as report:
+            for start in range(0, len(sets), _BLOCK):
+                self._add_block(sets, new_ids, slice(start, min(start + _BLOCK, len(sets))), num_threads)
+                report(min(start + _BLOCK, len(sets)))
+        return self
+
+    def _new_ids(self, op: str, ids: Any, n: int) -> npt.NDArray[np.int64]:
+        if ids is None:
+            first = int(self._ids.max()) + 1 if len(self) else 0
+            return np.arange(first, first + n, dtype=np.int64)
+        new = np.asarray(as_ids(op, "ids", ids))
+        if len(new) != n:
+            raise ValueError(f"{op}: ids must have one entry a document ({n}), got {len(new)}")
+        if n and new.min() < 0:
+            raise ValueError(f"{op}: ids must not be negative, got {new.min()}")
+        values, counts = np.unique(new, return_counts=True)
+        if n and counts.max() > 1:
+            raise ValueError(f"{op}: ids must be unique, got {values[counts > 1][0]} twice")
+        there = np.isin(new, self._ids)
+        if there.any():
+            raise ValueError(f"{op}: ids must be new, got {new[there][0]}, which is in the index")
+        return new
+
+    def _add_block(self, sets: Ragged, new_ids: npt.NDArray[np.int64], block: slice, num_threads: int | None) -> None:
+        n = len(self)  # a block that Ctrl-C cut short may have left more in the parts: they are cut back first
+        begin, end = int(sets.offsets[block.start]), int(sets.offsets[block.stop])
+        part = Ragged(np.asarray(sets.values[begin:end]), sets.offsets[block.start : block.stop + 1] - begin)
+        encodings = self.encoder.encode_docs(part, num_threads=num_threads)
+        self._stage.truncate(n)
+        self._stage.add(encodings, num_threads)
+        self._tokens.truncate(int(self._offsets[n]))
+        self._tokens.append(part.values)
+        self._offsets = np.concatenate([self._offsets[: n + 1], part.offsets[1:] + self._offsets[n]])
+        self._ids = np.concatenate([self._ids, new_ids[block]])  # from here on the block is in the index
+
+    def search(
+        self,
+        queries: Any,
+        k: int,
+        *,
+        candidates: int = 200,
+        out: tuple[Any, Any] | None = None,
+        num_threads: int | None = None,
+    ) -> tuple[Any, Any]:
+        """Return the k best documents of each query.
+
+        Parameters
+        ----------
+        queries : token sets, float32
+        k : int
+        candidates : int
+            How many documents the first stage hands to exact MaxSim; at least k. More is slower and closer to exact;
+            with as many as the index holds, the first stage is not needed and the result is exact.
+        out : pair of arrays, optional
+            (scores, ids) of the returned shapes and dtypes.
+        num_threads : int, optional
+            CPU threads; the process setting when None.
+
+        Returns
+        -------
+        scores : array of shape (nq, k), float32
+            Exact MaxSim, best first; -inf where there are fewer than k documents.
+        ids : array of shape (nq, k), int64
+            -1 where there are fewer than k documents. Both in the queries' library.
+
+        Notes
+        -----
+        Cost a query: one encoding, one first-stage search, `candidates` MaxSim scores.
+        """
+        op = "MultiVectorIndex.search"
+        k = as_count(op, "k", k)
+        if as_count(op, "candidates", candidates) < k:
+            raise ValueError(f"{op}: candidates must be at least k ({k}), got {candidates}")
+        sets = as_ragged(op, "queries", queries, dim=self.dim)
+        lists = None
+        if candidates < len(self):
+            encodings = self.encoder.encode_queries(sets, num_threads=num_threads)
+            lists = _candidate_lists(self._stage.search(np.asarray(encodings), candidates, num_threads), len(self))
+        documents = self._documents()
+        scores, rows = maxsim.topk(sets, documents, k, candidates=lists, out=out, num_threads=num_threads)
+        return scores, self._to_ids(rows)
+
+    def _documents(self) -> Ragged:
+        offsets = self._offsets[: len(self) + 1]
+        return Ragged(self._tokens.view()[: offsets[-1]], offsets)
+
+    def _to_ids(self, rows: Any) -> Any:
+        """Replace document rows by ids, in place; -1 stays."""
+        view = rows.numpy() if is_torch(rows) else np.asarray(rows)
+        if len(self):
+            np.copyto(view, np.where(view >= 0, self._ids[view], -1))
+        return rows
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the index as one safetensors file, whole or not at all."""
+        documents = self._documents()
+        tensors: dict[str, Any] = {"tokens": documents.values, "offsets": documents.offsets, "ids": self._ids}
+        params: dict[str, Any] = {"dim": self.dim, "first_stage": self.first_stage}
+        for prefix, part in (("encoder", self.encoder), ("stage", self._stage)):
+            part_tensors, params[prefix] = part.state()
+            tensors.update({f"{prefix}.{name}": tensor for name, tensor in part_tensors.items()})
+        _files.write(path, "MultiVectorIndex", tensors, params)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> MultiVectorIndex:
+        """Read an index that `save` wrote; FormatError when the file is damaged or something else."""
+        tensors, params = _files.read(path, "MultiVectorIndex")
+        with _files.checking(path):
+            encoder = fde.Encoder.from_state(_part(tensors, "encoder"), params["encoder"])
+            index = cls(params["dim"], encoder=encoder, first_stage=params["first_stage"])
+            documents = Ragged(tensors["tokens"], tensors["offsets"])
+            index._stage = type(index._stage).from_state(_part(tensors, "stage"), params["stage"])
+            if not len(documents) == len(tensors["ids"]) == len(index._stage) or documents.dim != index.dim:
+                raise ValueError("tokens, ids and first stage must agree in length and width")
+            index._tokens = _Rows.of(documents.values)
+            index._offsets, index._ids = documents.offsets, tensors["ids"]
+        return index
+
+
+def _part(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(prefix + ".")}
+
+
+def _candidate_lists(rows: npt.NDArray[np.int64], n: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Turn (nq, c) rows into (offsets, ids), without the missing ones (-1) and those beyond the index's n."""
+    found = (rows >= 0) & (rows < n)
+    offsets = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum(found.sum(1), out=offsets[1:])
+    return offsets, rows[found]
+
+
+class _Rows:
+    """A matrix that grows: capacity doubles, so that adding costs a copy a row on average."""
+
+    def __init__(self, width: int, dtype: Any) -> None:
+        self._data = np.empty((0, width), dtype)
+        self._n = 0
+
+    @classmethod
+    def of(cls, data: npt.NDArray[Any]) -> _Rows:
+        rows = cls(data.shape[1], data.dtype)
+        rows._data, rows._n = data, len(data)
+        return rows
+
+    def __len__(self) -> int:
+        return self._n
+
+    def append(self, rows: npt.NDArray[Any]) -> None:
+        need = self._n + len(rows)
+        if need > len(self._data):
+            grown = np.empty((max(need, 2 * len(self._data)), self._data.shape[1]), self._data.dtype)
+            grown[: self._n] = self._data[: self._n]
+            self._data = grown
+        self._data[self._n : need] = rows
+        self._n = need
+
+    def truncate(self, n: int) -> None:
+        self._n = min(self._n, n)
+
+    def view(self) -> npt.NDArray[Any]:
+        return self._data[: self._n]
+
+
+class _Stage(Protocol):
+    """What finds candidates among the encodings; rows are numbered in the order of `add`."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def prepare(self, op: str, encoder: fde.Encoder, docs: Ragged, num_threads: int | None) -> None:
+        """Learn what `add` needs, or raise before anything changes."""
+
+    def add(self, encodings: npt.NDArray[np.float32], num_threads: int | None) -> None: ...
+
+    def truncate(self, n: int) -> None:
+        """Keep the first n rows."""
+
+    def search(self, queries: npt.NDArray[np.float32], k: int, num_threads: int | None) -> npt.NDArray[np.int64]: ...
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]: ...
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Any], params: dict[str, Any]) -> _Stage: ...
+
+
+class _FlatStage:
+    """All encodings, scanned exactly."""
+
+    def __init__(self, dim: int) -> None:
+        self._rows = _Rows(dim, np.float32)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def nbytes(self) -> int:
+        return self._rows.view().nbytes
+
+    def prepare(self, op: str, encoder: fde.Encoder, docs: Ragged, num_threads: int | None) -> None:
+        pass
+
+    def add(self, encodings: npt.NDArray[np.float32], num_threads: int | None) -> None:
+        self._rows.append(encodings)
+
+    def truncate(self, n: int) -> None:
+        self._rows.truncate(n)
+
+    def search(self, queries: npt.NDArray[np.float32], k: int, num_threads: int | None) -> npt.NDArray[np.int64]:
+        return scan.topk(queries, self._rows.view(), k, num_threads=num_threads)[1]
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return {"encodings": self._rows.view()}, {}
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Any], params: dict[str, Any]) -> _FlatStage:
+        stage = cls(tensors["encodings"].shape[1])
+        stage._rows = _Rows.of(tensors["encodings"])
+        return stage
+
+
+class _CodeStage:
+    """Product-quantised encodings, scanned: 8 dimensions a byte."""
+
+    _TRAIN_DOCS = 8192
+
+    def __init__(self, dim: int) -> None:
+        self._quantizer = quantize.ProductQuantizer(dim, dim // 8, bits=8, metric="ip")
+        self._codes = _Rows(dim // 8, np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._codes)
+
+    @property
+    def nbytes(self) -> int:
+        return self._codes.view().nbytes
+
+    def prepare(self, op: str, encoder: fde.Encoder, docs: Ragged, num_threads: int | None) -> None:
+        if self._quantizer.codebooks is not None:
+            return
+        if len(docs) < 256:
+            raise ValueError(f'{op}: docs must be at least 256 to train first_stage "pq", got {len(docs)}')
+        sample = docs.take(np.linspace(0, len(docs) - 1, min(len(docs), self._TRAIN_DOCS)).astype(np.int64))
+        self._quantizer.fit(np.asarray(encoder.encode_docs(sample, num_threads=num_threads)), num_threads=num_threads)
+
+    def add(self, encodings: npt.NDArray[np.float32], num_threads: int | None) -> None:
+        self._codes.append(self._quantizer.encode(encodings, num_threads=num_threads))
+
+    def truncate(self, n: int) -> None:
+        self._codes.truncate(n)
+
+    def search(self, queries: npt.NDArray[np.float32], k: int, num_threads: int | None) -> npt.NDArray[np.int64]:
+        return self._quantizer.search(queries, self._codes.view(), k, num_threads=num_threads)[1]
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        tensors, params = self._quantizer.state()
+        return {"codes": self._codes.view(), **tensors}, params
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Any], params: dict[str, Any]) -> _CodeStage:
+        codes = tensors.pop("codes")
+        quantizer = quantize.ProductQuantizer.from_state(tensors, params)
+        stage = cls(quantizer.dim)
+        stage._quantizer, stage._codes = quantizer, _Rows.of(codes)
+        return stage
+
+
+class _GraphStage:
+    """A graph over the encodings."""
+
+    def __init__(self, dim: int) -> None:
+        self._index = hnsw.Index(dim, metric="ip")
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def nbytes(self) -> int:
+        return self._index.nbytes
+
+    def prepare(self, op: str, encoder: fde.Encoder, docs: Ragged, num_threads: int | None) -> None:
+        pass
+
+    def add(self, encodings: npt.NDArray[np.float32], num_threads: int | None) -> None:
+        first = len(self)
+        self._index.add(encodings, np.arange(first, first + len(encodings)), num_threads=num_threads)
+
+    def truncate(self, n: int) -> None:
+        extra = self._index.ids[self._index.ids >= n]
+        if len(extra):
+            self._index.remove(extra)
+
+    def search(self, queries: npt.NDArray[np.float32], k: int, num_threads: int | None) -> npt.NDArray[np.int64]:
+        return self._index.search(queries, k, num_threads=num_threads)[1]
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        return self._index.state()
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Any], params: dict[str, Any]) -> _GraphStage:
+        index = hnsw.Index.from_state(tensors, params)
+        stage = cls(index.dim)
+        stage._index = index
+        return stage
+
+
+_STAGES: dict[str, Any] = {"hnsw": _GraphStage, "pq": _CodeStage, "flat": _FlatStage}
+
+
+class LinkPredictor:
+    """Predict the missing entity of a triple with hypercomplex embeddings.
+
+    score(h, r, t) = <q, t> with q = h (*) r / |r| (+ translation_r), plus bias_t; with metric="l2" it is
+    -|q - t|^2 + bias_t. Tails are found by an inner-product (or distance) scan with q; heads by the transposed
+    rotation of t, which turns the same score into an inner product with h. (With "l2" the score of a head is
+    -|q(h) - t|^2 + bias_h, and all heads are rotated by the relation first.)
+
+    Parameters
+    ----------
+    entities : array of shape (N, C, d), float32
+    relations : array of shape (R, C, d), float32
+        Rotors; (2R, C, d) with `reciprocal`.
+    algebra : {"quaternion", "dihedron", "complex", "octonion"} or (a, b)
+    metric : {"ip", "l2"}
+    translations : array like `relations`, optional
+        Added after the rotation.
+    bias : array of shape (N,), float32, optional
+        Added to the score of each entity that is ranked.
+    normalize : bool
+        Divide rotors by their Euclidean norms.
+    reciprocal : bool
+        The embeddings were trained with a reciprocal for each relation: row r + R asks for the head of relation r,
+        and heads are predicted by score(t, r + R, h).
+
+    References
+    ----------
+    Robin, Lion and Tetra (S01), scoring function; QuatE (Zhang et al. 2019); Canonical tensor decomposition for
+    knowledge base completion (Lacroix et al. 2018) for reciprocals and filtered ranking.
+
+    Examples
+    --------
+    >>> import numpy as np, polyvec as pv
+    >>> entities = np.eye(4, dtype=np.float32).reshape(4, 4, 1)  # 1, i, j, k
+    >>> relations = entities[1:2]  # multiply by i: j * i = -k, so the best tail of i is not 1 but ...
+    >>> predictor = pv.retrieve.LinkPredictor(entities, relations)
+    >>> scores, ids = predictor.predict_tails([0], [0], k=1)
+    >>> ids  # 1 * i = i
+    array([[1]])
+    """
+
+    def __init__(
+        self,
+        entities: Any,
+        relations: Any,
+        *,
+        algebra: hypercomplex.Algebra = "quaternion",
+        metric: str = "ip",
+        translations: Any = None,
+        bias: Any = None,
+        normalize: bool = True,
+        reciprocal: bool = False,
+    ) -> None:
+        op = "LinkPredictor"
+        components = len(hypercomplex.sign_table(algebra))
+        self._entities: Any = as_array(op, "entities", entities, ndim=3)
+        self._relations: Any = as_array(op, "relations", relations, ndim=3)
+        if self._entities.shape[1] != components:
+            raise ValueError(
+                f"{op}: entities must have {components} components for this algebra, got {self._entities.shape[1]}"
+            )
+        if tuple(self._relations.shape[1:]) != tuple(self._entities.shape[1:]):
+            raise ValueError(
+                f"{op}: relations must have the last two axes of entities {tuple(self._entities.shape[1:])}, "
+                f"got {tuple(self._relations.shape[1:])}"
+            )
+        self._translations: Any = None
+        if translations is not None:
+            self._translations = as_array(op, "translations", translations, ndim=3)
+            if tuple(self._translations.shape) != tuple(self._relations.shape):
+                raise ValueError(
+                    f"{op}: translations must have the shape of relations {tuple(self._relations.shape)}, "
+                    f"got {tuple(self._translations.shape)}"
+                )
+        self._bias: Any = None
+        if bias is not None:
+            self._bias = as_array(op, "bias", bias, ndim=1)
+            if self._bias.shape[0] != self.num_entities:
+                raise ValueError(
+                    f"{op}: bias must have one entry an entity ({self.num_entities}), got {self._bias.shape[0]}"
+                )
+        if reciprocal and self._relations.shape[0] % 2:
+            raise ValueError(f"{op}: relations must be even in number with reciprocals, got {self._relations.shape[0]}")
+        self._algebra = algebra
+        self._metric = choice(op, "metric", metric, ("ip", "l2"))
+        self._normalize = bool(normalize)
+        self._reciprocal = bool(reciprocal)
+        self._items = self._entities.reshape(self.num_entities, -1)
+
+    @property
+    def num_entities(self) -> int:
+        """Number of entities N."""
+        return int(self._entities.shape[0])
+
+    @property
+    def num_relations(self) -> int:
+        """Number of relations R, not counting reciprocals."""
+        return int(self._relations.shape[0]) // (2 if self._reciprocal else 1)
+
+    def __repr__(self) -> str:
+        return (
+            f"LinkPredictor({self.num_entities} entities, {self.num_relations} relations, algebra={self._algebra!r}, "
+            f"metric={self._metric!r}, d={self._entities.shape[2]})"
+        )
+
+    def predict_tails(
+        self, heads: Any, relations: Any, k: int, *, known: Any = None, num_threads: int | None = None
+    ) -> tuple[Any, Any]:
+        """Return the k best tails t of each (head, relation, t).
+
+        Parameters
+        ----------
+        heads, relations : integer arrays of shape (n,)
+        k : int
+        known : integer array of shape (m, 3), optional
+            Triples (head, relation, tail) that are not to be returned.
+        num_threads : int, optional
+            CPU threads; the process setting when None.
+
+        Returns
+        -------
+        scores : array of shape (n, k), float32
+            Best first (also with metric="l2", where they are negative squared distances); -inf where missing.
+        ids : array of shape (n, k), int64
+            Entities; -1 where missing. Both in the library of `entities`.
+        """
+        op = "LinkPredictor.predict_tails"
+        heads, relations = self._pair(op, ("heads", heads), ("relations", relations))
+        return self._predict(op, "tail", heads, relations, k, known, num_threads)
+
+    def predict_heads(
+        self, relations: Any, tails: Any, k: int, *, known: Any = None, num_threads: int | None = None
+    ) -> tuple[Any, Any]:
+        """Return the k best heads h of each (h, relation, tail); see `predict_tails`."""
+        op = "LinkPredictor.predict_heads"
+        relations, tails = self._pair(op, ("relations", relations), ("tails", tails))
+        return self._predict(op, "head", tails, relations, k, known, num_threads)
+
+    def evaluate(self, triples: Any, *, known: Any = None, num_threads: int | None = None) -> dict[str, float]:
+        """Rank the true tail and the true head of each triple among all entities.
+
+        Parameters
+        ----------
+        triples : integer array of shape (n, 3)
+            (head, relation, tail).
+        known : integer array of shape (m, 3), optional
+            All true triples (train, validation and test): they do not count against the one that is ranked.
+        num_threads : int, optional
+            CPU threads; the process setting when None.
+
+        Returns
+        -------
+        dict
+            "mrr" (mean reciprocal rank), "hits@1", "hits@3", "hits@10": means over the 2 n queries, ties counted at
+            their mean rank ("realistic").
+        """
+        op = "LinkPredictor.evaluate"
+        triples = self._triples(op, "triples", triples)
+        if not len(triples):
+            raise ValueError(f"{op}: triples must not be empty")
+        known = None if known is None else self._triples(op, "known", known)
+        ranks = np.concatenate(
+            [
+                self._ranks(triples[start : start + _RANK_BLOCK], side, known, num_threads)
+                for side in ("tail", "head")
+                for start in range(0, len(triples), _RANK_BLOCK)
+            ]
+        )
+        hits = {f"hits@{n}": float(np.mean(ranks <= n)) for n in (1, 3, 10)}
+        return {"mrr": float(np.mean(1 / ranks)), **hits}
+
+    def _pair(self, op: str, *named: tuple[str, Any]) -> list[npt.NDArray[np.int64]]:
+        arrays = [np.asarray(as_ids(op, name, ids)) for name, ids in named]
+        if len(arrays[0]) != len(arrays[1]):
+            raise ValueError(
+                f"{op}: {named[1][0]} must have the same length as {named[0][0]} ({len(arrays[0])}), "
+                f"got {len(arrays[1])}"
+            )
+        for (name, _), ids in zip(named, arrays, strict=True):
+            self._check_range(op, name, ids, self.num_relations if name == "relations" else self.num_entities)
+        return arrays
+
+    def _triples(self, op: str, name: str, triples: Any) -> npt.NDArray[np.int64]:
+        array = np.asarray(as_ids(op, name, triples, ndim=2))
+        if array.shape[1] != 3:
+            raise ValueError(f"{op}: {name} must have 3 columns (head, relation, tail), got {array.shape[1]}")
+        for column, end in zip(array.T, (self.num_entities, self.num_relations, self.num_entities), strict=True):
+            self._check_range(op, name, column, end)
+        return array
+
+    @staticmethod
+    def _check_range(op: str, name: str, ids: npt.NDArray[np.int64], end: int) -> None:
+        bad = np.flatnonzero((ids < 0) | (ids >= end))
+        if len(bad):
+            raise IndexError(f"{op}: {name} must be in [0, {end}), got {ids[bad[0]]} at position {bad[0]}")
+
+    def _scans(
+        self, side: str, anchors: npt.NDArray[np.int64], relations: npt.NDArray[np.int64], num_threads: int | None
+    ) -> Iterator[tuple[Any, Any, Any]]:
+        """Yield (rows, queries, items): the scans that score every entity on `side` for rows of the batch."""
+
+        def rotate(ids: Any, relation_ids: Any, *, adjoint: bool = False) -> Any:
+            return hypercomplex.relation_query(
+                self._entities,
+                self._relations,
+                ids,
+                relation_ids,
+                algebra=self._algebra,
+                translations=None if adjoint else self._translations,
+                normalize=self._normalize,
+                adjoint=adjoint,
+                num_threads=num_threads,
+            )
+
+        everything = slice(None)
+        if side == "tail":
+            yield everything, rotate(anchors, relations), self._items
+        elif self._reciprocal:
+            yield everything, rotate(anchors, relations + self.num_relations), self._items
+        elif self._metric == "ip":
+            yield everything, rotate(anchors, relations, adjoint=True), self._items
+        else:  # |h (*) r - t| is no distance between h and a vector of t: rotate all heads, one relation at a time
+            for relation in np.unique(relations):
+                rows = np.flatnonzero(relations == relation)
+                heads = np.arange(self.num_entities)
+                yield rows, self._items[anchors[rows]], rotate(heads, np.full_like(heads, relation))
+
+    def _predict(
+        self,
+        op: str,
+        side: str,
+        anchors: npt.NDArray[np.int64],
+        relations: npt.NDArray[np.int64],
+        k: int,
+        known: Any,
+        num_threads: int | None,
+    ) -> tuple[Any, Any]:
+        k = as_count(op, "k", k)
+        known = None if known is None else self._triples(op, "known", known)
+        exclude = _true_answers(known, side, anchors, relations)
+        scores = empty(self._items, (len(anchors), k), "float32")
+        ids = empty(self._items, (len(anchors), k), "int64")
+        for rows, queries, items in self._scans(side, anchors, relations, num_threads):
+            found, found_ids = scan.topk(
+                queries,
+                items,
+                k,
+                metric=self._metric,
+                bias=self._bias,
+                exclude=_rows_of(exclude, rows),
+                num_threads=num_threads,
+            )
+            scores[rows] = -found if self._metric == "l2" else found
+            ids[rows] = found_ids
+        if side == "head" and self._metric == "ip" and self._translations is not None and not self._reciprocal:
+            # <h (*) r + c, t> = <h, adjoint query> + <c, t>: the constant of the (r, t) pair.
+            shifts = self._translations.reshape(self._relations.shape[0], -1)
+            scores += scan.score_pairs(shifts[relations], self._items, anchors[:, None], num_threads=num_threads)
+        return scores, ids
+
+    def _ranks(
+        self, triples: npt.NDArray[np.int64], side: str, known: Any, num_threads: int | None
+    ) -> npt.NDArray[np.float64]:
+        heads, relations, tails = np.ascontiguousarray(triples.T)
+        anchors, targets = (heads, tails) if side == "tail" else (tails, heads)
+        exclude = _true_answers(known, side, anchors, relations)
+        ranks = np.empty(len(triples))
+        for rows, queries, items in self._scans(side, anchors, relations, num_threads):
+            ranks[rows] = np.asarray(
+                scan.rank(
+                    queries,
+                    items,
+                    targets[rows],
+                    metric=self._metric,
+                    bias=self._bias,
+                    known=_rows_of(exclude, rows),
+                    num_threads=num_threads,
+                )
+            )
+        return ranks
+
+
+_RANK_BLOCK = 4096  # triples ranked at a time: bounds the memory of their query vectors
+
+_Lists = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
+
+
+def _true_answers(
+    known: npt.NDArray[np.int64] | None,
+    side: str,
+    anchors: npt.NDArray[np.int64],
+    relations: npt.NDArray[np.int64],
+) -> _Lists | None:
+    """Return for each (anchor, relation) the entities that `known` has on `side`, as (offsets, ids)."""
+    if known is None:
+        return None
+    anchor, answer = (known[:, 0], known[:, 2]) if side == "tail" else (known[:, 2], known[:, 0])
+    width = max(int(relations.max(initial=0)), int(known[:, 1].max(initial=0))) + 1
+    keys = anchor * width + known[:, 1]
+    order = np.argsort(keys, kind="stable")
+    keys, wanted = keys[order], anchors * width + relations
+    first, last = np.searchsorted(keys, wanted, "left"), np.searchsorted(keys, wanted, "right")
+    return _gather_lists(answer[order], first, last - first)
+
+
+def _gather_lists(
+    values: npt.NDArray[np.int64], first: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
+) -> _Lists:
+    """Concatenate values[first[i] : first[i] + lengths[i]] into (offsets, ids)."""
+    offsets = np.zeros(len(first) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets, values[np.repeat(first - offsets[:-1], lengths) + np.arange(offsets[-1])]
+
+
+def _rows_of(lists: _Lists | None, rows: Any) -> _Lists | None:
+    if lists is None or isinstance(rows, slice):
+        return lists
+    offsets, ids = lists
+    return _gather_lists(ids, offsets[:-1][rows], np.diff(offsets)[rows])

@@ -1,0 +1,315 @@
+"""The pipelines: multi-vector retrieval and link prediction."""
+
+import numpy as np
+import pytest
+
+import polyvec as pv
+from accuracy import assert_exact
+from reference import hypercomplex as hc
+from reference import retrieve as ref
+
+KNOWN_SCORE = 1e-6  # agreement asked of a filtered MRR with its float64 definition
+
+
+def sample_docs(rng, n, dim=16, longest=9):
+    docs = [rng.standard_normal((rng.integers(1, longest), dim)).astype(np.float32) for _ in range(n)]
+    return [d / np.linalg.norm(d, axis=1, keepdims=True) for d in docs]
+
+
+def small_encoder(dim=16):
+    return pv.fde.Encoder(dim, repetitions=10, simhash_bits=3, projection_dim=8)
+
+
+def build(first_stage, docs, **arguments):
+    return pv.retrieve.MultiVectorIndex(16, encoder=small_encoder(), first_stage=first_stage).add(docs, **arguments)
+
+
+STAGES = ["hnsw", "pq", "flat"]
+
+
+@pytest.mark.parametrize("first_stage", STAGES)
+def test_every_candidate_gives_the_exact_result(rng, first_stage):
+    docs, queries = sample_docs(rng, 300), sample_docs(rng, 7)
+    index = build(first_stage, docs)
+    scores, ids = index.search(queries, 10, candidates=300)
+    expected_scores, expected_ids = pv.maxsim.topk(queries, docs, 10)
+    assert_exact(ids, expected_ids)
+    assert_exact(scores, expected_scores)
+
+
+@pytest.mark.parametrize("first_stage", STAGES)
+def test_candidates_find_most_of_the_exact_result(rng, first_stage):
+    docs, queries = sample_docs(rng, 600), sample_docs(rng, 40)
+    exact = pv.maxsim.topk(queries, docs, 5)[1]
+    index = build(first_stage, docs)
+    recall = {}
+    for candidates in (10, 150):
+        scores, ids = index.search(queries, 5, candidates=candidates)
+        recall[candidates] = np.mean([len(np.intersect1d(a, b)) / 5 for a, b in zip(ids, exact, strict=True)])
+        assert (np.diff(scores, axis=1) <= 0).all()
+    assert recall[150] > recall[10]
+    assert recall[150] >= 0.8  # random unit vectors are the hardest case; chance is 0.25
+
+
+def test_adding_in_parts_is_adding_at_once(rng):
+    docs, queries = sample_docs(rng, 600), sample_docs(rng, 5)
+    ids = rng.permutation(1000)[:600]
+    whole = build("flat", docs, ids=ids)
+    parts = build("flat", docs[:100], ids=ids[:100]).add(docs[100:101], ids=ids[100:101]).add(docs[101:], ids=ids[101:])
+    assert len(whole) == len(parts) == 600
+    assert_exact(parts.ids, ids)
+    for a, b in zip(whole.search(queries, 7, candidates=50), parts.search(queries, 7, candidates=50), strict=True):
+        assert_exact(a, b)
+
+
+def test_default_ids_go_on_from_the_largest(rng):
+    index = build("flat", sample_docs(rng, 2), ids=[5, 3]).add(sample_docs(rng, 2))
+    assert_exact(index.ids, [5, 3, 6, 7])
+
+
+@pytest.mark.parametrize("first_stage", STAGES)
+def test_a_saved_index_gives_the_same_results(rng, tmp_path, first_stage):
+    docs, queries = sample_docs(rng, 300), sample_docs(rng, 5)
+    index = build(first_stage, docs, ids=np.arange(300) * 3)
+    index.save(tmp_path / "index.safetensors")
+    loaded = pv.retrieve.MultiVectorIndex.load(tmp_path / "index.safetensors")
+    assert repr(loaded) == repr(index)
+    for candidates in (20, 300):
+        for a, b in zip(
+            index.search(queries, 5, candidates=candidates),
+            loaded.search(queries, 5, candidates=candidates),
+            strict=True,
+        ):
+            assert_exact(a, b)
+    loaded.add(sample_docs(rng, 3))
+    assert len(loaded) == 303
+
+
+@pytest.mark.parametrize("first_stage", STAGES)
+def test_a_damaged_file_is_a_format_error(rng, tmp_path, first_stage):
+    path = tmp_path / "index.safetensors"
+    build(first_stage, sample_docs(rng, 300)).save(path)
+    whole = path.read_bytes()
+    damaged = [whole[:n] for n in (0, 1, 7, 8, 100, len(whole) // 2, len(whole) - 1)]
+    for position in np.linspace(0, len(whole) - 1, 40).astype(int):
+        flipped = bytearray(whole)
+        flipped[position] ^= 0x10
+        damaged.append(bytes(flipped))
+    for contents in damaged:
+        path.write_bytes(contents)
+        with pytest.raises(pv.FormatError):
+            pv.retrieve.MultiVectorIndex.load(path)
+
+
+def test_an_empty_index_finds_nothing(rng):
+    scores, ids = pv.retrieve.MultiVectorIndex(16).search(sample_docs(rng, 2), 3)
+    assert_exact(ids, np.full((2, 3), -1))
+    assert_exact(scores, np.full((2, 3), -np.inf))
+
+
+def test_fewer_documents_than_k(rng):
+    scores, ids = build("flat", sample_docs(rng, 2)).search(sample_docs(rng, 1), 4)
+    assert_exact(ids[0, 2:], [-1, -1])
+    assert_exact(scores[0, 2:], [-np.inf, -np.inf])
+    assert sorted(ids[0, :2]) == [0, 1]
+
+
+def test_progress_counts_documents(rng):
+    seen = []
+    build("flat", sample_docs(rng, 600), progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (600, 600)
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+
+
+def test_a_failed_add_changes_nothing(rng):
+    docs = sample_docs(rng, 3)
+    index = build("flat", docs, ids=[1, 2, 3])
+    poisoned = sample_docs(rng, 2)
+    poisoned[1][0, 3] = np.nan
+    failures = [
+        (lambda: index.add(poisoned), ValueError, "docs must be finite"),
+        (lambda: index.add(docs, ids=[4, 5, 4]), ValueError, "ids must be unique, got 4 twice"),
+        (lambda: index.add(docs, ids=[4, 2, 6]), ValueError, "ids must be new, got 2, which is in the index"),
+        (lambda: index.add(docs, ids=[4, 5]), ValueError, "ids must have one entry a document (3), got 2"),
+        (lambda: index.add(docs, ids=[4, -5, 6]), ValueError, "ids must not be negative, got -5"),
+        (lambda: index.add([np.ones((2, 5), np.float32)]), ValueError, "docs must have d = 16, got 5"),
+        (lambda: index.add(np.ones((2, 16), np.float32)), ValueError, "docs must be a Ragged"),
+        (lambda: index.add([np.ones((2, 16))]), TypeError, "docs must be float32, got float64"),
+    ]
+    before = index.search(docs, 3)
+    for call, error, text in failures:
+        with pytest.raises(error) as caught:
+            call()
+        assert str(caught.value).startswith("MultiVectorIndex.add: " + text)
+        assert len(index) == 3
+        for a, b in zip(before, index.search(docs, 3), strict=True):
+            assert_exact(a, b)
+
+
+@pytest.mark.parametrize("first_stage", ["hnsw", "flat"])
+def test_an_interrupted_block_leaves_whole_blocks(rng, first_stage):
+    docs = sample_docs(rng, 600)
+
+    def stop(done, total):
+        if done > 300:
+            raise KeyboardInterrupt
+
+    index = pv.retrieve.MultiVectorIndex(16, encoder=small_encoder(), first_stage=first_stage)
+    with pytest.raises(KeyboardInterrupt):
+        index.add(docs, progress=stop)
+    kept = len(index)
+    assert kept in (256, 512)
+    index._stage.add(np.ones((5, index.encoder.output_dim), np.float32), None)  # as a block cut short leaves it
+    _scores, ids = index.search(docs[:4], 3, candidates=100)
+    assert (ids < kept).all()
+    index.add(docs[kept:])
+    assert len(index) == 600
+    assert_exact(index.search(docs, 1, candidates=600)[1][:, 0], np.arange(600))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (
+            lambda: pv.retrieve.MultiVectorIndex(16, first_stage="tree"),
+            ValueError,
+            "MultiVectorIndex: first_stage must be one of 'hnsw', 'pq', 'flat', got 'tree'",
+        ),
+        (
+            lambda: pv.retrieve.MultiVectorIndex(16, encoder=small_encoder(8)),
+            ValueError,
+            "MultiVectorIndex: encoder must have dim 16, got 8",
+        ),
+        (
+            lambda: pv.retrieve.MultiVectorIndex(16).search([np.ones((1, 16), np.float32)], 300),
+            ValueError,
+            "MultiVectorIndex.search: candidates must be at least k (300), got 200",
+        ),
+        (
+            lambda: pv.retrieve.MultiVectorIndex(16).search([np.ones((1, 16), np.float32)], 0),
+            ValueError,
+            "MultiVectorIndex.search: k must be at least 1, got 0",
+        ),
+        (
+            lambda: pv.retrieve.MultiVectorIndex(16, first_stage="pq").add([np.ones((1, 16), np.float32)] * 3),
+            ValueError,
+            'MultiVectorIndex.add: docs must be at least 256 to train first_stage "pq", got 3',
+        ),
+        (
+            lambda: pv.retrieve.LinkPredictor(np.zeros((3, 2, 5), np.float32), np.zeros((1, 2, 5), np.float32)),
+            ValueError,
+            "LinkPredictor: entities must have 4 components for this algebra, got 2",
+        ),
+        (
+            lambda: predictor_of_zeros().predict_tails([0, 3], [0, 0], 2),
+            IndexError,
+            "LinkPredictor.predict_tails: heads must be in [0, 3), got 3 at position 1",
+        ),
+        (
+            lambda: predictor_of_zeros().evaluate(np.zeros((0, 3), np.int64)),
+            ValueError,
+            "LinkPredictor.evaluate: triples must not be empty",
+        ),
+        (
+            lambda: predictor_of_zeros().evaluate([[0, 0]]),
+            ValueError,
+            "LinkPredictor.evaluate: triples must have 3 columns (head, relation, tail), got 2",
+        ),
+    ],
+)
+def test_errors(call, error, text):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == text
+
+
+def predictor_of_zeros():
+    return pv.retrieve.LinkPredictor(np.zeros((3, 4, 2), np.float32), np.zeros((2, 4, 2), np.float32))
+
+
+def random_graph(rng, n=40, relations=3, triples=150):
+    return np.unique(np.stack([rng.integers(0, n, triples), rng.integers(0, relations, triples),
+                               rng.integers(0, n, triples)], 1), axis=0)  # fmt: skip
+
+
+VARIANTS = [
+    {},
+    {"metric": "l2"},
+    {"translations": True},
+    {"translations": True, "metric": "l2"},
+    {"bias": True},
+    {"bias": True, "metric": "l2"},
+    {"normalize": False},
+    {"reciprocal": True, "translations": True, "bias": True},
+]
+
+
+def variant_arguments(rng, variant, rows, n):
+    arguments = dict(variant)
+    if arguments.pop("translations", False):
+        arguments["translations"] = rng.standard_normal((rows, 4, 6)).astype(np.float32)
+    if arguments.pop("bias", False):
+        arguments["bias"] = rng.standard_normal(n).astype(np.float32)
+    return arguments
+
+
+@pytest.mark.parametrize("algebra", ["quaternion", "dihedron"])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_link_prediction_equals_the_definition(rng, algebra, variant):
+    n, relations = 40, 3
+    rows = relations * (2 if variant.get("reciprocal") else 1)
+    entities = rng.standard_normal((n, 4, 6)).astype(np.float32)
+    rotors = rng.standard_normal((rows, 4, 6)).astype(np.float32)
+    arguments = variant_arguments(rng, variant, rows, n)
+    predictor = pv.retrieve.LinkPredictor(entities, rotors, algebra=algebra, **arguments)
+    scores = ref.link_scores(entities, rotors, algebra=algebra, **arguments)  # {"tail", "head"}: (n, relations, n)
+
+    triples = random_graph(rng)
+    train, test = triples[::2], triples[1::2]
+    for known in (None, triples):
+        figures = predictor.evaluate(test, known=known)
+        expected = ref.link_figures(scores, test, known)
+        assert figures.keys() == expected.keys()
+        for name, value in expected.items():
+            assert abs(figures[name] - value) <= KNOWN_SCORE
+
+    anchors, relation_ids = rng.integers(0, n, 9), rng.integers(0, relations, 9)
+    for side in ("tail", "head"):
+        if side == "tail":
+            found, ids = predictor.predict_tails(anchors, relation_ids, 5, known=train)
+        else:
+            found, ids = predictor.predict_heads(relation_ids, anchors, 5, known=train)
+        expected = ref.filtered(scores, side, anchors, relation_ids, train)
+        order = np.argsort(-expected, axis=1, kind="stable")[:, :5]
+        assert_exact(ids, order)
+        np.testing.assert_allclose(found, np.take_along_axis(expected, order, 1), rtol=0, atol=2e-4)
+
+
+def test_a_score_is_an_inner_product_with_either_side(rng):
+    x, r, t = (rng.standard_normal((5, 4, 3)) for _ in range(3))
+    ids = np.arange(5)
+    for algebra in ("quaternion", "dihedron"):
+        tail_query = pv.hypercomplex.relation_query(x, r, ids, ids, algebra=algebra)
+        head_query = pv.hypercomplex.relation_query(t, r, ids, ids, algebra=algebra, adjoint=True)
+        left = (tail_query * t.reshape(5, -1)).sum(1)
+        right = (head_query * x.reshape(5, -1)).sum(1)
+        np.testing.assert_allclose(left, right, rtol=1e-12)
+        np.testing.assert_allclose(left, (hc.relation_query(x, r, ids, ids, algebra) * t.reshape(5, -1)).sum(1))
+
+
+def test_predictions_come_in_the_entities_library(rng, lib):
+    entities, rotors = (lib(rng.standard_normal((n, 4, 6)).astype(np.float32)) for n in (9, 2))
+    scores, ids = pv.retrieve.LinkPredictor(entities, rotors).predict_tails([0, 1], [1, 1], 3)
+    assert type(scores) is type(ids) is type(entities)
+
+
+def test_wn18rr_ranks_equal_float64(rng, data):
+    """Given embeddings over WN18RR: the filtered MRR equals a float64 computation to 1e-6."""
+    entities, relations, splits = ref.load_triples(data / "wn18rr")
+    test = splits["test"][:400]
+    known = np.concatenate(list(splits.values()))
+    vectors = rng.standard_normal((len(entities), 4, 16)).astype(np.float32)
+    rotors = rng.standard_normal((len(relations), 4, 16)).astype(np.float32)
+    figures = pv.retrieve.LinkPredictor(vectors, rotors).evaluate(test, known=known)
+    expected = ref.streamed_mrr(vectors, rotors, test, known)
+    assert abs(figures["mrr"] - expected) <= KNOWN_SCORE
