@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from polyvec import _backend, _files, fde, hnsw, hypercomplex, maxsim, quantize, scan
 from polyvec._arrays import as_array, as_count, as_ids, choice, empty, is_torch
-from polyvec._progress import Progress, reporter
+from polyvec._progress import Progress, reporting
 from polyvec._ragged import Ragged, as_ragged
 
 FIRST_STAGES = ("hnsw", "pq", "flat")
@@ -53,6 +53,8 @@ class MultiVectorIndex:
     >>> ids
     array([[30]])
     """
+
+    _KIND = "retrieve.MultiVectorIndex"
 
     def __init__(self, dim: int, *, encoder: fde.Encoder | None = None, first_stage: str = "hnsw") -> None:
         op = "MultiVectorIndex"
@@ -126,10 +128,11 @@ class MultiVectorIndex:
         _backend.require_finite(op, "docs", sets.values, num_threads)
         new_ids = self._new_ids(op, ids, len(sets))
         self._stage.prepare(op, self.encoder, sets, num_threads)
-        with reporter(progress, len(sets), "indexing") as report:
+        with reporting(op, progress, len(sets), "documents") as report:
             for start in range(0, len(sets), _BLOCK):
-                self._add_block(sets, new_ids, slice(start, min(start + _BLOCK, len(sets))), num_threads)
-                report(min(start + _BLOCK, len(sets)))
+                block = slice(start, min(start + _BLOCK, len(sets)))
+                self._add_block(sets, new_ids, block, num_threads)
+                report(block.stop - block.start)
         return self
 
     def _new_ids(self, op: str, ids: Any, n: int) -> npt.NDArray[np.int64]:
@@ -220,33 +223,49 @@ class MultiVectorIndex:
         return rows
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the index as one safetensors file, whole or not at all."""
+        """Write the index as one safetensors file, whole or not at all; OSError when `path` cannot be written."""
         documents = self._documents()
-        tensors: dict[str, Any] = {"tokens": documents.values, "offsets": documents.offsets, "ids": self._ids}
-        params: dict[str, Any] = {"dim": self.dim, "first_stage": self.first_stage}
-        for prefix, part in (("encoder", self.encoder), ("stage", self._stage)):
-            part_tensors, params[prefix] = part.state()
-            tensors.update({f"{prefix}.{name}": tensor for name, tensor in part_tensors.items()})
-        _files.write(path, "MultiVectorIndex", tensors, params)
+        own = _files.State(
+            {"tokens": documents.values, "offsets": documents.offsets, "ids": self._ids},
+            {"dim": self.dim, "first_stage": self.first_stage},
+        )
+        state = _files.join(documents=own, encoder=self.encoder.state(), stage=self._stage.state())
+        _files.save(path, self._KIND, state)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> MultiVectorIndex:
-        """Read an index that `save` wrote; FormatError when the file is damaged or something else."""
-        tensors, params = _files.read(path, "MultiVectorIndex")
-        with _files.checking(path):
-            encoder = fde.Encoder.from_state(_part(tensors, "encoder"), params["encoder"])
-            index = cls(params["dim"], encoder=encoder, first_stage=params["first_stage"])
-            documents = Ragged(tensors["tokens"], tensors["offsets"])
-            index._stage = type(index._stage).from_state(_part(tensors, "stage"), params["stage"])
-            if not len(documents) == len(tensors["ids"]) == len(index._stage) or documents.dim != index.dim:
-                raise ValueError("tokens, ids and first stage must agree in length and width")
-            index._tokens = _Rows.of(documents.values)
-            index._offsets, index._ids = documents.offsets, tensors["ids"]
+    def load(cls, path: str | os.PathLike[str], *, mmap: bool = False) -> MultiVectorIndex:
+        """Read an index that `save` wrote.
+
+        Parameters
+        ----------
+        path : path
+        mmap : bool
+            Leave the token vectors in the file and read those of candidates when they are scored; their checksum is
+            then not verified.
+
+        Returns
+        -------
+        MultiVectorIndex
+
+        Raises
+        ------
+        FormatError
+            The file is damaged, truncated, something else, or of a newer format.
+        """
+        return _files.load(path, cls._KIND, cls._from_state, mmap=mmap, lazy=("documents.tokens",))
+
+    @classmethod
+    def _from_state(cls, state: _files.State) -> MultiVectorIndex:
+        own = _files.part(state, "documents")
+        encoder = fde.Encoder.from_state(_files.part(state, "encoder"))
+        index = cls(own.params["dim"], encoder=encoder, first_stage=own.params["first_stage"])
+        documents = Ragged(own.tensors["tokens"], own.tensors["offsets"])
+        index._stage = type(index._stage).from_state(_files.part(state, "stage"))
+        if not len(documents) == len(own.tensors["ids"]) == len(index._stage) or documents.dim != index.dim:
+            raise ValueError("tokens, ids and first stage must agree in length and width")
+        index._tokens = _Rows.of(documents.values)
+        index._offsets, index._ids = documents.offsets, own.tensors["ids"]
         return index
-
-
-def _part(tensors: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(prefix + ".")}
 
 
 def _candidate_lists(rows: npt.NDArray[np.int64], n: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -307,10 +326,10 @@ class _Stage(Protocol):
 
     def search(self, queries: npt.NDArray[np.float32], k: int, num_threads: int | None) -> npt.NDArray[np.int64]: ...
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Any]]: ...
+    def state(self) -> _files.State: ...
 
     @classmethod
-    def from_state(cls, tensors: dict[str, Any], params: dict[str, Any]) -> _Stage: ...
+    def from_state(cls, state: _files.State) -> _Stage: ...
 
 
 class _FlatStage:
@@ -338,13 +357,14 @@ class _FlatStage:
     def search(self, queries: npt.NDArray[np.float32], k: int, num_threads: int | None) -> npt.NDArray[np.int64]:
         return scan.topk(queries, self._rows.view(), k, num_threads=num_threads)[1]
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        return {"encodings": self._rows.view()}, {}
+    def state(self) -> _files.State:
+        return _files.State({"encodings": self._rows.view()}, {})
 
     @classmethod
-    def from_state(cls, tensors: dict[str, Any], params: dict[str, Any]) -> _FlatStage:
-        stage = cls(tensors["encodings"].shape[1])
-        stage._rows = _Rows.of(tensors["encodings"])
+    def from_state(cls, state: _files.State) -> _FlatStage:
+        encodings = state.tensors["encodings"]
+        stage = cls(encodings.shape[1])
+        stage._rows = _Rows.of(encodings)
         return stage
 
 
@@ -381,16 +401,18 @@ class _CodeStage:
     def search(self, queries: npt.NDArray[np.float32], k: int, num_threads: int | None) -> npt.NDArray[np.int64]:
         return self._quantizer.search(queries, self._codes.view(), k, num_threads=num_threads)[1]
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        tensors, params = self._quantizer.state()
-        return {"codes": self._codes.view(), **tensors}, params
+    def state(self) -> _files.State:
+        codes = _files.State({"codes": self._codes.view()}, {"dim": self._quantizer.dim})
+        return _files.join(codes=codes, quantizer=self._quantizer.state())
 
     @classmethod
-    def from_state(cls, tensors: dict[str, Any], params: dict[str, Any]) -> _CodeStage:
-        codes = tensors.pop("codes")
-        quantizer = quantize.ProductQuantizer.from_state(tensors, params)
-        stage = cls(quantizer.dim)
-        stage._quantizer, stage._codes = quantizer, _Rows.of(codes)
+    def from_state(cls, state: _files.State) -> _CodeStage:
+        codes = _files.part(state, "codes")
+        stage = cls(codes.params["dim"])
+        stage._quantizer = quantize.ProductQuantizer.from_state(_files.part(state, "quantizer"))
+        if stage._quantizer.dim != codes.params["dim"] or codes.tensors["codes"].shape[1:] != (stage._quantizer.m,):
+            raise ValueError("codes must be those of the quantizer")
+        stage._codes = _Rows.of(codes.tensors["codes"])
         return stage
 
 
@@ -422,12 +444,12 @@ class _GraphStage:
     def search(self, queries: npt.NDArray[np.float32], k: int, num_threads: int | None) -> npt.NDArray[np.int64]:
         return self._index.search(queries, k, num_threads=num_threads)[1]
 
-    def state(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def state(self) -> _files.State:
         return self._index.state()
 
     @classmethod
-    def from_state(cls, tensors: dict[str, Any], params: dict[str, Any]) -> _GraphStage:
-        index = hnsw.Index.from_state(tensors, params)
+    def from_state(cls, state: _files.State) -> _GraphStage:
+        index = hnsw.Index.from_state(state)
         stage = cls(index.dim)
         stage._index = index
         return stage
