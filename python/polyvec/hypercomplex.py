@@ -88,12 +88,6 @@ def flat_table(algebra: Algebra) -> list[float]:
     return [value for row in sign_table(algebra) for value in row]
 
 
-def adjoint_table(algebra: Algebra) -> list[float]:
-    """Return the flat table of the transposed right multiplication: <x (*) y, g> = <x, g (*)' y> with this table."""
-    table = sign_table(algebra)
-    return [table[c][i] for i in range(len(table)) for c in range(len(table))]
-
-
 def _component_axis(op: str, axis: int, ndim: int) -> bool:
     """Return whether the components are the last axis (interleaved) rather than the last but one (planar)."""
     if axis not in (-1, -2) and axis not in (ndim - 1, ndim - 2):
@@ -357,6 +351,8 @@ def relation_query(
     op = "hypercomplex.relation_query"
     if adjoint and translations is not None:
         raise ValueError(f"{op}: translations must be None with adjoint=True, got an array")
+    if adjoint:  # <x (*) y, g> = <x, g (*)' y>, where (*)' has the transposed table
+        algebra = list(zip(*sign_table(algebra), strict=True))
     table: Any = as_array(op, "entities", entities, dtypes=_FLOATS, ndim=3)
     dtype = (dtype_name(table),)
     rotors = as_array(op, "relations", relations, dtypes=dtype, ndim=3)
@@ -369,7 +365,7 @@ def relation_query(
     _backend.run(
         op, "hypercomplex_relation_query", table,
         table, rotors, heads, relation_rows, shifts, out,
-        adjoint_table(algebra) if adjoint else flat_table(algebra), normalize,
+        flat_table(algebra), normalize,
         num_threads=num_threads,
     )  # fmt: skip
     return out
