@@ -8,7 +8,7 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-from polyvec import fde, hnsw, hypercomplex, maxsim, quantize, scan
+from polyvec import fde, hnsw, hypercomplex, maxsim, quantize, retrieve, scan
 from polyvec._errors import CudaError, FormatError
 from polyvec._ragged import Ragged
 from polyvec._runtime import runtime_info
@@ -26,6 +26,7 @@ __all__ = [
     "maxsim",
     "num_threads",
     "quantize",
+    "retrieve",
     "runtime_info",
     "scan",
     "set_num_threads",
