@@ -173,6 +173,7 @@ PUBLIC = {
         "maxsim",
         "num_threads",
         "quantize",
+        "retrieve",
         "runtime_info",
         "scan",
         "set_num_threads",
@@ -193,6 +194,7 @@ PUBLIC = {
         "topk",
     ],
     "polyvec.quantize": ["KMeansResult", "ProductQuantizer", "kmeans"],
+    "polyvec.retrieve": ["LinkPredictor", "MultiVectorIndex"],
     "polyvec.scan": ["nearest", "rank", "score_pairs", "topk"],
     "polyvec.torch": ["normalize", "product", "relation_query"],
 }

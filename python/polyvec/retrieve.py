@@ -14,6 +14,8 @@ from polyvec._arrays import as_array, as_count, as_ids, choice, empty, is_torch
 from polyvec._progress import Progress, reporting
 from polyvec._ragged import Ragged, as_ragged
 
+__all__ = ["LinkPredictor", "MultiVectorIndex"]
+
 FIRST_STAGES = ("hnsw", "pq", "flat")
 _BLOCK = 256  # documents encoded and indexed at a time: bounds the memory of their encodings
 
@@ -80,7 +82,8 @@ class MultiVectorIndex:
     @property
     def ids(self) -> npt.NDArray[np.int64]:
         """The documents' ids, in the order in which they were added, shape (n,)."""
-        return self._ids.copy()
+        ids: npt.NDArray[np.int64] = self._ids.copy()
+        return ids
 
     @property
     def nbytes(self) -> int:
@@ -223,7 +226,17 @@ class MultiVectorIndex:
         return rows
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the index as one safetensors file, whole or not at all; OSError when `path` cannot be written."""
+        """Write the index as one safetensors file, whole or not at all.
+
+        Parameters
+        ----------
+        path : path
+
+        Raises
+        ------
+        OSError
+            `path` cannot be written.
+        """
         documents = self._documents()
         own = _files.State(
             {"tokens": documents.values, "offsets": documents.offsets, "ids": self._ids},
@@ -355,7 +368,8 @@ class _FlatStage:
         self._rows.truncate(n)
 
     def search(self, queries: npt.NDArray[np.float32], k: int, num_threads: int | None) -> npt.NDArray[np.int64]:
-        return scan.topk(queries, self._rows.view(), k, num_threads=num_threads)[1]
+        ids: Any = scan.topk(queries, self._rows.view(), k, num_threads=num_threads)[1]
+        return ids  # type: ignore[no-any-return]
 
     def state(self) -> _files.State:
         return _files.State({"encodings": self._rows.view()}, {})
@@ -399,7 +413,8 @@ class _CodeStage:
         self._codes.truncate(n)
 
     def search(self, queries: npt.NDArray[np.float32], k: int, num_threads: int | None) -> npt.NDArray[np.int64]:
-        return self._quantizer.search(queries, self._codes.view(), k, num_threads=num_threads)[1]
+        ids: Any = self._quantizer.search(queries, self._codes.view(), k, num_threads=num_threads)[1]
+        return ids  # type: ignore[no-any-return]
 
     def state(self) -> _files.State:
         codes = _files.State({"codes": self._codes.view()}, {"dim": self._quantizer.dim})
@@ -442,7 +457,8 @@ class _GraphStage:
             self._index.remove(extra)
 
     def search(self, queries: npt.NDArray[np.float32], k: int, num_threads: int | None) -> npt.NDArray[np.int64]:
-        return self._index.search(queries, k, num_threads=num_threads)[1]
+        ids: Any = self._index.search(queries, k, num_threads=num_threads)[1]
+        return ids  # type: ignore[no-any-return]
 
     def state(self) -> _files.State:
         return self._index.state()
@@ -583,6 +599,13 @@ class LinkPredictor:
             Best first (also with metric="l2", where they are negative squared distances); -inf where missing.
         ids : array of shape (n, k), int64
             Entities; -1 where missing. Both in the library of `entities`.
+
+        Raises
+        ------
+        ValueError
+            k below 1, heads and relations of different lengths.
+        IndexError
+            An entity or a relation that does not exist.
         """
         op = "LinkPredictor.predict_tails"
         heads, relations = self._pair(op, ("heads", heads), ("relations", relations))
@@ -591,7 +614,30 @@ class LinkPredictor:
     def predict_heads(
         self, relations: Any, tails: Any, k: int, *, known: Any = None, num_threads: int | None = None
     ) -> tuple[Any, Any]:
-        """Return the k best heads h of each (h, relation, tail); see `predict_tails`."""
+        """Return the k best heads h of each (h, relation, tail).
+
+        Parameters
+        ----------
+        relations, tails : integer arrays of shape (n,)
+        k : int
+        known : integer array of shape (m, 3), optional
+            Triples (head, relation, tail) that are not to be returned.
+        num_threads : int, optional
+            CPU threads; the process setting when None.
+
+        Returns
+        -------
+        scores : array of shape (n, k), float32
+            Best first, as for `predict_tails`.
+        ids : array of shape (n, k), int64
+
+        Raises
+        ------
+        ValueError
+            k below 1, relations and tails of different lengths.
+        IndexError
+            An entity or a relation that does not exist.
+        """
         op = "LinkPredictor.predict_heads"
         relations, tails = self._pair(op, ("relations", relations), ("tails", tails))
         return self._predict(op, "head", tails, relations, k, known, num_threads)
@@ -613,6 +659,18 @@ class LinkPredictor:
         dict
             "mrr" (mean reciprocal rank), "hits@1", "hits@3", "hits@10": means over the 2 n queries, ties counted at
             their mean rank ("realistic").
+
+        Raises
+        ------
+        ValueError
+            No triples, or arrays of another shape.
+        IndexError
+            An entity or a relation that does not exist.
+
+        Notes
+        -----
+        2 N C d flops a query (metric="l2" without reciprocals rotates all entities once a relation, too). Scores are
+        never stored: memory does not grow with N times n.
         """
         op = "LinkPredictor.evaluate"
         triples = self._triples(op, "triples", triples)
