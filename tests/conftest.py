@@ -13,7 +13,12 @@ import pytest
 from evaluation_sets import data  # noqa: F401 (a fixture)
 from polyvec import _backend, _core
 
-if not importlib.util.find_spec("hypothesis"):
+if importlib.util.find_spec("hypothesis"):
+    import hypothesis
+
+    hypothesis.settings.register_profile("no deadline", deadline=None)  # no test asserts a time
+    hypothesis.settings.load_profile("no deadline")
+else:
     import no_hypothesis
 
     sys.modules["hypothesis"] = no_hypothesis

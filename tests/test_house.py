@@ -265,3 +265,15 @@ def test_examples_of_docstrings_run(module):
     module = importlib.import_module(f"polyvec.{module}".rstrip("."))
     failed, _ = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     assert failed == 0
+
+
+README_EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(README_EXAMPLES)))
+def test_examples_of_the_readme_run(number, tmp_path, monkeypatch):
+    code = README_EXAMPLES[number]
+    if "import torch" in code:
+        pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, f"README.md, example {number + 1}", "exec"), {})
