@@ -196,7 +196,7 @@ PUBLIC = {
     "polyvec.quantize": ["KMeansResult", "ProductQuantizer", "kmeans"],
     "polyvec.retrieve": ["LinkPredictor", "MultiVectorIndex"],
     "polyvec.scan": ["nearest", "rank", "score_pairs", "topk"],
-    "polyvec.torch": ["normalize", "product", "relation_query"],
+    "polyvec.torch": ["maxsim", "maxsim_pairs", "normalize", "product", "relation_query"],
 }
 
 

@@ -126,6 +126,39 @@ void bind_maxsim(py::module_& m) {
                          where, tokens);
         },
         py::arg("query"), py::arg("doc"), py::arg("ids"), py::arg("similarities"), py::arg("where"));
+    m.def(
+        "maxsim_match",
+        [](const py::object& queries, const py::object& query_offsets, const py::object& docs,
+           const py::object& doc_offsets, const py::object& out, const py::object& rows, std::intptr_t where) {
+            Args args = args_for<Exec>(MaxsimMatch::op, where);
+            const Array tokens = args.in("queries", queries);
+            const TokenSets documents{args.in("docs", docs), args.in("doc offsets", doc_offsets)};
+            run_op<Exec>(MaxsimMatch{{tokens, args.in("query offsets", query_offsets)},
+                                     documents,
+                                     args.out("out", out),
+                                     args.out("rows", rows)},
+                         where, tokens);
+        },
+        py::arg("queries"), py::arg("query_offsets"), py::arg("docs"), py::arg("doc_offsets"), py::arg("out"),
+        py::arg("rows"), py::arg("where"));
+    m.def(
+        "maxsim_match_gradient",
+        [](const py::object& queries, const py::object& query_offsets, const py::object& docs,
+           const py::object& doc_offsets, const py::object& grad, const py::object& rows, bool of_docs,
+           const py::object& out, std::intptr_t where) {
+            Args args = args_for<Exec>(MaxsimMatchGradient::op, where);
+            const Array tokens = args.in("queries", queries);
+            const TokenSets documents{args.in("docs", docs), args.in("doc offsets", doc_offsets)};
+            run_op<Exec>(MaxsimMatchGradient{{tokens, args.in("query offsets", query_offsets)},
+                                             documents,
+                                             args.in("grad", grad),
+                                             args.in("rows", rows),
+                                             of_docs,
+                                             args.out("out", out)},
+                         where, tokens);
+        },
+        py::arg("queries"), py::arg("query_offsets"), py::arg("docs"), py::arg("doc_offsets"), py::arg("grad"),
+        py::arg("rows"), py::arg("of_docs"), py::arg("out"), py::arg("where"));
 }
 
 }  // namespace polyvec

@@ -26,6 +26,7 @@ struct Group {
     std::int64_t begin, end;
     std::int64_t tokens;
     std::int64_t panels;  // where its panels begin, in tokens
+    std::int64_t first;   // its first token
 };
 
 /// Documents [begin, end), or the candidates at these positions, which are those of `group`.
@@ -50,15 +51,36 @@ public:
         kernel_.pack(tokens, n, d_, panels_.get() + at * d_);
     }
 
-    void maxima(std::int64_t at, std::int64_t n, std::int64_t doc, std::int64_t next, T* best) const {
-        kernel_.maxima(panels_.get() + at * d_, n, docs_.set<T>(doc), docs_.length(doc), docs_.set<T>(next), d_, best);
+    void maxima(const Group& group, std::int64_t doc, std::int64_t next, T* best) const {
+        kernel_.maxima(panels_.get() + group.panels * d_, group.tokens, docs_.set<T>(doc), docs_.length(doc),
+                       docs_.set<T>(next), d_, best);
     }
 
-private:
+protected:
     const StoredTokens& docs_;
     std::int64_t d_;
     const MaxsimKernel<T>& kernel_;
     Aligned<T> panels_;
+};
+
+/// The same, writing the rows of MaxsimMatch on the way.
+template <class T>
+class MatchPanels : public FloatPanels<T> {
+public:
+    MatchPanels(const StoredTokens& docs, std::int64_t d, const Array& rows) : FloatPanels<T>(docs, d), rows_(rows) {}
+
+    void maxima(const Group& group, std::int64_t doc, std::int64_t, T* best) const {
+        std::vector<std::int64_t> found(group.tokens + this->width());
+        this->kernel_.align(this->panels_.get() + group.panels * this->d_, group.tokens,
+                            this->docs_.template set<T>(doc), this->docs_.length(doc), this->d_, best, found.data());
+        auto* rows = rows_.as<std::int32_t>() + group.first;
+        if (rows_.ndim == 2) rows += doc * rows_.dim(1);
+        std::transform(found.begin(), found.begin() + group.tokens, rows,
+                       [](std::int64_t row) { return static_cast<std::int32_t>(row); });
+    }
+
+private:
+    const Array& rows_;
 };
 
 const NarrowMaxsimKernel& narrow_kernel(const StoredTokens& docs) {
@@ -117,15 +139,15 @@ public:
                                 centroid_scores_.get() + at * centroids_);
     }
 
-    void maxima(std::int64_t at, std::int64_t n, std::int64_t doc, std::int64_t next, float* best) const {
+    void maxima(const Group& group, std::int64_t doc, std::int64_t next, float* best) const {
         const auto* codes = docs_.tokens.as<const unsigned char>();
         const std::int64_t first = docs_.begin(doc);
         kernel_.maxima(
-            panels_.get() + at * panel_words_, n,
+            panels_.get() + group.panels * panel_words_, group.tokens,
             {codes + first * row_bytes_, static_cast<std::size_t>(docs_.length(doc)),
              codes + docs_.begin(next) * row_bytes_, docs_.scales ? docs_.scales.as<const float>() + first : nullptr,
              docs_.centroids ? docs_.centroid_ids.as<const std::int32_t>() + first : nullptr,
-             centroid_scores_.get() + at * centroids_, weights_.get()},
+             centroid_scores_.get() + group.panels * centroids_, weights_.get()},
             d_, centroids_, best);
     }
 
@@ -147,16 +169,18 @@ class Scorer {
 public:
     using T = typename Panels::Score;
 
-    /// `alone`: every query is a group of its own, for documents of its own.
-    Scorer(const TokenSets& queries, const StoredTokens& docs, Missing missing, bool alone, int num_threads)
-        : queries_(queries), docs_(docs), missing_(missing), d_(queries.dim()), panels_(docs, d_) {
+    /// `alone`: every query is a group of its own, for documents of its own. `more` is what Panels need.
+    template <class... More>
+    Scorer(const TokenSets& queries, const StoredTokens& docs, Missing missing, bool alone, int num_threads,
+           const More&... more)
+        : queries_(queries), docs_(docs), missing_(missing), d_(queries.dim()), panels_(docs, d_, more...) {
         const std::int64_t row_bytes = std::max<std::int64_t>(1, panels_.token_bytes());
         const std::int64_t full = alone ? 0 : std::max(panel_bytes / row_bytes, least_panels * panels_.width());
         std::int64_t room = 0;
         for (std::int64_t q = 0; q < queries.size(); ++q) {
             const std::int64_t tokens = queries.length(q);
             if (groups.empty() || groups.back().tokens + tokens > full || q - groups.back().begin >= full)
-                groups.push_back({q, q, 0, room});
+                groups.push_back({q, q, 0, room, queries.begin(q)});
             Group& group = groups.back();
             group.end = q + 1;
             group.tokens += tokens;
@@ -204,7 +228,7 @@ public:
         const auto id = [&](std::int64_t i) { return ids ? ids[i] : i; };
         for (std::int64_t i = block.begin; i < block.end; ++i) {
             const std::int64_t doc = id(i), next = i + 1 < block.end ? id(i + 1) : doc;
-            panels_.maxima(group.panels, group.tokens, doc, next, maxima);
+            panels_.maxima(group, doc, next, maxima);
             const bool zero = docs_.length(doc) < missing_.full, empty = docs_.length(doc) == 0 && !zero;
             const T least = zero ? T{0} : -std::numeric_limits<T>::infinity();
             const T* maximum = maxima;
@@ -230,10 +254,10 @@ private:
     Panels panels_;
 };
 
-template <class Panels>
-void score(const MaxsimScore& op, int num_threads) {
+template <class Panels, class... More>
+void score(const MaxsimScore& op, int num_threads, const More&... more) {
     using T = typename Panels::Score;
-    const Scorer<Panels> scorer(op.queries, op.docs, op.missing, false, num_threads);
+    const Scorer<Panels> scorer(op.queries, op.docs, op.missing, false, num_threads, more...);
     const std::int64_t nd = op.docs.size(), groups = scorer.groups.size();
     std::vector<Block> blocks;
     scorer.cut(0, nd, nullptr, scorer.most_tokens, 0, blocks);
@@ -242,16 +266,6 @@ void score(const MaxsimScore& op, int num_threads) {
         const Block& block = blocks[piece / groups];
         const Group& group = scorer.groups[piece % groups];
         scorer.score(group, block, nullptr, maxima, out + group.begin * nd + block.begin, nd);
-    });
-}
-
-template <class Panels>
-void score_pairs(const MaxsimScorePairs& op, int num_threads) {
-    using T = typename Panels::Score;
-    const Scorer<Panels> scorer(op.queries, op.docs, op.missing, true, num_threads);
-    T* out = op.out.as<T>();
-    scorer.for_each_piece(op.queries.size(), num_threads, [&](std::int64_t i, T* maxima) {
-        scorer.score(scorer.groups[i], {i, i + 1, i}, nullptr, maxima, out + i, 1);
     });
 }
 
@@ -457,6 +471,54 @@ Array rows(Array a, std::int64_t begin, std::int64_t end) {
     return a;
 }
 
+template <class Panels, class... More>
+void score_pairs(const MaxsimScorePairs& op, int num_threads, const More&... more) {
+    using T = typename Panels::Score;
+    in_slices(op, most_alone, [&](std::int64_t begin, std::int64_t end) {
+        const TokenSets queries{op.queries.tokens, rows(op.queries.offsets, begin, end + 1)};
+        StoredTokens docs = op.docs;
+        docs.offsets = rows(op.docs.offsets, begin, end + 1);
+        const Scorer<Panels> scorer(queries, docs, op.missing, true, num_threads, more...);
+        T* out = op.out.as<T>() + begin;
+        scorer.for_each_piece(end - begin, num_threads, [&](std::int64_t i, T* maxima) {
+            scorer.score(scorer.groups[i], {i, i + 1, i}, nullptr, maxima, out + i, 1);
+        });
+    });
+}
+
+template <class T>
+void match(const MaxsimMatch& op, int num_threads) {
+    const StoredTokens docs{op.docs, {}, {}, {}, {}};
+    if (op.out.ndim == 1)
+        score_pairs<MatchPanels<T>>({op.queries, docs, {}, op.out}, num_threads, op.rows);
+    else
+        score<MatchPanels<T>>({op.queries, docs, {}, op.out}, num_threads, op.rows);
+}
+
+template <class T>
+void match_gradient(const MaxsimMatchGradient& op, int num_threads) {
+    const TokenSets& sets = op.of_docs ? op.docs : op.queries;
+    const TokenSets& others = op.of_docs ? op.queries : op.docs;
+    const std::int64_t d = sets.dim(), nd = op.docs.size();
+    const bool pairs = op.out.ndim == 1;
+    parallel_for(sets.size(), 1, num_threads, [&](std::int64_t set, std::int64_t, int) {
+        T* gradient = op.gradient.as<T>();
+        std::fill(gradient + sets.begin(set) * d, gradient + sets.begin(set + 1) * d, T{0});
+        for (std::int64_t other = pairs ? set : 0; other < (pairs ? set + 1 : others.size()); ++other) {
+            const std::int64_t query = op.of_docs ? other : set, doc = op.of_docs ? set : other;
+            const T weight = op.out.as<const T>()[pairs ? query : query * nd + doc];
+            const auto* rows = op.rows.as<const std::int32_t>() + (pairs ? 0 : doc * op.rows.dim(1));
+            for (std::int64_t i = op.queries.begin(query); i < op.queries.begin(query + 1); ++i) {
+                if (rows[i] < 0) continue;
+                const std::int64_t j = op.docs.begin(doc) + rows[i];
+                T* sum = gradient + (op.of_docs ? j : i) * d;
+                const T* token = others.tokens.as<const T>() + (op.of_docs ? i : j) * d;
+                for (std::int64_t c = 0; c < d; ++c) sum[c] += weight * token[c];
+            }
+        }
+    });
+}
+
 /// Queries [begin, end).
 void certify(const MaxsimCertifiedTopk& op, std::int64_t begin, std::int64_t end, int num_threads) {
     const std::int64_t n = end - begin, nd = op.docs.size(), d = op.queries.dim(), k = op.scores.dim(1);
@@ -593,18 +655,12 @@ void run(const MaxsimScore& op, Cpu cpu) {
 }
 
 void run(const MaxsimScorePairs& op, Cpu cpu) {
-    in_slices(op, most_alone, [&](std::int64_t begin, std::int64_t end) {
-        MaxsimScorePairs slice = op;
-        slice.queries.offsets = rows(op.queries.offsets, begin, end + 1);
-        slice.docs.offsets = rows(op.docs.offsets, begin, end + 1);
-        slice.out = rows(op.out, begin, end);
-        if (op.docs.format() != StoredTokens::floats)
-            score_pairs<NarrowPanels>(slice, cpu.num_threads);
-        else if (op.queries.tokens.dtype == DType::f32)
-            score_pairs<FloatPanels<float>>(slice, cpu.num_threads);
-        else
-            score_pairs<FloatPanels<double>>(slice, cpu.num_threads);
-    });
+    if (op.docs.format() != StoredTokens::floats)
+        score_pairs<NarrowPanels>(op, cpu.num_threads);
+    else if (op.queries.tokens.dtype == DType::f32)
+        score_pairs<FloatPanels<float>>(op, cpu.num_threads);
+    else
+        score_pairs<FloatPanels<double>>(op, cpu.num_threads);
 }
 
 void run(const MaxsimScoreMatrix& op, Cpu cpu) {
@@ -637,6 +693,15 @@ void run(const MaxsimCertifiedTopk& op, Cpu cpu) {
 
 void run(const MaxsimAlign& op, Cpu cpu) {
     op.query.dtype == DType::f32 ? align<float>(op, cpu.num_threads) : align<double>(op, cpu.num_threads);
+}
+
+void run(const MaxsimMatch& op, Cpu cpu) {
+    op.queries.tokens.dtype == DType::f32 ? match<float>(op, cpu.num_threads) : match<double>(op, cpu.num_threads);
+}
+
+void run(const MaxsimMatchGradient& op, Cpu cpu) {
+    op.queries.tokens.dtype == DType::f32 ? match_gradient<float>(op, cpu.num_threads)
+                                          : match_gradient<double>(op, cpu.num_threads);
 }
 
 }  // namespace polyvec

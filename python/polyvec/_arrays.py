@@ -71,13 +71,19 @@ def _cast_hint(x: Any, dtype: str) -> str:
     return f"; cast it with .to(torch.{dtype})" if is_torch(x) else f"; cast it with .astype('{dtype}')"
 
 
-# Public functions with a twin in polyvec.torch, which nothing here imports.
-DIFFERENTIABLE = ("hypercomplex.normalize", "hypercomplex.product", "hypercomplex.relation_query")
+# Public functions and their twins in polyvec.torch, which nothing here imports.
+DIFFERENTIABLE = {
+    "hypercomplex.normalize": "normalize",
+    "hypercomplex.product": "product",
+    "hypercomplex.relation_query": "relation_query",
+    "maxsim.score": "maxsim",
+    "maxsim.score_pairs": "maxsim_pairs",
+}
 
 
 def _refuse_grad(op: str, name: str, x: Any) -> None:
     if getattr(x, "requires_grad", False):
-        twin = f"polyvec.torch.{op.partition('.')[2]} or " if op in DIFFERENTIABLE else ""
+        twin = f"polyvec.torch.{DIFFERENTIABLE[op]} or " if op in DIFFERENTIABLE else ""
         raise TypeError(f"{op}: {name} must not require grad, got a tensor that does; use {twin}.detach()")
 
 

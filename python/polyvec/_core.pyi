@@ -83,6 +83,26 @@ def maxsim_certified_topk(
     rescored: typing.Any,
     where: int,
 ) -> None: ...
+def maxsim_match(
+    queries: typing.Any,
+    query_offsets: typing.Any,
+    docs: typing.Any,
+    doc_offsets: typing.Any,
+    out: typing.Any,
+    rows: typing.Any,
+    where: int,
+) -> None: ...
+def maxsim_match_gradient(
+    queries: typing.Any,
+    query_offsets: typing.Any,
+    docs: typing.Any,
+    doc_offsets: typing.Any,
+    grad: typing.Any,
+    rows: typing.Any,
+    of_docs: bool,
+    out: typing.Any,
+    where: int,
+) -> None: ...
 def maxsim_pack(tokens: typing.Any, codes: typing.Any, scales: typing.Any, where: int) -> None: ...
 def maxsim_residual_scales(docs: typing.Any, scales: typing.Any, where: int) -> None: ...
 def maxsim_score(

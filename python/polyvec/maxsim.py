@@ -849,3 +849,32 @@ def align(query: Any, doc: Any, *, num_threads: int | None = None) -> tuple[Any,
     ids, similarities = outputs(op, None, q, n, ("int64", dtype_name(q)), ("ids", "similarities"))
     _backend.run(op, "maxsim_align", q, q, d, ids, similarities, num_threads=num_threads)
     return ids, similarities
+
+
+def match(queries: Ragged, docs: Ragged, *, pairs: bool) -> tuple[Any, Any]:
+    """Return the scores of `score` (or `score_pairs`), and which row of its document each query token found.
+
+    Rows are int32 of shape (nd, query tokens), or (query tokens,) for pairs; -1 where there is none.
+    """
+    op = "maxsim.score_pairs" if pairs else "maxsim.score"
+    q = as_ragged(op, "queries", queries, dtypes=_FLOATS)
+    d = as_ragged(op, "docs", docs, dtypes=(dtype_name(q.values),), dim=q.dim, like="queries")
+    if pairs and len(d) != len(q):
+        raise ValueError(f"{op}: docs must have one document a query ({len(q)}), got {len(d)}")
+    tokens = int(q.values.shape[0])
+    scores = empty(q.values, (len(q),) if pairs else (len(q), len(d)), dtype_name(q.values))
+    rows = empty(q.values, (tokens,) if pairs else (len(d), tokens), "int32")
+    _backend.run(op, "maxsim_match", q.values, q.values, q.offsets, d.values, d.offsets, scores, rows)
+    return scores, rows
+
+
+def match_gradient(queries: Ragged, docs: Ragged, grad: Any, rows: Any, *, of_docs: bool) -> Any:
+    """Return the gradient for the tokens of the queries, or of the documents, given that of the scores of `match`."""
+    op = "maxsim.match_gradient"
+    dtype = dtype_name(queries.values)
+    q, d = (as_ragged(op, name, x, dtypes=(dtype,)) for name, x in (("queries", queries), ("docs", docs)))
+    grad = as_array(op, "grad", grad, dtypes=(dtype,))
+    like = d.values if of_docs else q.values
+    out = empty(like, tuple(like.shape), dtype)
+    _backend.run(op, "maxsim_match_gradient", like, q.values, q.offsets, d.values, d.offsets, grad, rows, of_docs, out)
+    return out

@@ -164,6 +164,56 @@ struct MaxsimCertifiedTopk {
     }
 };
 
+/// Scores, and what a gradient needs of them: which row of its document each query token found, -1 where there is none.
+/// Of query i and document i where `out` has one axis, of all queries and documents where it has two.
+struct MaxsimMatch {
+    static constexpr const char* op = "maxsim.match";
+    TokenSets queries, docs;
+    Array out;   // (n,) | (queries, docs), their dtype
+    Array rows;  // (query tokens,) | (docs, query tokens) int32
+
+    void validate() const { validate(op, *this); }
+
+    template <class Op>
+    static void validate(const char* op, const Op& a) {
+        a.queries.validate(op);
+        a.docs.validate(op);
+        const std::int64_t nq = a.queries.size(), nd = a.docs.size(), tokens = a.queries.tokens.dim(0);
+        require_dtype(op, a.docs.tokens, a.queries.tokens.dtype);
+        require_dim(op, a.docs.tokens, 1, a.queries.dim(), "the same d as queries");
+        require_dtype(op, a.out, a.queries.tokens.dtype);
+        require_dtype(op, a.rows, DType::i32);
+        require_contiguous(op, a.out);
+        require_contiguous(op, a.rows);
+        require(a.out.ndim == 1 || a.out.ndim == 2, op, "out must have 1 or 2 axes, got shape ", a.out.shape_text());
+        require_ndim(op, a.rows, a.out.ndim);
+        require_dim(op, a.out, 0, nq, "one row a query");
+        require_dim(op, a.rows, -1, tokens, "one entry a query token");
+        require(a.out.ndim == 2 || nd == nq, op, "docs must have one document a query (", nq, "), got ", nd);
+        if (a.out.ndim == 1) return;
+        require_dim(op, a.out, 1, nd, "one column a document");
+        require_dim(op, a.rows, 0, nd, "one row a document");
+    }
+};
+
+/// The gradient for the tokens of the queries or of the documents, given that of the scores of MaxsimMatch. Sums run
+/// over documents, over query tokens, in their order.
+struct MaxsimMatchGradient {
+    static constexpr const char* op = "maxsim.match_gradient";
+    TokenSets queries, docs;
+    Array out, rows;  // the scores' gradient; rows as MaxsimMatch wrote them
+    bool of_docs;
+    Array gradient;  // as the queries' or the documents' tokens
+
+    void validate() const {
+        MaxsimMatch::validate(op, *this);
+        require_out(op, gradient, queries.tokens.dtype);
+        const Array& tokens = (of_docs ? docs : queries).tokens;
+        require(gradient.ndim == 2 && gradient.shape == tokens.shape, op, "gradient must have the shape of the tokens ",
+                tokens.shape_text(), ", got ", gradient.shape_text());
+    }
+};
+
 /// ids[i] = the row of doc that is most similar to row i of query, the first of equals; similarities[i] = their inner
 /// product. -1 and -inf where doc has no rows.
 struct MaxsimAlign {
@@ -231,5 +281,7 @@ void run(const MaxsimScoreMatrix&, Cpu);
 void run(const MaxsimTopk&, Cpu);
 void run(const MaxsimCertifiedTopk&, Cpu);
 void run(const MaxsimAlign&, Cpu);
+void run(const MaxsimMatch&, Cpu);
+void run(const MaxsimMatchGradient&, Cpu);
 
 }  // namespace polyvec
