@@ -119,7 +119,7 @@ def on_device(request):
 def gpu(request):
     """Torch, for tests of what only a GPU has (streams, graphs)."""
     if not _on_gpu(request.config):
-        pytest.skip("needs a GPU: pytest --device cuda")
+        pytest.skip("needs a GPU: pytest tests --device cuda")
     return pytest.importorskip("torch")
 
 

@@ -159,7 +159,7 @@ def test_the_default_stream_has_the_name_that_dlpack_takes():
     assert _backend._stream_of(elsewhere(4, 3)) == 1
 
 
-# What follows runs on a GPU only: pytest --device cuda.
+# What follows runs on a GPU only: pytest tests --device cuda.
 
 
 def sample(rng, *shape, dtype=np.float32):

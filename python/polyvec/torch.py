@@ -160,7 +160,7 @@ def _relation_query_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
         return _relation_query(grad, table, each, ids, None, signs, normalize).view_as(grad)
 
     def scattered(rows: Tensor, ids: Tensor, like: Tensor) -> Tensor:
-        return torch.zeros_like(like).index_add(0, ids.long(), rows)
+        return torch.zeros_like(like).index_add_(0, ids.long(), rows)
 
     d_entities = d_relations = d_translations = None
     if ctx.needs_input_grad[0]:

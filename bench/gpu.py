@@ -1,0 +1,181 @@
+"""`python -m bench.gpu [--out bench/results]`: time the CUDA kernels and their rivals on this machine's GPU.
+
+Writes one table, named after the GPU: the ceilings measured on the spot first (copy bandwidth, bf16 product), then each
+case with its median time, the bandwidth it reaches of what the task must move, and every rival's time over ours. Each
+result is checked against torch before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import statistics
+import subprocess
+import time
+
+import torch
+
+import polyvec as pv
+import polyvec.torch as pvt
+
+DEVICE = "cuda"
+D = 128  # 4 x 128: rows of 2 KB
+
+
+def milliseconds(call, rounds=20):
+    """Median time of a call on the GPU, by events."""
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def measured_ceilings():
+    """Copy bandwidth in GB/s (bytes read and written) and bf16 product in TFLOP/s, both on random data."""
+    x = torch.randn(1 << 29, device=DEVICE)  # 2 GB: larger than any cache
+    y = torch.empty_like(x)
+    copy = 2 * x.nbytes / milliseconds(lambda: y.copy_(x)) / 1e6
+    n = 8192
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    return copy, 2 * n**3 / milliseconds(lambda: a @ b) / 1e9
+
+
+def eager_product(x, y):
+    """The Hamilton product component by component, as users of torch write it."""
+    a, b, c, d = x.unbind(-2)
+    p, q, r, s = y.unbind(-2)
+    return torch.stack(
+        (
+            a * p - b * q - c * r - d * s,
+            a * q + b * p + c * s - d * r,
+            a * r + c * p + d * q - b * s,
+            a * s + d * p + b * r - c * q,
+        ),
+        -2,
+    )
+
+
+def eager_relation_query(entities, relations, heads, relation_ids):
+    rotors = torch.nn.functional.normalize(relations, dim=-2)
+    return eager_product(entities[heads], rotors[relation_ids]).flatten(1)
+
+
+def with_gradients(function, tensors, grad):
+    """A call that runs `function` forwards and backwards and returns the gradients of `tensors`."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    return lambda: torch.autograd.grad(function(*leaves), leaves, grad)
+
+
+def cases(n):
+    """(name, bytes that the task must move, our call, torch's function, its tensors) at n numbers of 4 x D."""
+    x, y, grad = (torch.randn(n, 4, D, device=DEVICE) for _ in range(3))
+    relations = torch.randn(1000, 4, D, device=DEVICE)
+    heads = torch.randint(n, (n,), device=DEVICE)
+    relation_ids = torch.randint(len(relations), (n,), device=DEVICE)
+    size = x.nbytes
+
+    def query(entities, relations):
+        return pvt.relation_query(entities, relations, heads, relation_ids)
+
+    def eager_query(entities, relations):
+        return eager_relation_query(entities, relations, heads, relation_ids)
+
+    flat = grad.flatten(1)
+    yield "product", 3 * size, lambda: pv.hypercomplex.product(x, y), eager_product, (x, y), None
+    yield "normalize", 2 * size, lambda: pv.hypercomplex.normalize(x), eager_normalize, (x,), None
+    yield (
+        "relation query",
+        2 * size,
+        lambda: pv.hypercomplex.relation_query(x, relations, heads, relation_ids),
+        eager_query,
+        (x, relations),
+        None,
+    )
+    yield (
+        "product, forward and backward",
+        8 * size,
+        with_gradients(pvt.product, (x, y), grad),
+        eager_product,
+        (x, y),
+        grad,
+    )
+    yield (
+        "relation query, forward and backward",
+        5 * size,
+        with_gradients(query, (x, relations), flat),
+        eager_query,
+        (x, relations),
+        flat,
+    )
+
+
+def eager_normalize(x):
+    return torch.nn.functional.normalize(x, dim=-2)
+
+
+def call_overhead():
+    """Microseconds from Python for one small call, the GPU being faster than that."""
+    x = torch.randn(4, D, device=DEVICE)
+    out = torch.empty_like(x)
+    pv.hypercomplex.product(x, x, out=out)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(1000):
+        pv.hypercomplex.product(x, x, out=out)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def row(name, nbytes, ours, function, tensors, grad, copy):
+    """Check a case, time it and its rivals, and return its line of the table."""
+    compiled = torch.compile(function)
+    rivals = [
+        (lambda f=f: f(*tensors)) if grad is None else with_gradients(f, tensors, grad) for f in (function, compiled)
+    ]
+    torch.testing.assert_close(ours(), rivals[0](), rtol=1e-4, atol=1e-3)
+    time_of_ours, *times = (milliseconds(call) for call in (ours, *rivals))
+    rate = nbytes / time_of_ours / 1e6
+    ratios = " | ".join(f"{t / time_of_ours:.2f}" for t in times)
+    return f"| {name} | {time_of_ours:.3f} | {rate:.0f} ({rate / copy:.0%}) | {ratios} |"
+
+
+def main():
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("bench/results"), help="default: %(default)s")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU, and torch sees none")
+    gpu, free = torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0]
+    n = min(1 << 20, free // (40 * 4 * D * 4))  # rivals hold some thirty arrays of a component each
+    copy, product = measured_ceilings()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    lines = [
+        f"# {gpu}",
+        "",
+        f"polyvec {pv.__version__} at {commit.stdout.strip() or 'an unknown commit'}, torch {torch.__version__}, "
+        f"CUDA {torch.version.cuda}; medians by events, random data, float32, quaternions, rows of 4 x {D}.",
+        "",
+        f"- copy bandwidth: {copy:.0f} GB/s",
+        f"- bf16 product, 8192 cubed: {product:.0f} TFLOP/s",
+        f"- one small call from Python: {call_overhead():.1f} us",
+        "",
+        f"| case, n = {n:,} | ms | GB/s (of copy) | torch eager / ours | torch.compile / ours |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [row(*case, copy) for case in cases(n)]
+    path = arguments.out / f"{gpu.replace(' ', '-')}.md"
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(path.read_text(encoding="utf-8"), f"written to {path}", sep="\n")
+
+
+if __name__ == "__main__":
+    main()
