@@ -47,7 +47,8 @@ def retrieve(name, candidates):
     queries = pv.Ragged(sample.query_tokens, sample.query_offsets)
     print(f"\n{name}: {len(docs)} documents of {docs.lengths.mean():.0f} token vectors, {len(queries)} queries")
 
-    index = pv.retrieve.MultiVectorIndex(docs.dim).add(docs, progress=True)
+    index = pv.retrieve.MultiVectorIndex(docs.dim)
+    index.add(docs, progress=True)
     packed = pv.maxsim.pack(docs)
     pooled_docs, pooled_queries = mean_pooled(docs), mean_pooled(queries)
     results = {

@@ -26,7 +26,9 @@ def small_encoder(dim=16):
 
 
 def build(first_stage, docs, **arguments):
-    return pv.retrieve.MultiVectorIndex(16, encoder=small_encoder(), first_stage=first_stage).add(docs, **arguments)
+    index = pv.retrieve.MultiVectorIndex(16, encoder=small_encoder(), first_stage=first_stage)
+    index.add(docs, **arguments)
+    return index
 
 
 STAGES = ["hnsw", "pq", "flat"]
@@ -48,7 +50,8 @@ def test_candidates_find_most_of_the_exact_result(first_stage):
     docs = pv.Ragged(sample["doc_tokens"] * sample["scale"], sample["doc_offsets"])
     queries = pv.Ragged(sample["query_tokens"] * sample["scale"], sample["query_offsets"]).take(range(100))
     encoder = pv.fde.Encoder(128, repetitions=20, simhash_bits=4, projection_dim=8)
-    index = pv.retrieve.MultiVectorIndex(128, encoder=encoder, first_stage=first_stage).add(docs)
+    index = pv.retrieve.MultiVectorIndex(128, encoder=encoder, first_stage=first_stage)
+    index.add(docs)
     exact = pv.maxsim.topk(queries, docs, 10)[1]
     found = [index.search(queries, 10, candidates=candidates) for candidates in (10, 100)]
     assert all((np.diff(scores, axis=1) <= 0).all() for scores, _ in found)
@@ -61,7 +64,9 @@ def test_adding_in_parts_is_adding_at_once(rng):
     docs, queries = sample_docs(rng, 600), sample_docs(rng, 5)
     ids = rng.permutation(1000)[:600]
     whole = build("flat", docs, ids=ids)
-    parts = build("flat", docs[:100], ids=ids[:100]).add(docs[100:101], ids=ids[100:101]).add(docs[101:], ids=ids[101:])
+    parts = build("flat", docs[:100], ids=ids[:100])
+    parts.add(docs[100:101], ids=ids[100:101])
+    parts.add(docs[101:], ids=ids[101:])
     assert len(whole) == len(parts) == 600
     assert_exact(parts.ids, ids)
     for a, b in zip(whole.search(queries, 7, candidates=50), parts.search(queries, 7, candidates=50), strict=True):
@@ -69,7 +74,8 @@ def test_adding_in_parts_is_adding_at_once(rng):
 
 
 def test_default_ids_go_on_from_the_largest(rng):
-    index = build("flat", sample_docs(rng, 2), ids=[5, 3]).add(sample_docs(rng, 2))
+    index = build("flat", sample_docs(rng, 2), ids=[5, 3])
+    index.add(sample_docs(rng, 2))
     assert_exact(index.ids, [5, 3, 6, 7])
 
 

@@ -98,7 +98,11 @@ def save(path: str | os.PathLike[str], kind: str, state: State) -> None:
     target = os.path.realpath(os.fspath(path))
     temporary = f"{target}.{secrets.token_hex(4)}.tmp"
     try:
-        with open(temporary, "xb") as file:
+        try:
+            file = open(temporary, "xb")  # noqa: SIM115 (closed by the with below)
+        except OSError as error:  # name the file that the caller asked for
+            raise type(error)(error.errno, error.strerror, os.fspath(path)) from None
+        with file:
             file.write(len(text).to_bytes(8, "little") + text)
             for tensor in tensors.values():
                 file.write(_bytes_of(tensor).data)

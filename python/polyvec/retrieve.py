@@ -50,7 +50,8 @@ class MultiVectorIndex:
     >>> import numpy as np, polyvec as pv
     >>> rng = np.random.default_rng(0)
     >>> docs = [rng.standard_normal((n, 16)).astype(np.float32) for n in (5, 3, 8)]
-    >>> index = pv.retrieve.MultiVectorIndex(16, first_stage="flat").add(docs, ids=[10, 20, 30])
+    >>> index = pv.retrieve.MultiVectorIndex(16, first_stage="flat")
+    >>> index.add(docs, ids=[10, 20, 30])
     >>> scores, ids = index.search([docs[2]], k=1)
     >>> ids
     array([[30]])
@@ -97,7 +98,7 @@ class MultiVectorIndex:
         *,
         progress: Progress = None,
         num_threads: int | None = None,
-    ) -> MultiVectorIndex:
+    ) -> None:
         """Add documents.
 
         Parameters
@@ -110,11 +111,6 @@ class MultiVectorIndex:
             True shows a bar; a callable is given (done, total) documents.
         num_threads : int, optional
             CPU threads; the process setting when None.
-
-        Returns
-        -------
-        MultiVectorIndex
-            The index itself.
 
         Raises
         ------
@@ -136,7 +132,6 @@ class MultiVectorIndex:
                 block = slice(start, min(start + _BLOCK, len(sets)))
                 self._add_block(sets, new_ids, block, num_threads)
                 report(block.stop - block.start)
-        return self
 
     def _new_ids(self, op: str, ids: Any, n: int) -> npt.NDArray[np.int64]:
         if ids is None:
