@@ -181,3 +181,46 @@ def test_certified_topk(compare, data, name):
         check=check,
         flops=2 * queries.values.size * len(docs.values),
     )
+
+
+def test_score_pairs(compare, rng):
+    torch = pytest.importorskip("torch")
+    n = 500
+    queries, docs = unit(rng, n, QUERY_TOKENS, D), unit(rng, n, 180, D)
+    q, d = torch.from_numpy(queries), torch.from_numpy(docs)
+    expected = np.stack([(query @ doc.T).max(1).sum() for query, doc in zip(queries, docs, strict=True)])
+    compare(
+        lambda: pv.maxsim.score_pairs(queries, docs),
+        {"torch": lambda: torch.bmm(q, d.transpose(1, 2)).amax(2).sum(1)},
+        check=lambda result: np.testing.assert_allclose(np.asarray(result), expected, rtol=1e-4, atol=1e-4),
+        flops=2 * queries.size * 180,
+        bytes=queries.nbytes + docs.nbytes,
+    )
+
+
+def test_scores_and_gradients(compare, rng):
+    """A step of training with in-batch negatives: scores of all pairs, and gradients for both sides."""
+    torch = pytest.importorskip("torch")
+    pvt = pytest.importorskip("polyvec.torch")
+    n = 64
+    q, d = (torch.from_numpy(unit(rng, n, t, D)).requires_grad_() for t in (QUERY_TOKENS, 180))
+
+    def step(score):
+        return torch.autograd.grad(score(q, d).logsumexp(1).sum(), (q, d))
+
+    def in_einsum(q, d):
+        return torch.einsum("aid,bjd->abij", q, d).amax(3).sum(2)
+
+    expected = step(in_einsum)
+
+    def check(result):
+        for gradient, same in zip(result, expected, strict=True):
+            torch.testing.assert_close(gradient, same, rtol=1e-4, atol=1e-5)
+
+    compare(
+        lambda: step(pvt.maxsim),
+        {"torch einsum": lambda: step(in_einsum)},
+        check=check,
+        flops=2 * n * q.numel() * 180 + 4 * n * q.numel(),
+        bytes=4 * (q.numel() + d.numel()),
+    )

@@ -14,36 +14,28 @@ inline StoredTokens stored_tokens(Args& args, const py::tuple& docs) {
             args.in("bucket_weights", docs[5])};
 }
 
+template <class Exec, class Op>
+void def_score(py::module_& m, const char* name) {
+    m.def(
+        name,
+        [](const py::object& queries, const py::object& query_offsets, const py::object& docs, std::int64_t full,
+           double empty, const py::object& out, std::intptr_t where) {
+            Args args = args_for<Exec>(Op::op, where);
+            const Array tokens = args.in("queries", queries);
+            run_op<Exec>(Op{{tokens, args.in("query offsets", query_offsets)},
+                            stored_tokens(args, docs),
+                            {full, empty},
+                            args.out("out", out)},
+                         where, tokens);
+        },
+        py::arg("queries"), py::arg("query_offsets"), py::arg("docs"), py::arg("full"), py::arg("empty"),
+        py::arg("out"), py::arg("where"));
+}
+
 template <class Exec>
 void bind_maxsim(py::module_& m) {
-    m.def(
-        "maxsim_score",
-        [](const py::object& queries, const py::object& query_offsets, const py::object& docs, std::int64_t full,
-           double empty, const py::object& out, std::intptr_t where) {
-            Args args = args_for<Exec>(MaxsimScore::op, where);
-            const Array tokens = args.in("queries", queries);
-            run_op<Exec>(MaxsimScore{{tokens, args.in("query offsets", query_offsets)},
-                                     stored_tokens(args, docs),
-                                     {full, empty},
-                                     args.out("out", out)},
-                         where, tokens);
-        },
-        py::arg("queries"), py::arg("query_offsets"), py::arg("docs"), py::arg("full"), py::arg("empty"),
-        py::arg("out"), py::arg("where"));
-    m.def(
-        "maxsim_score_pairs",
-        [](const py::object& queries, const py::object& query_offsets, const py::object& docs, std::int64_t full,
-           double empty, const py::object& out, std::intptr_t where) {
-            Args args = args_for<Exec>(MaxsimScorePairs::op, where);
-            const Array tokens = args.in("queries", queries);
-            run_op<Exec>(MaxsimScorePairs{{tokens, args.in("query offsets", query_offsets)},
-                                          stored_tokens(args, docs),
-                                          {full, empty},
-                                          args.out("out", out)},
-                         where, tokens);
-        },
-        py::arg("queries"), py::arg("query_offsets"), py::arg("docs"), py::arg("full"), py::arg("empty"),
-        py::arg("out"), py::arg("where"));
+    def_score<Exec, MaxsimScore>(m, "maxsim_score");
+    def_score<Exec, MaxsimScorePairs>(m, "maxsim_score_pairs");
     m.def(
         "maxsim_score_matrix",
         [](const py::object& query, const py::object& doc, const py::object& out, std::intptr_t where) {
