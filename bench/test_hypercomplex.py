@@ -46,6 +46,20 @@ def test_product(compare, rng):
     )
 
 
+def test_interleaved_product(compare, rng):
+    torch = pytest.importorskip("torch")
+    x, y = sample(rng, N * D, 4), sample(rng, N * D, 4)
+    tx, ty = torch.from_numpy(x), torch.from_numpy(y)
+    out = np.empty_like(x)
+    compare(
+        lambda: pv.hypercomplex.product(x, y, axis=-1, out=out),
+        {"numpy": lambda: by_components(x, y, np.stack), "torch": lambda: by_components(tx, ty, torch.stack)},
+        check=close_to(ref.product(x.T, y.T, "quaternion").T),
+        flops=28 * N * D,
+        bytes=3 * x.nbytes,
+    )
+
+
 def test_relation_query(compare, rng):
     torch = pytest.importorskip("torch")
     entities, relations = sample(rng, 40_000, 4, D), sample(rng, 20, 4, D)
@@ -68,4 +82,27 @@ def test_relation_query(compare, rng):
         check=close_to(ref.relation_query(entities, relations, heads, relation_ids, "quaternion", None, True)),
         flops=28 * N * D,
         bytes=2 * out.nbytes,
+    )
+
+
+def test_relation_query_with_gradients(compare, rng):
+    torch = pytest.importorskip("torch")
+    pvt = pytest.importorskip("polyvec.torch")
+    entities, relations = (torch.from_numpy(sample(rng, n, 4, D)).requires_grad_() for n in (N, 20))
+    heads, relation_ids = (torch.from_numpy(rng.integers(0, n, N)) for n in (N, 20))
+    grad = torch.from_numpy(sample(rng, N, 4 * D))
+
+    def in_torch():
+        rotors = torch.nn.functional.normalize(relations, dim=1)
+        return by_components(entities[heads], rotors[relation_ids], torch.stack).flatten(1)
+
+    def gradients(result):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(result, (entities, relations), grad)])
+
+    expected = gradients(in_torch())
+    compare(
+        lambda: gradients(pvt.relation_query(entities, relations, heads, relation_ids)),
+        {"torch": lambda: gradients(in_torch())},
+        check=lambda result: torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-3),
+        bytes=5 * grad.nbytes,
     )

@@ -180,14 +180,20 @@ void relation_query(const RelationTables<T>& tables, const std::int64_t* head_id
 
 template <class T>
 void to_planes(const T* __restrict x, T* __restrict planes, size_t components, size_t n) noexcept {
-    for (size_t c = 0; c < components; ++c)
-        for (size_t v = 0; v < n; ++v) planes[c * n + v] = x[v * components + c];
+    with_components(components, [&]<size_t N>() __attribute__((always_inline)) {
+        for (size_t v = 0; v < n; ++v) {
+            for (size_t c = 0; c < N; ++c) planes[c * n + v] = x[v * N + c];
+        }
+    });
 }
 
 template <class T>
 void from_planes(const T* __restrict planes, T* __restrict x, size_t components, size_t n) noexcept {
-    for (size_t c = 0; c < components; ++c)
-        for (size_t v = 0; v < n; ++v) x[v * components + c] = planes[c * n + v];
+    with_components(components, [&]<size_t N>() __attribute__((always_inline)) {
+        for (size_t v = 0; v < n; ++v) {
+            for (size_t c = 0; c < N; ++c) x[v * N + c] = planes[c * n + v];
+        }
+    });
 }
 
 template <class T>
