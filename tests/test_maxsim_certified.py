@@ -37,6 +37,16 @@ def test_equals_topk(rng, isa, d, k):
         assert_exact(other.rescored, best.rescored)
 
 
+@pytest.mark.parametrize("dtype", ["residual2", "residual4"])
+def test_residuals(rng, isa, dtype):
+    queries, docs = sample(rng, [5, 32], 20), sample(rng, rng.integers(0, 30, 80), 20)
+    docs = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in docs]
+    packed = pv.maxsim.pack(docs, dtype, centroids=np.concatenate(docs)[::5])
+    best, (scores, ids) = pv.maxsim.certified_topk(queries, packed, docs, 7), pv.maxsim.topk(queries, docs, 7)
+    assert_exact(best.ids, ids)
+    assert_exact(best.scores, scores)
+
+
 def test_few_are_rescored(rng):
     docs = rng.standard_normal((400, 6, 32), np.float32)
     best = assert_certified(docs[:10], docs, 1)
@@ -121,11 +131,15 @@ def ones(*shape):
     ("call", "error", "text"),
     [
         (
-            lambda p: (ones(2, 3, 4), ones(5, 2, 4), ones(5, 2, 4)),
+            lambda p: (ones(2, 3, 4), [], ones(5, 2, 4)),
             TypeError,
-            "packed must be PackedTokens, got ndarray",
+            "packed must be PackedTokens, got list",
         ),
-        (lambda p: (ones(2, 3, 4), p(ones(5, 2, 4)), ones(5, 2, 4)), TypeError, "packed must be int8, got float32"),
+        (
+            lambda p: (ones(2, 3, 4), p(ones(5, 2, 4)), ones(5, 2, 4)),
+            TypeError,
+            "packed must be int8 or residual codes, got float32",
+        ),
         (
             lambda p: (ones(2, 3, 4), p(ones(5, 2, 4), "int8"), ones(5, 3, 4)),
             ValueError,

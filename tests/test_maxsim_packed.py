@@ -105,6 +105,70 @@ def test_save_and_load(rng, tmp_path, lib, dtype, mmap):
     assert_exact(pv.maxsim.score(queries, loaded), pv.maxsim.score([lib(q) for q in queries], packed))
 
 
+def nearest(x, centroids):
+    return ((x[:, None].astype(np.float64) - centroids) ** 2).sum(2).argmin(1)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("d", [4, 17, 40])
+def test_pack_residuals(rng, lib, d, bits):
+    """Nearest centroid, nearest weight, the token's own length; the weights are quantiles of the residuals."""
+    docs, centroids = sample(rng, DOC_TOKENS, d), rng.standard_normal((9, d)).astype(np.float32)
+    packed = pv.maxsim.pack([lib(x) for x in docs], f"residual{bits}", centroids=lib(centroids))
+    parts = {name: np.asarray(x) for name, x in packed.state().tensors.items()}
+    tokens = np.concatenate(docs)
+    ids = nearest(tokens, centroids)
+    assert_exact(parts["centroid_ids"], ids)
+    weights = np.quantile(tokens - centroids[ids], (np.arange(1 << bits) + 0.5) / (1 << bits))
+    np.testing.assert_allclose(parts["bucket_weights"], weights, rtol=1e-5)
+    codes = np.abs((tokens - centroids[ids])[:, :, None] - parts["bucket_weights"]).argmin(2)
+    codes = np.pad(codes, ((0, 0), (0, -d % 4)))
+    assert_exact(parts["values"], stored.residual_bytes(codes, bits))
+    decoded = centroids[ids] + stored.rounded_weights(parts["bucket_weights"])[codes[:, :d]]
+    lengths = np.linalg.norm(tokens, axis=1) / np.linalg.norm(decoded, axis=1)
+    np.testing.assert_allclose(parts["scales"], lengths, rtol=1e-5)
+    errors = np.linalg.norm(tokens - lengths[:, None] * decoded, axis=1)
+    largest = [x.max(initial=0) for x in np.split(errors, np.cumsum(DOC_TOKENS)[:-1])]
+    np.testing.assert_allclose(parts["bounds"][:, 0], largest, rtol=1e-4, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", ["float32", *PACKED, "residual4", "residual2"])
+def test_append(rng, lib, dtype):
+    docs, centroids = sample(rng, [3, 0, 5, 40], 20), rng.standard_normal((9, 20)).astype(np.float32)
+    more, queries = sample(rng, [1, 0, 9], 20), sample(rng, [4, 30], 20)
+    options = {"centroids": lib(centroids)} if dtype.startswith("residual") else {}
+    packed = pv.maxsim.pack([lib(x) for x in docs], dtype, **options)
+    grown = packed.append(more).append([lib(x) for x in docs])
+    assert (len(packed), len(grown), grown.dtype) == (4, 11, dtype)
+    scores = pv.maxsim.score(queries, grown)
+    assert_exact(scores[:, :4], pv.maxsim.score(queries, packed))
+    assert_exact(scores[:, 7:], scores[:, :4])
+    if dtype in ("float32", *PACKED):
+        assert_exact(scores[:, 4:7], pv.maxsim.score(queries, pv.maxsim.pack(more, dtype)))
+    assert_exact(pv.maxsim.score(queries, packed[:0].append(docs)), scores[:, :4])
+    if grown.state().tensors.keys() >= {"bounds"}:
+        tokens = [*docs, *more, *docs]
+        assert_exact(pv.maxsim.certified_topk(queries, grown, tokens, 3).ids, pv.maxsim.topk(queries, tokens, 3)[1])
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 900])
+def test_trained_centroids(rng, lib, n):
+    docs = rng.standard_normal((1, n, 8), np.float32)
+    packed = pv.maxsim.pack(lib(docs), "residual4")
+    parts = packed.state().tensors
+    assert len(parts["centroids"]) == {0: 1, 1: 1, 3: 3, 900: 256}[n]
+    one = pv.maxsim.pack(docs, "residual4", centroids=np.zeros((1, 8), np.float32))
+    assert (np.asarray(packed._bounds)[0, 0] <= one._bounds[0, 0]).all()
+    assert_exact(np.asarray(pv.maxsim.pack(docs, "residual4", num_threads=2)._bounds), np.asarray(packed._bounds))
+
+
+def test_append_to_tokens_without_bounds(rng):
+    arrays, _, _ = compressed(rng, [3, 4], 8, 4)
+    grown = pv.maxsim.from_residuals(*arrays).append(sample(rng, [2, 2], 8))
+    with pytest.raises(ValueError, match=r"^maxsim.certified_topk: packed must have bounds, as pack makes them$"):
+        pv.maxsim.certified_topk(sample(rng, [2], 8), grown, sample(rng, [3, 4, 2, 2], 8), 1)
+
+
 def test_extreme_elements():
     exact = [np.array([[0, 2.0**-24, -(2.0**-14), 65504, -1]], np.float32), np.zeros((1, 5), np.float32)]
     query = np.eye(5, dtype=np.float32)[:, None]
@@ -123,6 +187,30 @@ def test_int8_ranks_as_float32_does(data):
         assert abs(ranking.ndcg(ids, relevance) - 0.4382) < 0.002
 
 
+def sampled(docs, n):
+    """Every m-th token for a centroid: worse ones than k-means finds."""
+    return np.ascontiguousarray(docs.values[np.arange(n) * len(docs.values) // n])
+
+
+def test_residuals_rank_as_float32_does(data):
+    docs, queries, relevance = ranking.read(data / "cranfield")
+    judged = [q for q, grades in enumerate(relevance) if grades]
+    queries, relevance = queries.take(judged), [relevance[q] for q in judged]
+    packed = pv.maxsim.pack(docs, "residual4", centroids=sampled(docs, 512))
+    _, ids = pv.maxsim.topk(queries, packed, 10)
+    assert abs(ranking.ndcg(ids, relevance) - 0.4382) < 0.01
+
+
+@pytest.mark.parametrize(("bits", "kept"), [(4, 0.9), (2, 0.7)])
+def test_tokens_of_colbert(data, bits, kept):
+    arrays = np.load(data / "colbert-nanofiqa" / "tokens.npz")
+    docs, queries = (pv.Ragged(arrays[f"{kind}_tokens"], arrays[f"{kind}_offsets"]) for kind in ("doc", "query"))
+    packed = pv.maxsim.pack(docs, f"residual{bits}", centroids=sampled(docs, 512))
+    _, expected = pv.maxsim.topk(queries, docs, 10)
+    assert ranking.recall(pv.maxsim.topk(queries, packed, 10)[1], expected) >= kept
+    assert_exact(pv.maxsim.certified_topk(queries, packed, docs, 10).ids, expected)
+
+
 def ones(*shape, dtype=np.float32):
     return np.ones(shape, dtype)
 
@@ -134,6 +222,26 @@ def ones(*shape, dtype=np.float32):
             lambda: pv.maxsim.pack([ones(2, 3) * 70000], "float16"),
             ValueError,
             "maxsim.pack: docs must be at most 65504 in float16, got 70000",
+        ),
+        (
+            lambda: pv.maxsim.pack([ones(2, 3)], "int8", centroids=ones(2, 3)),
+            ValueError,
+            "maxsim.pack: centroids must be None for int8, got ndarray",
+        ),
+        (
+            lambda: pv.maxsim.pack([ones(2, 3)], "residual2", centroids=ones(0, 3)),
+            ValueError,
+            "maxsim.pack: centroids must have shape (n, 3), got (0, 3)",
+        ),
+        (
+            lambda: pv.maxsim.pack([ones(2, 3)], "int8").append([ones(2, 4)]),
+            ValueError,
+            "PackedTokens.append: docs must have d = 3, got 4",
+        ),
+        (
+            lambda: pv.maxsim.pack([ones(2, 3)]).append([ones(2, 3), ones(2, 3) * np.nan]),
+            ValueError,
+            "PackedTokens.append: docs must be finite, got NaN or Inf in token 0 of document 1",
         ),
         (
             lambda: pv.maxsim.score([ones(2, 4)], pv.maxsim.pack([ones(2, 3)], "int8")),

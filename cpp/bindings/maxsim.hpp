@@ -73,6 +73,34 @@ void bind_maxsim(py::module_& m) {
         },
         py::arg("tokens"), py::arg("codes"), py::arg("scales"), py::arg("where"));
     m.def(
+        "maxsim_buckets",
+        [](const py::object& tokens, const py::object& centroid_ids, const py::object& centroids,
+           const py::object& weights, std::intptr_t where) {
+            Args args = args_for<Exec>(MaxsimBuckets::op, where);
+            const Array first = args.in("docs", tokens);
+            run_op<Exec>(MaxsimBuckets{first, args.in("centroid_ids", centroid_ids), args.in("centroids", centroids),
+                                       args.out("bucket_weights", weights)},
+                         where, first);
+        },
+        py::arg("tokens"), py::arg("centroid_ids"), py::arg("centroids"), py::arg("weights"), py::arg("where"));
+    m.def(
+        "maxsim_compress",
+        [](const py::object& tokens, const py::object& offsets, const py::object& codes, const py::object& scales,
+           const py::object& centroid_ids, const py::object& centroids, const py::object& weights,
+           std::intptr_t where) {
+            Args args = args_for<Exec>(MaxsimCompress::op, where);
+            const Array first = args.in("docs", tokens);
+            run_op<Exec>(MaxsimCompress{first,
+                                        {{args.out("codes", codes), args.in("doc offsets", offsets)},
+                                         args.out("scales", scales),
+                                         args.in("centroid_ids", centroid_ids),
+                                         args.in("centroids", centroids),
+                                         args.in("bucket_weights", weights)}},
+                         where, first);
+        },
+        py::arg("tokens"), py::arg("offsets"), py::arg("codes"), py::arg("scales"), py::arg("centroid_ids"),
+        py::arg("centroids"), py::arg("weights"), py::arg("where"));
+    m.def(
         "maxsim_residual_scales",
         [](const py::object& docs, const py::object& scales, std::intptr_t where) {
             Args args = args_for<Exec>(MaxsimResidualScales::op, where);

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <mutex>
+#include <numeric>
 #include <vector>
 
 #include "polyvec/aligned.hpp"
@@ -407,6 +408,16 @@ public:
         return weight_[row[i / per_byte] >> shift & ((1 << bits_) - 1)];
     }
 
+    /// |centroid + rounded|
+    double norm(std::int64_t t, std::int64_t d) const {
+        double squares = 0;
+        for (std::int64_t i = 0; i < d; ++i) {
+            const double x = centroid(t, i) + rounded(t, i);
+            squares += x * x;
+        }
+        return std::sqrt(squares);
+    }
+
 private:
     const StoredTokens& docs_;
     std::int64_t width_, d_;
@@ -601,12 +612,62 @@ void run(const MaxsimResidualScales& op, Cpu cpu) {
     const std::int64_t d = op.docs.centroids.dim(1);
     parallel_for(op.docs.tokens.dim(0), token_block, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
         for (std::int64_t t = begin; t < end; ++t) {
-            double sum = 0;
+            const double norm = decoder.norm(t, d);
+            op.docs.scales.as<float>()[t] = norm > 0 ? static_cast<float>(1 / norm) : 0;
+        }
+    });
+}
+
+void run(const MaxsimBuckets& op, Cpu) {
+    constexpr std::int64_t most = 1 << 20;  // elements sampled
+    const std::int64_t n = op.tokens.dim(0), d = op.tokens.dim(1), buckets = op.weights.dim(0);
+    auto* weights = op.weights.as<float>();
+    std::fill_n(weights, buckets, 0.0f);
+    std::vector<float> residuals;
+    for (std::int64_t t = 0; t < n; t += n * d / most + 1) {
+        const float* centroid = op.centroids.as<const float>() + op.centroid_ids.as<const std::int32_t>()[t] * d;
+        for (std::int64_t i = 0; i < d; ++i) residuals.push_back(op.tokens.as<const float>()[t * d + i] - centroid[i]);
+    }
+    if (residuals.empty()) return;
+    std::sort(residuals.begin(), residuals.end());
+    const std::int64_t last = residuals.size() - 1;
+    for (std::int64_t k = 0; k < buckets; ++k) {
+        const double at = static_cast<double>(last) * (2 * k + 1) / (2 * buckets);
+        const auto below = static_cast<std::int64_t>(at);
+        const double low = residuals[below], high = residuals[std::min(below + 1, last)];
+        weights[k] = static_cast<float>(low + (at - below) * (high - low));
+    }
+}
+
+void run(const MaxsimCompress& op, Cpu cpu) {
+    const StoredTokens& docs = op.docs;
+    const Decoder decoder(docs);
+    const std::int64_t d = op.tokens.dim(1), width = docs.tokens.dim(1), codes = docs.weights.dim(0);
+    const auto* weights = docs.weights.as<const float>();
+    const int bits = codes == 16 ? 4 : 2, per_byte = 8 / bits;
+    int order[16];  // codes by their weights
+    float middle[15];
+    std::iota(order, order + codes, 0);
+    std::sort(order, order + codes, [&](int a, int b) { return weights[a] < weights[b]; });
+    for (int k = 0; k < codes - 1; ++k) middle[k] = (weights[order[k]] + weights[order[k + 1]]) / 2;
+    parallel_for(docs.tokens.dim(0), token_block, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+        for (std::int64_t t = begin; t < end; ++t) {
+            const float* token = op.tokens.as<const float>() + t * d;
+            auto* row = docs.tokens.as<unsigned char>() + t * width;
+            std::fill_n(row, width, static_cast<unsigned char>(0));
+            double squares = 0;
             for (std::int64_t i = 0; i < d; ++i) {
-                const double x = decoder.centroid(t, i) + decoder.rounded(t, i);
-                sum += x * x;
+                const auto residual = static_cast<float>(token[i] - decoder.centroid(t, i));
+                int rank = 0;
+                for (int k = 0; k < codes - 1; ++k) rank += residual > middle[k];
+                const int code = order[rank];
+                const int first = bits * static_cast<int>(i % per_byte);
+                for (int b = 0; b < bits; ++b)
+                    row[i / per_byte] |= static_cast<unsigned char>((code >> b & 1) << (7 - first - b));
+                squares += static_cast<double>(token[i]) * token[i];
             }
-            op.docs.scales.as<float>()[t] = sum > 0 ? static_cast<float>(1 / std::sqrt(sum)) : 0;
+            const double norm = decoder.norm(t, d);
+            docs.scales.as<float>()[t] = norm > 0 ? static_cast<float>(std::sqrt(squares) / norm) : 0;
         }
     });
 }

@@ -71,6 +71,9 @@ def hypercomplex_relation_query(
 ) -> None: ...
 def maxsim_align(query: typing.Any, doc: typing.Any, ids: typing.Any, similarities: typing.Any, where: int) -> None: ...
 def maxsim_bounds(tokens: typing.Any, docs: typing.Any, bounds: typing.Any, where: int) -> None: ...
+def maxsim_buckets(
+    tokens: typing.Any, centroid_ids: typing.Any, centroids: typing.Any, weights: typing.Any, where: int
+) -> None: ...
 def maxsim_certified_topk(
     queries: typing.Any,
     query_offsets: typing.Any,
@@ -81,6 +84,16 @@ def maxsim_certified_topk(
     scores: typing.Any,
     ids: typing.Any,
     rescored: typing.Any,
+    where: int,
+) -> None: ...
+def maxsim_compress(
+    tokens: typing.Any,
+    offsets: typing.Any,
+    codes: typing.Any,
+    scales: typing.Any,
+    centroid_ids: typing.Any,
+    centroids: typing.Any,
+    weights: typing.Any,
     where: int,
 ) -> None: ...
 def maxsim_match(

@@ -78,6 +78,17 @@ def _check_centroids(op: str, centroid_ids: Any, centroids: Any, dim: int) -> No
         raise IndexError(f"{op}: codes must be in [0, {n}), got {int(centroid_ids.min())} to {int(centroid_ids.max())}")
 
 
+def _joined(a: Any, b: Any) -> Any:
+    """The rows of both, in a's library; None where one has none."""
+    if a is None or b is None:
+        return None
+    if is_torch(a):
+        import torch
+
+        return torch.cat([a, torch.as_tensor(b)])
+    return np.concatenate([a, np.asarray(b)])
+
+
 class PackedTokens:
     """Token sets prepared for scoring, as `pack` makes them; accepted wherever document token sets are.
 
@@ -190,6 +201,43 @@ class PackedTokens:
         rows = Ragged(np.arange(self._sets.offsets[-1])[:, None], self._sets.offsets).take(ids).values[:, 0]
         return self._with(self._sets.take(ids), rows, ids)
 
+    def append(self, docs: Any, *, num_threads: int | None = None) -> PackedTokens:
+        """Return the documents and more of them behind, packed in the same way.
+
+        Parameters
+        ----------
+        docs : token sets, float32
+        num_threads : int, optional
+            CPU threads; the process setting when None.
+
+        Returns
+        -------
+        PackedTokens
+            A copy; this one stays as it is. Append many documents at a time.
+
+        Raises
+        ------
+        ValueError
+            NaN or Inf in a token, another width.
+
+        Notes
+        -----
+        Residual codes refer to the centroids and bucket weights that there are: pack anew when documents have drifted
+        away from them. Documents of `from_residuals` have no bounds, and what is appended to them has none.
+        """
+        op = "PackedTokens.append"
+        sets = _finite_sets(op, docs, self.dim, num_threads)
+        parts: dict[str, Any] = {}
+        if self.dtype in _RESIDUAL:
+            ids = _nearest(op, sets.values, self._shared["centroids"], num_threads)
+            parts = {**self._shared, "centroid_ids": ids}
+        more = _encoded(op, sets, self.dtype, parts, num_threads)
+        of_tokens = {name: _joined(x, more._of_tokens[name]) for name, x in self._of_tokens.items()}
+        offsets = np.concatenate([self._sets.offsets, more._sets.offsets[1:] + self._sets.offsets[-1]])
+        joined = Ragged(_joined(self._sets.values, more._sets.values), offsets)
+        bounds = _joined(self._bounds, more._bounds)
+        return PackedTokens(joined, self.dtype, self.dim, **of_tokens, **self._shared, bounds=bounds)
+
     def state(self) -> _files.State:
         """Return what `save` writes.
 
@@ -263,16 +311,20 @@ class PackedTokens:
         return f"PackedTokens({len(self)} documents, {tokens} tokens, dim={self.dim}, dtype={self.dtype!r})"
 
 
-def pack(docs: Any, dtype: str = "float32", *, num_threads: int | None = None) -> PackedTokens:
+def pack(docs: Any, dtype: str = "float32", *, centroids: Any = None, num_threads: int | None = None) -> PackedTokens:
     """Check documents and prepare them for scoring, once for many calls.
 
     Parameters
     ----------
     docs : token sets, float32
-    dtype : {"float32", "bfloat16", "float16", "int8"}
+    dtype : {"float32", "bfloat16", "float16", "int8", "residual4", "residual2"}
         How tokens are stored. "float32" keeps the values as they are, without a copy where they are C-contiguous: do
-        not change them afterwards. The others take half or a quarter of the memory, and round: "bfloat16" to 8
-        significant bits, "float16" to 11, "int8" to 127 steps of the token's largest element.
+        not change them afterwards. The others take a half, a quarter, an eighth or a sixteenth of the memory, and
+        round: "bfloat16" to 8 significant bits, "float16" to 11, "int8" to 127 steps of the token's largest element;
+        "residual4" and "residual2" store the nearest centroid and 4 or 2 bits for each element of the difference.
+    centroids : array of shape (n, d), float32, optional
+        For residuals. None trains `2 ** floor(log2(16 * sqrt(T)))` of them for T tokens, as many as ColBERTv2, by 4
+        steps of k-means on at most 16 tokens for each.
     num_threads : int, optional
         CPU threads; the process setting when None.
 
@@ -283,15 +335,24 @@ def pack(docs: Any, dtype: str = "float32", *, num_threads: int | None = None) -
     Raises
     ------
     ValueError
-        NaN or Inf in a token; an unknown dtype; an element that is infinite in float16.
+        NaN or Inf in a token; an unknown dtype; an element that is infinite in float16; centroids without need or
+        of another width.
     TypeError
-        Tokens that are not float32.
+        Tokens or centroids that are not float32.
 
     Notes
     -----
     Queries stay float32. Scored against int8 (and residual) tokens, each query token is rounded to 127 steps of its
     largest element as well, and the products are summed exactly; where the CPU multiplies bfloat16, queries are rounded
     to it. Scores have the same bits in any batch on one kind of CPU.
+
+    Residuals are replaced by the nearest of 4 or 16 weights, which are the quantiles (k + 1/2) / n of all elements of
+    all residuals, as in ColBERTv2; each token is then scaled to the length that it had. Packing them costs 2 T n d
+    flops.
+
+    References
+    ----------
+    ColBERTv2 (Santhanam et al. 2022), section 3.3.
 
     Examples
     --------
@@ -300,29 +361,84 @@ def pack(docs: Any, dtype: str = "float32", *, num_threads: int | None = None) -
     PackedTokens(2 documents, 5 tokens, dim=3, dtype='float32')
     """
     op = "maxsim.pack"
-    choice(op, "dtype", dtype, [name for name in _STORED if name not in _RESIDUAL])
-    sets = as_ragged(op, "docs", docs)
+    choice(op, "dtype", dtype, tuple(_STORED))
+    sets = _finite_sets(op, docs, None, num_threads)
+    if dtype not in _RESIDUAL:
+        if centroids is not None:
+            raise ValueError(f"{op}: centroids must be None for {dtype}, got {type(centroids).__name__}")
+        return _encoded(op, sets, dtype, {}, num_threads)
+    if centroids is None:
+        centroids = _trained(op, sets.values, num_threads)
+    centroids = as_array(op, "centroids", centroids, ndim=2)
+    _backend.require_finite(op, "centroids", centroids, num_threads)
+    if centroids.shape[1] != sets.dim or not len(centroids):
+        raise ValueError(f"{op}: centroids must have shape (n, {sets.dim}), got {tuple(centroids.shape)}")
+    ids = _nearest(op, sets.values, centroids, num_threads)
+    weights = empty(sets.values, (1 << _RESIDUAL[dtype],), "float32")
+    _backend.run(op, "maxsim_buckets", sets.values, sets.values, ids, centroids, weights, num_threads=num_threads)
+    parts = {"centroid_ids": ids, "centroids": centroids, "bucket_weights": weights}
+    return _encoded(op, sets, dtype, parts, num_threads)
+
+
+def _finite_sets(op: str, docs: Any, dim: int | None, num_threads: int | None) -> Ragged:
+    sets = as_ragged(op, "docs", docs, dim=dim)
     row = _backend.run(op, "first_nonfinite_row", sets.values, sets.values, num_threads=num_threads)
     if row >= 0:
         doc = int(np.searchsorted(sets.offsets, row, side="right")) - 1
         token = row - int(sets.offsets[doc])
         raise ValueError(f"{op}: docs must be finite, got NaN or Inf in token {token} of document {doc}")
+    return sets
+
+
+def _trained(op: str, tokens: Any, num_threads: int | None) -> Any:
+    """Return centroids that begin as tokens, evenly taken."""
+    n, dim = int(tokens.shape[0]), int(tokens.shape[1])
+    k = max(1, min(n, 1 << int(16 * n**0.5).bit_length() >> 1))
+    centroids, updated = (empty(tokens, (1, k, dim), "float32") for _ in range(2))
+    if n == 0:
+        centroids[:] = 0
+        return centroids[0]
+    rows = min(n, 16 * k)
+    sample = tokens[np.arange(rows) * n // rows]
+    centroids[0] = sample[np.arange(k) * rows // k]
+    labels, inertia = empty(tokens, (1, rows), "int64"), np.empty(1)
+    for _ in range(4):
+        _backend.run(
+            op, "quantize_kmeans_step", tokens,
+            sample[None], centroids, labels, inertia, updated, "l2",
+            num_threads=num_threads,
+        )  # fmt: skip
+        centroids, updated = updated, centroids
+    return centroids[0]
+
+
+def _nearest(op: str, tokens: Any, centroids: Any, num_threads: int | None) -> Any:
+    ids = empty(tokens, (int(tokens.shape[0]),), "int64")
+    distances = empty(tokens, (int(tokens.shape[0]),), "float32")
+    _backend.run(op, "scan_nearest", tokens, tokens, centroids, ids, distances, "l2", num_threads=num_threads)
+    return ids.int() if is_torch(ids) else ids.astype(np.int32)
+
+
+def _encoded(op: str, docs: Ragged, dtype: str, parts: dict[str, Any], num_threads: int | None) -> PackedTokens:
+    """Store finite tokens; `parts` is what residual codes refer to."""
     if dtype == "float32":
-        return PackedTokens(sets, dtype, sets.dim)
-    n = int(sets.values.shape[0])
-    codes = empty(sets.values, (n, _stored_width(dtype, sets.dim)), _STORED[dtype])
-    scales = empty(sets.values, (n,), "float32") if dtype == "int8" else None
-    _backend.run(op, "maxsim_pack", sets.values, sets.values, codes, scales, num_threads=num_threads)
-    packed = PackedTokens(Ragged(codes, sets.offsets), dtype, sets.dim, scales=scales)
-    return _bounded(op, packed, sets, num_threads) if dtype == "int8" else packed
-
-
-def _bounded(op: str, packed: PackedTokens, docs: Ragged, num_threads: int | None) -> PackedTokens:
-    """The same with bounds on how far it is from `docs`."""
-    packed._bounds = empty(docs.values, (len(docs), 3), "float32")
-    _backend.run(
-        op, "maxsim_bounds", docs.values, docs.values, packed._stored(), packed._bounds, num_threads=num_threads
-    )
+        return PackedTokens(docs, dtype, docs.dim)
+    tokens, n = docs.values, int(docs.values.shape[0])
+    codes = empty(tokens, (n, _stored_width(dtype, docs.dim)), _STORED[dtype])
+    if _STORED[dtype] != "uint8":
+        _backend.run(op, "maxsim_pack", tokens, tokens, codes, None, num_threads=num_threads)
+        return PackedTokens(Ragged(codes, docs.offsets), dtype, docs.dim)
+    scales, bounds = empty(tokens, (n,), "float32"), empty(tokens, (len(docs), 3), "float32")
+    packed = PackedTokens(Ragged(codes, docs.offsets), dtype, docs.dim, scales=scales, bounds=bounds, **parts)
+    if dtype == "int8":
+        _backend.run(op, "maxsim_pack", tokens, tokens, codes, scales, num_threads=num_threads)
+    else:
+        _backend.run(
+            op, "maxsim_compress", tokens,
+            tokens, docs.offsets, codes, scales, *(parts[name] for name in _PARTS[1:]),
+            num_threads=num_threads,
+        )  # fmt: skip
+    _backend.run(op, "maxsim_bounds", tokens, tokens, packed._stored(), bounds, num_threads=num_threads)
     return packed
 
 
@@ -752,7 +868,7 @@ def certified_topk(
     ----------
     queries : token sets, float32
     packed : PackedTokens
-        `docs` as `pack(docs, "int8")` makes them.
+        `docs` as `pack` makes them, of dtype "int8", "residual4" or "residual2".
     docs : token sets, float32
         The very tokens that were packed.
     k : int
@@ -778,7 +894,8 @@ def certified_topk(
     -----
     Only lengths are compared: other tokens than those that were packed give a wrong result. The bound counts every
     rounding of the two computations. First the k best as packed are scored exactly; the k-th of these scores is what a
-    bound has to reach. Holds up to 64 MB of scores at a time.
+    bound has to reach. Of real documents, int8 tokens leave one in a hundred to be rescored; residual codes leave
+    nearly all, so that `topk` of the float tokens is faster. Holds up to 64 MB of scores at a time.
 
     Examples
     --------
@@ -792,8 +909,8 @@ def certified_topk(
     k = as_count(op, "k", k)
     if not isinstance(packed, PackedTokens):
         raise TypeError(f"{op}: packed must be PackedTokens, got {type(packed).__name__}")
-    if packed.dtype != "int8":
-        raise TypeError(f"{op}: packed must be int8, got {packed.dtype}")
+    if _STORED[packed.dtype] != "uint8":
+        raise TypeError(f"{op}: packed must be int8 or residual codes, got {packed.dtype}")
     if packed._bounds is None:
         raise ValueError(f"{op}: packed must have bounds, as pack makes them")
     q, stored, _ = _queries_and_docs(op, queries, packed, (None, None), num_threads)

@@ -261,6 +261,45 @@ struct MaxsimPack {
     }
 };
 
+/// weights[k] = the (k + 1/2) / n quantile of the elements of token - centroid; the tokens are sampled evenly.
+struct MaxsimBuckets {
+    static constexpr const char* op = "maxsim.pack";
+    Array tokens, centroid_ids, centroids;  // (T, d) float32, (T,) int32, (n, d) float32
+    Array weights;                          // (4 or 16,) float32
+
+    void validate() const {
+        for (const Array* a : {&tokens, &centroids}) {
+            require_dtype(op, *a, DType::f32);
+            require_ndim(op, *a, 2);
+            require_contiguous(op, *a);
+        }
+        require_dim(op, centroids, 1, tokens.dim(1), "the same d as docs");
+        require_ndim(op, centroid_ids, 1);
+        require_dtype(op, centroid_ids, DType::i32);
+        require_contiguous(op, centroid_ids);
+        require_dim(op, centroid_ids, 0, tokens.dim(0), "one entry a token");
+        require_out(op, weights, DType::f32);
+        require_ndim(op, weights, 1);
+    }
+};
+
+/// Each element of token - centroid by the code of the nearest weight; the scale gives the token its length again.
+struct MaxsimCompress {
+    static constexpr const char* op = "maxsim.pack";
+    Array tokens;       // (T, d) float32
+    StoredTokens docs;  // residual codes: tokens and scales are written
+
+    void validate() const {
+        require_dtype(op, tokens, DType::f32);
+        require_ndim(op, tokens, 2);
+        require_contiguous(op, tokens);
+        require_dim(op, tokens, 0, docs.tokens.dim(0), "one row a token");
+        docs.validate(op, tokens.dim(1), DType::f32);
+        require_out(op, docs.tokens, DType::u8);
+        require_out(op, docs.scales, DType::f32);
+    }
+};
+
 /// scales[t] = 1 / |centroid + weights of the codes|: the decoded tokens have length 1 then (0 where it is 0).
 struct MaxsimResidualScales {
     static constexpr const char* op = "maxsim.from_residuals";
@@ -273,6 +312,8 @@ struct MaxsimResidualScales {
 };
 
 void run(const MaxsimPack&, Cpu);
+void run(const MaxsimBuckets&, Cpu);
+void run(const MaxsimCompress&, Cpu);
 void run(const MaxsimResidualScales&, Cpu);
 void run(const MaxsimBounds&, Cpu);
 void run(const MaxsimScore&, Cpu);
