@@ -43,12 +43,13 @@ std::uint32_t slot_of(Entry entry) {
     return static_cast<std::uint32_t>(entry) >> 1;
 }
 
-/// Links are read while other threads write them. Any mixture of an old and a new row will do, so no order is asked.
+/// Links are read while other threads write them; any mixture of an old and a new row will do. Who reads a link also
+/// sees what its slot's own rows held when it was written.
 std::uint32_t load_link(const std::uint32_t* link) {
-    return __atomic_load_n(link, __ATOMIC_RELAXED);
+    return __atomic_load_n(link, __ATOMIC_ACQUIRE);
 }
 void store_link(std::uint32_t* link, std::uint32_t slot) {
-    __atomic_store_n(link, slot, __ATOMIC_RELAXED);
+    __atomic_store_n(link, slot, __ATOMIC_RELEASE);
 }
 
 std::uint64_t mix(std::uint64_t x) {  // splitmix64's finalizer
@@ -108,7 +109,12 @@ public:
     void insert(Entry entry) {
         if (!accepts(entry)) return;
         Entry* const begin = entries_.data();
-        Entry* const at = std::lower_bound(begin, begin + size_, entry);
+        Entry* at = begin;
+        for (std::size_t left = size_; left > 0;) {  // a binary search that the compiler makes without jumps
+            const std::size_t half = (left + 1) / 2;
+            at += at[half - 1] < entry ? half : 0;
+            left -= half;
+        }
         std::memmove(at + 1, at, static_cast<std::size_t>(begin + size_ - at) * sizeof(Entry));
         *at = entry;
         size_ += size_ < capacity_;
