@@ -1,0 +1,135 @@
+"""The graph index against hnswlib and faiss at the same m and ef_construction: build time, recall against speed."""
+
+import gzip
+import lzma
+
+import numpy as np
+import pytest
+
+import polyvec as pv
+
+M, EF_CONSTRUCTION, K = 16, 200, 10
+
+
+def read(path):
+    with lzma.open(path) as file:
+        return np.load(file)
+
+
+def sift(data):
+    """9,000 x 128 integers, squared distances."""
+    x = read(data / "sift-10k" / "vectors.npy.xz").astype(np.float32)
+    query = np.arange(len(x)) % 10 == 0
+    return x[~query], x[query], "l2"
+
+
+def sentences(data):
+    """10,000 x 384 unit vectors, inner product."""
+    x, queries = (
+        read(data / "wordnet-minilm" / name).astype(np.float32) for name in ("base_i8.npy.xz", "queries.npy.xz")
+    )
+    x, queries = (a / np.linalg.norm(a, axis=1, keepdims=True) for a in (x[:10_000], queries))
+    return x, queries, "ip"
+
+
+def images(data):
+    """4,500 x 784 pixels, squared distances."""
+    with gzip.open(data / "mnist-t10k" / "t10k-images-idx3-ubyte.gz") as file:
+        x = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 784)[:5000].astype(np.float32)
+    query = np.arange(len(x)) % 10 == 0
+    return x[~query], x[query], "l2"
+
+
+def build_polyvec(x, metric, threads):
+    index = pv.hnsw.Index(x.shape[1], metric=metric, m=M, ef_construction=EF_CONSTRUCTION)
+    index.add(x, num_threads=threads)
+    return lambda queries, ef: index.search(queries, K, ef=ef, num_threads=threads)[1]
+
+
+def build_hnswlib(x, metric, threads):
+    hnswlib = pytest.importorskip("hnswlib")
+    index = hnswlib.Index(metric, x.shape[1])
+    index.init_index(len(x), ef_construction=EF_CONSTRUCTION, M=M)
+    index.add_items(x, num_threads=threads)
+
+    def search(queries, ef):
+        index.set_ef(ef)
+        return index.knn_query(queries, K, num_threads=threads)[0].astype(np.int64)
+
+    return search
+
+
+def build_faiss(x, metric, threads):
+    faiss = pytest.importorskip("faiss")
+    faiss.omp_set_num_threads(threads)
+    index = faiss.IndexHNSWFlat(x.shape[1], M, faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efConstruction = EF_CONSTRUCTION
+    index.add(x)
+
+    def search(queries, ef):
+        index.hnsw.efSearch = ef
+        return index.search(queries, K)[1]
+
+    return search
+
+
+def recall_of(truth):
+    return lambda ids: np.mean([len(np.intersect1d(a, b)) for a, b in zip(ids, truth, strict=True)]) / K
+
+
+@pytest.mark.parametrize("load", [sift, sentences, images])
+def test_search(curve, data, threads, load):
+    x, queries, metric = load(data)
+    truth = pv.scan.topk(queries, x, K, metric=metric)[1]
+    ours, hnswlib, faiss = (build(x, metric, threads) for build in (build_polyvec, build_hnswlib, build_faiss))
+    points = curve(
+        lambda ef: ours(queries, ef),
+        {"hnswlib": lambda ef: hnswlib(queries, ef), "faiss": lambda ef: faiss(queries, ef)},
+        settings=[16, 32, 64, 128, 256],
+        recall=recall_of(truth),
+        queries=len(queries),
+    )
+    assert points["polyvec"][2]["recall"] > 0.95
+
+
+def test_build(compare, data, threads):
+    x, queries, metric = sift(data)
+    x = x[:4000]
+    truth = pv.scan.topk(queries, x, K, metric=metric)[1]
+
+    def check(search):
+        assert recall_of(truth)(search(queries, 64)) > 0.98
+
+    compare(
+        lambda: build_polyvec(x, metric, threads),
+        {"hnswlib": lambda: build_hnswlib(x, metric, threads), "faiss": lambda: build_faiss(x, metric, threads)},
+        check=check,
+    )
+
+
+def test_load(compare, data, tmp_path):
+    """A file of 5 MB, checksums verified, and opened in place."""
+    x, _, metric = sift(data)
+    index = pv.hnsw.Index(x.shape[1], metric=metric, ef_construction=20)
+    index.add(x)
+    index.save(tmp_path / "index.pv")
+    hnswlib = pytest.importorskip("hnswlib")
+    rival = hnswlib.Index(metric, x.shape[1])
+    rival.init_index(len(x), ef_construction=20, M=M)
+    rival.add_items(x)
+    rival.save_index(str(tmp_path / "index.bin"))
+
+    def load_hnswlib():
+        loaded = hnswlib.Index(metric, x.shape[1])
+        loaded.load_index(str(tmp_path / "index.bin"))
+        return [None] * loaded.get_current_count()
+
+    def check(loaded):
+        assert len(loaded) == len(x)
+
+    compare(
+        lambda: pv.hnsw.Index.load(tmp_path / "index.pv"),
+        {"polyvec, mmap": lambda: pv.hnsw.Index.load(tmp_path / "index.pv", mmap=True), "hnswlib": load_hnswlib},
+        check=check,
+        bytes=index.nbytes,
+    )
