@@ -581,6 +581,8 @@ def index():
     [
         (lambda _: pv.hnsw.Index(0), ValueError, "hnsw.Index: dim must be at least 1, got 0"),
         (lambda _: pv.hnsw.Index(4, m=1), ValueError, "hnsw.Index: m must be at least 2, got 1"),
+        (lambda _: pv.hnsw.Index(4, seed=-1), ValueError, "hnsw.Index: seed must be at least 0, got -1"),
+        (lambda _: pv.hnsw.Index(4, seed=2**63), ValueError, f"hnsw.Index: seed must be below 2^63, got {2**63}"),
         (lambda _: pv.hnsw.Index(4, m=1025), ValueError, "hnsw.Index: m must be in [2, 1024], got 1025"),
         (
             lambda _: pv.hnsw.Index(4, metric="dot"),
@@ -622,6 +624,11 @@ def index():
         (lambda i: i.search(zeros(2, 4), -3), ValueError, "hnsw.Index.search: k must be at least 1, got -3"),
         (lambda i: i.search(zeros(2, 4), 1.5), TypeError, "hnsw.Index.search: k must be an integer, got float"),
         (lambda i: i.search(zeros(2, 4), 1, ef=0), ValueError, "hnsw.Index.search: ef must be at least 1, got 0"),
+        (
+            lambda i: i.search(zeros(2, 4), 1, ef=10**30),
+            ValueError,
+            f"hnsw.Index.search: ef must be below 2^63, got {10**30}",
+        ),
         (
             lambda i: i.search(zeros(2, 4), 1, out=(zeros(2, 1), zeros(2, 2, dtype=np.int64))),
             ValueError,

@@ -14,6 +14,7 @@
 
 #include "polyvec/aligned.hpp"
 #include "polyvec/parallel.hpp"
+#include "polyvec/random.hpp"
 #include "tables.hpp"
 
 namespace polyvec {
@@ -52,16 +53,9 @@ void store_link(std::uint32_t* link, std::uint32_t slot) {
     __atomic_store_n(link, slot, __ATOMIC_RELEASE);
 }
 
-std::uint64_t mix(std::uint64_t x) {  // splitmix64's finalizer
-    x += 0x9e3779b97f4a7c15u;
-    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
-    return x ^ x >> 31;
-}
-
 /// Geometric: one slot in m^l reaches level l. Depends on nothing but the seed and the slot.
 std::uint8_t random_level(std::uint64_t seed, std::int64_t slot, std::int64_t m) {
-    const double u = static_cast<double>((mix(mix(seed) ^ static_cast<std::uint64_t>(slot)) >> 11) + 1) * 0x1p-53;
+    const double u = 1 - Random(seed, static_cast<std::uint64_t>(slot)).uniform();
     return static_cast<std::uint8_t>(std::min<double>(-std::log(u) / std::log(static_cast<double>(m)), max_level));
 }
 
@@ -232,7 +226,9 @@ struct HnswIndex::Graph {
     }
 
 private:
-    std::size_t home(std::int64_t id) const { return mix(static_cast<std::uint64_t>(id)) & (table.size() - 1); }
+    std::size_t home(std::int64_t id) const {
+        return Random(static_cast<std::uint64_t>(id)).next() & (table.size() - 1);
+    }
 };
 
 /// The scratch memory of one thread and its way through the graph.
@@ -324,7 +320,7 @@ public:
             if (place == Place::apart) store_link(&row[count++], slot_of(*entry));
             if (place == Place::copy) copies_.push_back(slot_of(*entry));
         }
-        for (std::size_t i = 0, first = mix(centre); i < copies_.size() && count < width; ++i)
+        for (std::size_t i = 0, first = Random(centre).next(); i < copies_.size() && count < width; ++i)
             store_link(&row[count++], copies_[(first + i) % copies_.size()]);
         for (; count < width; ++count) store_link(&row[count], no_link);
     }

@@ -230,12 +230,14 @@ def outputs(
 
 
 def as_count(op: str, name: str, value: Any, *, least: int = 1) -> int:
-    """Return `value` as an int, refusing anything below `least` and anything that is not a whole number."""
+    """Return `value` as an int of 64 bits, refusing anything below `least` and anything that is not a whole number."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
     count = int(value.__index__())
     if count < least:
         raise ValueError(f"{op}: {name} must be at least {least}, got {count}")
+    if count >= 2**63:
+        raise ValueError(f"{op}: {name} must be below 2^63, got {count}")
     return count
 
 
