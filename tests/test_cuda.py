@@ -198,16 +198,17 @@ def test_rows_of_ids_outside_the_tables_are_nan(rng, on_device, gpu):
 
 def test_a_call_is_queued_on_the_current_stream_and_does_not_wait(rng, on_device, gpu):
     x = on_device(sample(rng, 100, 4, 32))
-    expected = pv.hypercomplex.product(x, x)
+    expected = pv.hypercomplex.product(x, x)  # loads the kernel
+    y, out = gpu.zeros_like(x), gpu.empty_like(x)
     stream = gpu.cuda.Stream()
     gpu.cuda.synchronize()
     with gpu.cuda.stream(stream):
         gpu.cuda._sleep(500_000_000)  # cycles: a quarter of a second
-        y = x * 1
-        result = pv.hypercomplex.product(y, y)
+        y.copy_(x)
+        pv.hypercomplex.product(y, y, out=out)
         assert not stream.query()  # the call came back before the stream had reached it
     stream.synchronize()
-    assert_exact(result, expected)
+    assert_exact(out, expected)
 
 
 def test_a_call_can_be_captured_in_a_graph(rng, on_device, gpu):

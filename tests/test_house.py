@@ -58,6 +58,15 @@ def test_each_layer_of_cpp_includes_only_what_is_below_it(folder):
                 assert name in OWN_HEADERS[folder], f"{path.name} includes {name}"
 
 
+def test_cuda_includes_the_ops_and_its_own_headers():
+    own = r'"(launch\.cuh|status\.hpp)"'
+    allowed = rf'{STANDARD}|<cuda_runtime(_api)?\.h>|"polyvec/\w+\.hpp"|{own}'
+    for path in sorted((ROOT / "cuda").glob("*.[ch]*")):
+        for name in includes(path):
+            binding = path.name == "module.cpp" and name in headers_of("cpp/bindings")
+            assert binding or re.fullmatch(allowed, name), f"{path.name} includes {name}"
+
+
 def imports(path):
     """Modules that a file of the package imports at its top level: (name, names)."""
     for node in ast.parse(path.read_text()).body:
