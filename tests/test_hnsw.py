@@ -369,6 +369,7 @@ def test_ctrl_c_leaves_the_vectors_before_some_row(python, num_threads):
         pv.hnsw._CHUNK = 10**9
         x = np.random.default_rng(0).standard_normal((200_000, 8), np.float32)
         index = pv.hnsw.Index(8, metric="l2", ef_construction=1000)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs start with Ctrl-C ignored
         threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
         try:
             index.add(x, num_threads={num_threads})
