@@ -127,6 +127,13 @@ def test_equal_rows(metric):
     assert np.isfinite(result.centroids).all()
 
 
+def test_squares_that_overflow():
+    x = np.array([[1e30], [-1e30], [1e25], [0]], np.float32)
+    result = pv.quantize.kmeans(x, 2)
+    assert result.inertia == np.inf
+    assert set(np.asarray(result.centroids).ravel()) <= set(x.ravel())
+
+
 @pytest.mark.parametrize("k", [2, 3])
 def test_seeds_are_drawn_by_squared_distance(k):
     """20,000 independent drawings against the probabilities of drawing one at a time, within 5 standard deviations."""

@@ -130,7 +130,7 @@ POLYVEC_INLINE void add_entries(const float* tables, const uint8_t* codes, size_
 template <class V>
 size_t scan(const float* tables, const uint8_t* codes, size_t n, size_t code_size, const float* floor,
             ScanHit* hits) noexcept {
-    constexpr size_t W = width_of<V>, J = 4;
+    constexpr size_t W = width_of<V>, J = W == 1 ? 8 : 4;
     const Vec<float> floors = W == 1 ? broadcast(*floor) : load(floor);
     ScanHit* hit = hits;
     for (size_t first = 0; first < n; first += block_rows) {

@@ -128,7 +128,7 @@ private:
     /// Writes the accepted candidates, at least one and at most `count`, and returns their number.
     std::int64_t draw_batch(std::int64_t count, Random& random, std::int64_t* rows) const {
         const double total = std::accumulate(sums_.begin(), sums_.end(), 0.0);
-        if (!(total > 0)) {  // every row equals a seed
+        if (!(total > 0 && std::isfinite(total))) {  // every row equals a seed, or squares overflow
             std::generate_n(rows, count, [&] { return uniform(random); });
             return count;
         }
@@ -140,7 +140,7 @@ private:
             float gap = gaps_[row];
             for (std::int64_t a = 0; a < n; ++a)
                 gap = std::min(gap, distance(candidate.data(), accepted.data() + a * d_));
-            if (random.uniform() * gaps_[row] >= gap) continue;
+            if (n > 0 && random.uniform() * gaps_[row] >= gap) continue;
             accepted.insert(accepted.end(), candidate.begin(), candidate.end());
             rows[n++] = row;
         }

@@ -642,7 +642,8 @@ def _spread_principal_directions(x: npt.NDArray[np.float32], m: int) -> npt.NDAr
     Largest first, each direction goes to the subspace whose variances have the smallest product so far and which has
     room (Ge et al. 2014, section 4.2).
     """
-    variances, directions = np.linalg.eigh(np.cov(x, rowvar=False, dtype=np.float64).reshape(x.shape[1], -1))
+    centred = x - x.mean(0)
+    variances, directions = np.linalg.eigh((centred.T @ centred).astype(np.float64))
     logs = np.log(np.maximum(variances, 1e-9 * variances[-1] + 1e-30))  # ascending, as variances are
     subspaces: list[list[int]] = [[] for _ in range(m)]
     products = np.zeros(m)
