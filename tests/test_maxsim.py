@@ -227,6 +227,16 @@ def test_align(rng, isa, tq, td, dtype):
         np.testing.assert_allclose(pv.maxsim.score([query], [doc])[0, 0], total, rtol=1e-6)
 
 
+def test_align_writes_to_out(rng, lib):
+    query, doc = (lib(rng.standard_normal((n, 16)).astype(np.float32)) for n in (5, 9))
+    out = lib(np.empty(5, np.int64)), lib(np.empty(5, np.float32))
+    ids, similarities = pv.maxsim.align(query, doc, out=out)
+    assert ids is out[0]
+    assert similarities is out[1]
+    for given, expected in zip(out, pv.maxsim.align(query, doc), strict=True):
+        assert_exact(given, expected)
+
+
 def test_align_takes_the_first_of_equals(rng, isa):
     query, doc = integers(rng, [40, 90], 2)
     ids, similarities = pv.maxsim.align(query, doc)

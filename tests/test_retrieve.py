@@ -313,6 +313,12 @@ def test_predictions_come_in_the_entities_library(rng, lib):
     entities, rotors = (lib(rng.standard_normal((n, 4, 6)).astype(np.float32)) for n in (9, 2))
     scores, ids = pv.retrieve.LinkPredictor(entities, rotors).predict_tails([0, 1], [1, 1], 3)
     assert type(scores) is type(ids) is type(entities)
+    given = lib(np.empty((2, 3), np.float32)), lib(np.empty((2, 3), np.int64))
+    again = pv.retrieve.LinkPredictor(entities, rotors).predict_tails([0, 1], [1, 1], 3, out=given)
+    assert again[0] is given[0]
+    assert again[1] is given[1]
+    assert_exact(given[0], scores)
+    assert_exact(given[1], ids)
 
 
 def test_wn18rr_ranks_equal_float64(rng, data):

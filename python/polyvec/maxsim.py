@@ -925,13 +925,17 @@ def certified_topk(
     return CertifiedTopk(scores, ids, rescored)
 
 
-def align(query: Any, doc: Any, *, num_threads: int | None = None) -> tuple[Any, Any]:
+def align(
+    query: Any, doc: Any, *, out: tuple[Any, Any] | None = None, num_threads: int | None = None
+) -> tuple[Any, Any]:
     """Say which document token each query token matches, and how well: what the sum of a score consists of.
 
     Parameters
     ----------
     query : array of shape (tq, d), float32 | float64
     doc : array of shape (td, d), query's dtype
+    out : pair of arrays, optional
+        (doc_token_ids, similarities) of the returned shapes and dtypes.
     num_threads : int, optional
         CPU threads; the process setting when None.
 
@@ -963,7 +967,7 @@ def align(query: Any, doc: Any, *, num_threads: int | None = None) -> tuple[Any,
     q = as_array(op, "query", query, dtypes=_FLOATS, ndim=2)
     d = as_array(op, "doc", doc, dtypes=(dtype_name(q),), ndim=2)
     n = (int(q.shape[0]),)
-    ids, similarities = outputs(op, None, q, n, ("int64", dtype_name(q)), ("ids", "similarities"))
+    ids, similarities = outputs(op, out, q, n, ("int64", dtype_name(q)), ("ids", "similarities"))
     _backend.run(op, "maxsim_align", q, q, d, ids, similarities, num_threads=num_threads)
     return ids, similarities
 

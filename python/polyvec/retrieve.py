@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from polyvec import _backend, _files, fde, hnsw, hypercomplex, maxsim, quantize, scan
-from polyvec._arrays import as_array, as_count, as_ids, choice, empty, is_torch
+from polyvec._arrays import as_array, as_count, as_ids, choice, is_torch, outputs
 from polyvec._progress import Progress, reporting
 from polyvec._ragged import Ragged, as_ragged
 
@@ -575,7 +575,14 @@ class LinkPredictor:
         )
 
     def predict_tails(
-        self, heads: Any, relations: Any, k: int, *, known: Any = None, num_threads: int | None = None
+        self,
+        heads: Any,
+        relations: Any,
+        k: int,
+        *,
+        known: Any = None,
+        out: tuple[Any, Any] | None = None,
+        num_threads: int | None = None,
     ) -> tuple[Any, Any]:
         """Return the k best tails t of each (head, relation, t).
 
@@ -585,6 +592,8 @@ class LinkPredictor:
         k : int
         known : integer array of shape (m, 3), optional
             Triples (head, relation, tail) that are not to be returned.
+        out : pair of arrays, optional
+            (scores, ids) of the returned shapes and dtypes.
         num_threads : int, optional
             CPU threads; the process setting when None.
 
@@ -604,10 +613,17 @@ class LinkPredictor:
         """
         op = "LinkPredictor.predict_tails"
         heads, relations = self._pair(op, ("heads", heads), ("relations", relations))
-        return self._predict(op, "tail", heads, relations, k, known, num_threads)
+        return self._predict(op, "tail", heads, relations, k, known, out, num_threads)
 
     def predict_heads(
-        self, relations: Any, tails: Any, k: int, *, known: Any = None, num_threads: int | None = None
+        self,
+        relations: Any,
+        tails: Any,
+        k: int,
+        *,
+        known: Any = None,
+        out: tuple[Any, Any] | None = None,
+        num_threads: int | None = None,
     ) -> tuple[Any, Any]:
         """Return the k best heads h of each (h, relation, tail).
 
@@ -617,6 +633,8 @@ class LinkPredictor:
         k : int
         known : integer array of shape (m, 3), optional
             Triples (head, relation, tail) that are not to be returned.
+        out : pair of arrays, optional
+            (scores, ids) of the returned shapes and dtypes.
         num_threads : int, optional
             CPU threads; the process setting when None.
 
@@ -635,7 +653,7 @@ class LinkPredictor:
         """
         op = "LinkPredictor.predict_heads"
         relations, tails = self._pair(op, ("relations", relations), ("tails", tails))
-        return self._predict(op, "head", tails, relations, k, known, num_threads)
+        return self._predict(op, "head", tails, relations, k, known, out, num_threads)
 
     def evaluate(self, triples: Any, *, known: Any = None, num_threads: int | None = None) -> dict[str, float]:
         """Rank the true tail and the true head of each triple among all entities.
@@ -746,13 +764,13 @@ class LinkPredictor:
         relations: npt.NDArray[np.int64],
         k: int,
         known: Any,
+        out: tuple[Any, Any] | None,
         num_threads: int | None,
     ) -> tuple[Any, Any]:
         k = as_count(op, "k", k)
         known = None if known is None else self._triples(op, "known", known)
         exclude = _true_answers(known, side, anchors, relations)
-        scores = empty(self._items, (len(anchors), k), "float32")
-        ids = empty(self._items, (len(anchors), k), "int64")
+        scores, ids = outputs(op, out, self._items, (len(anchors), k), ("float32", "int64"), ("scores", "ids"))
         for rows, queries, items in self._scans(side, anchors, relations, num_threads):
             found, found_ids = scan.topk(
                 queries,
