@@ -14,8 +14,8 @@ namespace polyvec {
 using Body = std::function<void(std::int64_t begin, std::int64_t end, int worker)>;
 
 /// Calls `body` on [0, n) in pieces of `grain` rows. The first exception of any thread is rethrown here.
-/// Throws Interrupted within a fraction of a second when the interrupt hook says so. Pieces are begun in order and those
-/// that were begun are finished first, so that the rows done by then are [0, some row).
+/// Throws Interrupted within a fraction of a second when the interrupt hook says so. Pieces are begun in order and
+/// those that were begun are finished first, so that the rows done by then are [0, some row).
 void parallel_for(std::int64_t n, std::int64_t grain, int num_threads, const Body& body);
 
 /// How many workers parallel_for will use at most for these arguments (>= 1): how much scratch to allocate.
