@@ -233,8 +233,8 @@ def test_align_writes_to_out(rng, lib):
     ids, similarities = pv.maxsim.align(query, doc, out=out)
     assert ids is out[0]
     assert similarities is out[1]
-    for given, expected in zip(out, pv.maxsim.align(query, doc), strict=True):
-        assert_exact(given, expected)
+    for written, expected in zip(out, pv.maxsim.align(query, doc), strict=True):
+        assert_exact(written, expected)
 
 
 def test_align_takes_the_first_of_equals(rng, isa):
