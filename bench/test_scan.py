@@ -22,7 +22,7 @@ def best_scores(expected):
     return lambda result: np.testing.assert_allclose(np.asarray(result[0]), expected, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("k", [10, 1000])
+@pytest.mark.parametrize("k", [10, 1000, 4096])
 @pytest.mark.parametrize("nq", [1, 4, 1000])
 def test_topk(compare, rng, threads, nq, k):
     torch = pytest.importorskip("torch")

@@ -89,6 +89,17 @@ def test_topk_over_many_blocks(rng, nq, k):
         assert_exact(actual, expected)
 
 
+@pytest.mark.parametrize("nq", [2, 40])
+@pytest.mark.parametrize("k", [100, 300, 2000])
+def test_topk_of_scores_of_any_size(rng, nq, k):
+    """From 1e-38 to 1e38, of both signs, with infinite and equal ones: where the digits of a score say little."""
+    x = np.float32(rng.choice([-1, 1], 9000) * 10.0 ** rng.uniform(-45, 38, 9000))[:, None]
+    x[rng.integers(0, 9000, 400)] = np.float32([np.inf, 0, -0.0, 1e-45]).repeat(100)[:, None]
+    q = np.float32(rng.choice([-1, 1], nq))[:, None]
+    for actual, expected in zip(pv.scan.topk(q, x, k), ref.topk(q, x, k), strict=True):
+        assert_exact(actual, expected)
+
+
 def test_zero_vectors_have_cosine_0(rng, isa):
     x = sample(rng, 40, 9)
     x[:20] = 0

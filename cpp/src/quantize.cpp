@@ -317,9 +317,9 @@ private:
         TopK farthest(static_cast<std::int64_t>(empty.size()));
         for (std::size_t i = 0; i < losses_.size(); ++i)
             if (losses_[i] > 0) farthest.push(losses_[i], clusters.rows[i]);
-        std::sort(farthest.hits().begin(), farthest.hits().end(), better);
-        for (std::size_t e = 0; e < farthest.hits().size(); ++e) {
-            const std::int64_t row = farthest.hits()[e].id;
+        const std::vector<Hit>& hits = farthest.hits();
+        for (std::size_t e = 0; e < hits.size(); ++e) {
+            const std::int64_t row = hits[e].id;
             const float scale = spherical() ? inverse(norms_[row]) : 1;
             for (std::int64_t i = 0; i < d(); ++i) updated_[empty[e] * d() + i] = x()[row * d() + i] * scale;
         }

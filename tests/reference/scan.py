@@ -33,7 +33,7 @@ def topk(queries, items, k, metric="ip", bias=None, exclude=None):
     best[:, : order.shape[1]] = np.take_along_axis(value, order, 1)
     ids = np.full((len(value), k), -1)
     ids[:, : order.shape[1]] = order
-    return sign * best, np.where(np.isinf(best), -1, ids)
+    return sign * best, np.where(best == -np.inf, -1, ids)
 
 
 def nearest(x, centroids, metric="l2"):

@@ -5,8 +5,11 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <bit>
 #include <cstdint>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 namespace polyvec {
@@ -17,8 +20,75 @@ struct Hit {
 };
 
 /// Whether `a` ranks before `b`.
-inline bool better(const Hit& a, const Hit& b) {
-    return a.score != b.score ? a.score > b.score : a.id < b.id;
+struct Better {
+    bool operator()(const Hit& a, const Hit& b) const { return a.score != b.score ? a.score > b.score : a.id < b.id; }
+};
+
+/// An integer that is lower for a higher score, and equal for equal ones, 0 and -0 too. Not for NaN.
+inline std::uint32_t sort_key(const Hit& hit) {
+    const auto bits = std::bit_cast<std::uint32_t>(hit.score + 0.0f);
+    return bits >> 31 ? bits : ~bits & 0x7fffffff;
+}
+
+// Many hits are sorted and cut by digits of their keys: a comparison of scores is a branch that nothing predicts, and
+// costs more than a pass over the hits.
+constexpr std::size_t few_hits = 256;
+constexpr int digit_bits = 11;
+constexpr std::uint32_t digit_values = 1 << digit_bits;
+
+/// Sorts hits, best first.
+inline void sort_hits(std::vector<Hit>& hits) {
+    if (hits.size() <= few_hits) {
+        std::sort(hits.begin(), hits.end(), Better{});
+        return;
+    }
+    constexpr int digits = 3;
+    const auto digit = [](const Hit& hit, int k) { return sort_key(hit) >> k * digit_bits & (digit_values - 1); };
+    std::vector<std::uint32_t> begin(digits * digit_values);
+    for (const Hit& hit : hits)
+        for (int k = 0; k < digits; ++k) ++begin[k * digit_values + digit(hit, k)];
+    std::vector<Hit> sorted(hits.size());
+    for (int k = 0; k < digits; ++k) {
+        std::uint32_t* at = &begin[k * digit_values];
+        std::exclusive_scan(at, at + digit_values, at, 0u);
+        for (const Hit& hit : hits) sorted[at[digit(hit, k)]++] = hit;
+        hits.swap(sorted);
+    }
+    for (auto first = hits.begin(); first != hits.end();) {
+        const auto end = std::find_if(first, hits.end(), [&](const Hit& hit) { return hit.score != first->score; });
+        if (end - first > 1) std::sort(first, end, Better{});
+        first = end;
+    }
+}
+
+/// Moves the n best hits to the front, the n-th to its place; n is at least 1 and at most their number.
+inline void select_hits(std::vector<Hit>& hits, std::size_t n) {
+    auto begin = hits.begin(), end = hits.end();
+    const auto nth = begin + static_cast<std::ptrdiff_t>(n) - 1;
+    if (hits.size() > few_hits) {
+        std::uint32_t lowest = ~0u, highest = 0;
+        for (const Hit& hit : hits) {
+            lowest = std::min(lowest, sort_key(hit));
+            highest = std::max(highest, sort_key(hit));
+        }
+        const int shift = std::max(0, static_cast<int>(std::bit_width(highest - lowest)) - digit_bits);
+        const auto bucket = [&](const Hit& hit) { return (sort_key(hit) - lowest) >> shift; };
+        std::array<std::uint32_t, digit_values> counts{};
+        for (const Hit& hit : hits) ++counts[bucket(hit)];
+        std::uint32_t limit = 0;  // the bucket of the n-th
+        for (std::size_t before = 0; before + counts[limit] < n; ++limit) before += counts[limit];
+        const auto move_up = [&](auto to, std::uint32_t below) {  // hits of buckets below; without a branch
+            for (auto hit = to; hit != hits.end(); ++hit) {
+                const bool moves = bucket(*hit) < below;
+                std::iter_swap(to, hit);
+                to += moves;
+            }
+            return to;
+        };
+        begin = move_up(begin, limit);
+        end = move_up(begin, limit + 1);
+    }
+    std::nth_element(begin, nth, end, Better{});
 }
 
 /// Hits are gathered in a pool of twice k and cut back to k when it is full: a hit costs a few nanoseconds at any k,
@@ -45,7 +115,7 @@ public:
     /// The hits, at most k, best first.
     std::vector<Hit>& hits() {
         trim();
-        std::sort(hits_.begin(), hits_.end(), better);
+        sort_hits(hits_);
         return hits_;
     }
 
@@ -63,9 +133,8 @@ private:
     void trim() {
         if (hits_.size() <= k_) return;
         if (k_ > 0) {
-            const auto worst = hits_.begin() + static_cast<std::ptrdiff_t>(k_) - 1;
-            std::nth_element(hits_.begin(), worst, hits_.end(), better);
-            threshold_ = worst->score;
+            select_hits(hits_, k_);
+            threshold_ = hits_[k_ - 1].score;
         }
         hits_.resize(k_);
     }
