@@ -19,8 +19,9 @@ import polyvec as pv
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "python" / "polyvec"
 MODULES = sorted(name for _, name, _ in pkgutil.iter_modules(pv.__path__) if name not in ("_core", "_cuda", "__main__"))
-MODULES = [name for name in MODULES if name != "torch" or importlib.util.find_spec("torch")]
-PUBLIC_MODULES = [name for name in MODULES if not name.startswith("_")]
+TORCH_MODULES = [f"torch.{path.stem}" for path in sorted((PACKAGE / "torch").glob("_[a-z]*.py"))]
+MODULES = [*MODULES, *TORCH_MODULES] if importlib.util.find_spec("torch") else [m for m in MODULES if m != "torch"]
+PUBLIC_MODULES = [name for name in MODULES if not (name.startswith("_") or name in TORCH_MODULES)]
 
 # Layering
 
@@ -94,11 +95,15 @@ def test_engines_import_private_modules_only(engine):
     assert not [name for name in imported_siblings(PACKAGE / f"{engine}.py") if not name.startswith("_")]
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_torch_is_imported_where_it_is_needed_only(module):
-    for name, _ in imports(PACKAGE / f"{module}.py"):
-        assert name.partition(".")[0] not in ("torch", "cupy") or module == "torch"
-    assert "torch" not in imported_siblings(PACKAGE / f"{module}.py")
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_torch_is_imported_where_it_is_needed_only(path):
+    assert not {name.partition(".")[0] for name, _ in imports(path)} & {"torch", "cupy"}
+    assert "torch" not in {name.partition(".")[0] for name in imported_siblings(path)}
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "torch").glob("*.py")), ids=lambda path: path.stem)
+def test_the_torch_package_uses_public_functions_and_its_own_modules(path):
+    assert not [name for name in imported_siblings(path) if name.startswith("_")]
 
 
 # Compiled objects
@@ -145,7 +150,7 @@ def test_the_library_never_prints_or_aborts():
     words = r"\b(printf|fprintf|puts|std::cout|std::cerr|std::clog|abort|std::exit|_exit|terminate|assert)\b\s*[(<;]"
     for path in sources("cpp", "cuda"):
         assert not re.search(words, re.sub(r"//.*", "", path.read_text())), path
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
         assert path.name == "__main__.py" or "print" not in {getattr(call, "id", "") for call in calls}, path
 

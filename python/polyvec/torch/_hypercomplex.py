@@ -1,10 +1,4 @@
-"""Differentiable hypercomplex operations and MaxSim scores for torch.
-
-The functions are those of `polyvec.hypercomplex` and `polyvec.maxsim`, on tensors that may require grad. Each is a
-`torch.library` custom op, which `torch.compile` keeps in its graph. Hypercomplex operations have gradients of any
-order, for each backward is written with the same ops: the gradient of a product is a product with another table.
-MaxSim has first derivatives.
-"""
+"""Differentiable hypercomplex operations: their gradients are the same ops with another table, of any order."""
 
 from math import isqrt
 from typing import Any
@@ -13,19 +7,11 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from polyvec import Ragged, hypercomplex
-from polyvec import maxsim as _maxsim
+from polyvec import hypercomplex
 from polyvec.hypercomplex import Algebra
-
-__all__ = ["maxsim", "maxsim_pairs", "normalize", "product", "relation_query"]
+from polyvec.torch._tensors import require_tensors
 
 _flat_table = torch.compiler.assume_constant_result(hypercomplex.flat_table)
-
-
-def _require_tensors(op: str, **arguments: Any) -> None:
-    for name, x in arguments.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{op}: {name} must be a torch tensor, got {type(x).__name__}")
 
 
 def _rows(table: list[float]) -> list[list[float]]:
@@ -179,171 +165,6 @@ def _relation_query_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
 _relation_query.register_autograd(_relation_query_backward, setup_context=_save_relation_query)
 
 
-@custom_op(
-    "polyvec::maxsim",
-    mutates_args=(),
-    schema="(Tensor queries, Tensor query_offsets, Tensor docs, Tensor doc_offsets, bool pairs) -> (Tensor, Tensor)",
-)
-def _match(
-    queries: Tensor, query_offsets: Tensor, docs: Tensor, doc_offsets: Tensor, pairs: bool
-) -> tuple[Tensor, Tensor]:
-    sets = Ragged(queries.detach(), query_offsets), Ragged(docs.detach(), doc_offsets)
-    return _maxsim.match(*sets, pairs=pairs)
-
-
-@_match.register_fake
-def _(queries: Tensor, query_offsets: Tensor, docs: Tensor, doc_offsets: Tensor, pairs: bool) -> tuple[Tensor, Tensor]:
-    nq, nd, tokens = query_offsets.shape[0] - 1, doc_offsets.shape[0] - 1, queries.shape[0]
-    return (
-        queries.new_empty((nq,) if pairs else (nq, nd)),
-        queries.new_empty((tokens,) if pairs else (nd, tokens), dtype=torch.int32),
-    )
-
-
-@custom_op(
-    "polyvec::maxsim_gradient",
-    mutates_args=(),
-    schema="(Tensor queries, Tensor query_offsets, Tensor docs, Tensor doc_offsets, Tensor grad, Tensor rows, "
-    "bool of_docs) -> Tensor",
-)
-def _match_gradient(
-    queries: Tensor,
-    query_offsets: Tensor,
-    docs: Tensor,
-    doc_offsets: Tensor,
-    grad: Tensor,
-    rows: Tensor,
-    of_docs: bool,
-) -> Tensor:
-    sets = Ragged(queries.detach(), query_offsets), Ragged(docs.detach(), doc_offsets)
-    return _maxsim.match_gradient(*sets, grad.detach(), rows, of_docs=of_docs)
-
-
-@_match_gradient.register_fake
-def _(
-    queries: Tensor,
-    query_offsets: Tensor,
-    docs: Tensor,
-    doc_offsets: Tensor,
-    grad: Tensor,
-    rows: Tensor,
-    of_docs: bool,
-) -> Tensor:
-    tokens = docs if of_docs else queries
-    return tokens.new_empty(tokens.shape)
-
-
-def _save_match(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *sets, _ = inputs
-    ctx.save_for_backward(*sets, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _match_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    *sets, rows = ctx.saved_tensors
-    gradients = [
-        _match_gradient(*sets, grad, rows, of_docs) if ctx.needs_input_grad[2 * of_docs] else None
-        for of_docs in (False, True)
-    ]
-    return gradients[0], None, gradients[1], None, None
-
-
-_match.register_autograd(_match_backward, setup_context=_save_match)
-
-
-def _token_sets(op: str, name: str, x: Any, mask: Any) -> tuple[Tensor, Tensor]:
-    """Return the tokens of all sets and where each set begins."""
-    first, second = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
-    _require_tensors(op, **{name: first})
-    if first.dim() == 2 and second is not None and mask is None:
-        return first, torch.as_tensor(second)
-    if first.dim() != 3:
-        raise ValueError(
-            f"{op}: {name} must be a padded (n, t, d) tensor, (padded, lengths) or (values, offsets), "
-            f"got shape {tuple(first.shape)}"
-        )
-    if second is None and mask is None:
-        return first.flatten(0, 1), torch.arange(first.shape[0] + 1) * first.shape[1]
-    sets = Ragged.from_padded(first, second, mask=mask)  # indexes `first`, which torch differentiates
-    return sets.values, torch.from_numpy(sets.offsets)
-
-
-def maxsim(queries: Any, docs: Any, *, query_mask: Any = None, doc_mask: Any = None) -> Tensor:
-    """Score every query against every document: `polyvec.maxsim.score` with gradients for the tokens.
-
-    Parameters
-    ----------
-    queries : token sets, float32 | float64
-        A padded tensor of shape (n, t, d), alone or with its lengths as `(padded, lengths)`, or `(values, offsets)`
-        with values of shape (T, d).
-    docs : token sets of queries' dtype and width
-    query_mask, doc_mask : bool tensor of shape (n, t), optional
-        Which tokens of padded queries, of padded documents count.
-
-    Returns
-    -------
-    tensor of shape (nq, nd), queries' dtype
-        Padding is excluded: -inf for a document without tokens, 0 for a query without tokens.
-
-    Notes
-    -----
-    Each score is differentiated at its maxima, of equal ones at the first. A forward saves the tokens and an int32 for
-    each query token and document, never a similarity. A backward costs 2 d flops for each of these for every side that
-    requires grad, in a fixed order: gradients have the same bits for any number of threads. Lengths and masks break the
-    graph of `torch.compile`, for it cannot know how many tokens they keep; the other forms do not. CPU only.
-
-    References
-    ----------
-    ColBERT (Khattab and Zaharia 2020), section 3.2.
-
-    Examples
-    --------
-    >>> import torch, polyvec.torch as pvt
-    >>> docs = torch.tensor([[[1.0, 0.0], [0.0, 3.0]]], requires_grad=True)
-    >>> scores = pvt.maxsim(torch.tensor([[[2.0, 1.0]]]), docs)
-    >>> scores.sum().backward()
-    >>> scores.tolist(), docs.grad.tolist()
-    ([[3.0]], [[[0.0, 0.0], [2.0, 1.0]]])
-    """
-    op = "torch.maxsim"
-    sets = *_token_sets(op, "queries", queries, query_mask), *_token_sets(op, "docs", docs, doc_mask)
-    return _match(*sets, False)[0]
-
-
-def maxsim_pairs(queries: Any, docs: Any, *, query_mask: Any = None, doc_mask: Any = None) -> Tensor:
-    """Score each query against one document: `polyvec.maxsim.score_pairs` with gradients for the tokens.
-
-    Parameters
-    ----------
-    queries : n token sets, float32 | float64
-        A padded tensor of shape (n, t, d), alone or with its lengths as `(padded, lengths)`, or `(values, offsets)`
-        with values of shape (T, d).
-    docs : n token sets of queries' dtype and width
-    query_mask, doc_mask : bool tensor of shape (n, t), optional
-        Which tokens of padded queries, of padded documents count.
-
-    Returns
-    -------
-    tensor of shape (n,), queries' dtype
-        The score of query i and document i.
-
-    Notes
-    -----
-    As for `maxsim`; a forward saves an int32 for each query token.
-
-    Examples
-    --------
-    >>> import torch, polyvec.torch as pvt
-    >>> queries = torch.ones(2, 3, 4, requires_grad=True)
-    >>> pvt.maxsim_pairs(queries, (torch.ones(2, 5, 4), torch.tensor([5, 1]))).sum().backward()
-    >>> queries.grad.shape, queries.grad.sum()
-    (torch.Size([2, 3, 4]), tensor(24.))
-    """
-    op = "torch.maxsim_pairs"
-    sets = *_token_sets(op, "queries", queries, query_mask), *_token_sets(op, "docs", docs, doc_mask)
-    return _match(*sets, True)[0]
-
-
 def product(x: Tensor, y: Tensor, *, algebra: Algebra = "quaternion", axis: int = -2) -> Tensor:
     """Multiply hypercomplex numbers: `polyvec.hypercomplex.product` with gradients for both factors.
 
@@ -371,7 +192,7 @@ def product(x: Tensor, y: Tensor, *, algebra: Algebra = "quaternion", axis: int 
     >>> x.grad
     tensor([0., 1., 0., 0.])
     """
-    _require_tensors("torch.product", x=x, y=y)
+    require_tensors("torch.product", x=x, y=y)
     return _product(x, y, _flat_table(algebra), axis)
 
 
@@ -400,7 +221,7 @@ def normalize(x: Tensor, *, axis: int = -2) -> Tensor:
     >>> x.grad
     tensor([0.0000, 0.0000, 0.2000, 0.0000])
     """
-    _require_tensors("torch.normalize", x=x)
+    require_tensors("torch.normalize", x=x)
     return _normalize(x, axis)
 
 
@@ -443,7 +264,7 @@ def relation_query(
     >>> entities.grad[:, 0].tolist()
     [[0.0, 0.0], [0.0, 0.0], [4.0, 4.0]]
     """
-    _require_tensors(
+    require_tensors(
         "torch.relation_query",
         entities=entities,
         relations=relations,
