@@ -176,6 +176,7 @@ def test_hooks_and_the_extra_dev_pin_the_same_tools():
 
 PUBLIC = {
     "polyvec": [
+        "BlockSparse",
         "CudaError",
         "FormatError",
         "Ragged",

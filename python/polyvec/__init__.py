@@ -9,12 +9,14 @@ from __future__ import annotations
 __version__ = "0.1.0"
 
 from polyvec import fde, hnsw, hypercomplex, maxsim, quantize, retrieve, scan
+from polyvec._block_sparse import BlockSparse
 from polyvec._errors import CudaError, FormatError
 from polyvec._ragged import Ragged
 from polyvec._runtime import runtime_info
 from polyvec._threads import get_num_threads, num_threads, set_num_threads
 
 __all__ = [
+    "BlockSparse",
     "CudaError",
     "FormatError",
     "Ragged",
