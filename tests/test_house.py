@@ -211,7 +211,17 @@ PUBLIC = {
     "polyvec.quantize": ["KMeansResult", "ProductQuantizer", "kmeans"],
     "polyvec.retrieve": ["LinkPredictor", "MultiVectorIndex"],
     "polyvec.scan": ["nearest", "rank", "score_pairs", "topk"],
-    "polyvec.torch": ["maxsim", "maxsim_pairs", "normalize", "product", "relation_query"],
+    "polyvec.torch": [
+        "Assignment",
+        "CodebookUsage",
+        "codebook_usage",
+        "maxsim",
+        "maxsim_pairs",
+        "normalize",
+        "product",
+        "relation_query",
+        "vq_assign",
+    ],
 }
 
 

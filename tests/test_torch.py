@@ -138,7 +138,7 @@ def test_compile_keeps_the_ops_in_one_graph(graph):
 
 
 def test_the_plain_functions_point_here_for_gradients_where_there_are_any():
-    assert sorted(_arrays.DIFFERENTIABLE.values()) == sorted(pvt.__all__)
+    assert set(_arrays.DIFFERENTIABLE.values()) <= set(pvt.__all__)
     x = torch.ones(4, 3, requires_grad=True)
     with pytest.raises(TypeError) as caught:
         pv.hypercomplex.product(x, x)

@@ -9,7 +9,7 @@ from torch.library import custom_op
 
 from polyvec import hypercomplex
 from polyvec.hypercomplex import Algebra
-from polyvec.torch._tensors import require_tensors
+from polyvec.torch._tensors import in_float32, require_tensors
 
 _flat_table = torch.compiler.assume_constant_result(hypercomplex.flat_table)
 
@@ -163,6 +163,7 @@ def _relation_query_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
 
 
 _relation_query.register_autograd(_relation_query_backward, setup_context=_save_relation_query)
+in_float32(_product, _normalize, _relation_query)
 
 
 def product(x: Tensor, y: Tensor, *, algebra: Algebra = "quaternion", axis: int = -2) -> Tensor:

@@ -8,7 +8,7 @@ from torch.library import custom_op
 
 from polyvec import Ragged
 from polyvec import maxsim as _maxsim
-from polyvec.torch._tensors import require_tensors
+from polyvec.torch._tensors import in_float32, require_tensors
 
 
 @custom_op(
@@ -81,6 +81,7 @@ def _match_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]
 
 
 _match.register_autograd(_match_backward, setup_context=_save_match)
+in_float32(_match, _match_gradient)
 
 
 def _token_sets(op: str, name: str, x: Any, mask: Any) -> tuple[Tensor, Tensor]:

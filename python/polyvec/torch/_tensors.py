@@ -1,7 +1,8 @@
-"""Checks that the ops share."""
+"""What the ops share: checks of arguments, and what they do under autocast."""
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -10,3 +11,15 @@ def require_tensors(op: str, **arguments: Any) -> None:
     for name, x in arguments.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: {name} must be a torch tensor, got {type(x).__name__}")
+
+
+def in_float32(*ops: Any) -> None:
+    """Have autocast hand float32 to `ops`, whatever narrower type the layers before them compute in."""
+    for op in ops:
+        op.register_autocast("cpu", torch.float32)
+        op.register_autocast("cuda", torch.float32)
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return `x` as float32 under autocast, unchanged elsewhere: for functions of several ops."""
+    return x.float() if torch.is_autocast_enabled(x.device.type) else x

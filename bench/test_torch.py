@@ -1,0 +1,50 @@
+"""Learned quantisation in torch: a step of training, its time and the memory it takes beyond its inputs."""
+
+import re
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pvt = pytest.importorskip("polyvec.torch")
+
+
+def peak_megabytes(call):
+    """How much more memory the process held during a call than before it."""
+
+    def status(field):
+        with open("/proc/self/status") as file:
+            return int(re.search(rf"{field}:\s+(\d+) kB", file.read())[1]) / 1024
+
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak becomes what is held now
+    before = status("VmRSS")
+    call()
+    return status("VmHWM") - before
+
+
+@pytest.fixture
+def normal():
+    """Makes a normal tensor of a shape that requires grad."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(shape, generator=generator).requires_grad_()
+
+
+def test_vq_assign(compare, benchmark, normal, threads):
+    """A codebook of 65,536: torch stores n x K distances."""
+    torch.set_num_threads(threads)
+    n, k, d = 2048, 65536, 128
+    x, codebook = normal(n, d).detach(), normal(k, d).detach()
+
+    def in_torch():
+        return (codebook.square().sum(1) - 2 * (x @ codebook.T)).argmin(1)
+
+    expected = in_torch()
+    memory = {"polyvec": peak_megabytes(lambda: pvt.vq_assign(x, codebook)), "torch": peak_megabytes(in_torch)}
+    assert memory["polyvec"] < 100 < memory["torch"]
+    benchmark.extra_info["megabytes"] = memory
+    compare(
+        lambda: pvt.vq_assign(x, codebook).ids,
+        {"torch": in_torch},
+        check=lambda ids: torch.equal(ids, expected) or pytest.fail("other codewords"),
+        flops=2 * n * k * d,
+    )
