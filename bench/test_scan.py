@@ -39,6 +39,26 @@ def test_topk(compare, rng, threads, nq, k):
     )
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("nq", [1, 1000])
+def test_topk_of_narrow_items(compare, rng, nq, dtype):
+    """Beside float32 items: memory is the limit of one query, the arithmetic of many."""
+    torch = pytest.importorskip("torch")
+    queries, items = torch.from_numpy(sample(rng, nq, 384)), torch.from_numpy(sample(rng, 115_000, 384))
+    scale = 24 if dtype == "int8" else 1
+    narrow = (items * scale).round().clamp(-127, 127).to(torch.int8) if dtype == "int8" else items.bfloat16()
+    narrow = items.half() if dtype == "float16" else narrow
+    scales = torch.full((len(items),), 1 / scale) if dtype == "int8" else None
+    expected = pv.scan.topk(queries, items, 10)[0]
+    compare(
+        lambda: pv.scan.topk(queries, narrow, 10, scales=scales),
+        {"our float32": lambda: pv.scan.topk(queries, items, 10)},
+        check=lambda result: np.testing.assert_allclose(result[0], expected, rtol=0.02, atol=0.02),
+        flops=2 * nq * items.numel(),
+        bytes=narrow.numel() * narrow.element_size(),
+    )
+
+
 @pytest.mark.parametrize(
     ("n", "k", "d"),
     [(100_000, 256, 8), (100_000, 256, 32), (20_000, 1024, 384)],

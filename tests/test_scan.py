@@ -157,9 +157,9 @@ def test_distances_do_not_cancel(rng, isa):
 def test_nearest_reads_a_slice_of_columns(rng, isa):
     x, centroids = whole(rng, 100, 24), whole(rng, 16, 8)
     ids, distances = np.empty(100, np.int64), np.empty(100, np.float32)
-    _core.scan_nearest(x[:, 8:16], centroids, ids, distances, "l2", 1)
+    _core.scan_nearest(x[:, 8:16], centroids, None, ids, distances, "l2", 1)
     assert_exact(ids, ref.nearest(x[:, 8:16], centroids)[0])
-    _core.scan_nearest(x[:, 8:16], centroids, ids, None, "l2", 1)
+    _core.scan_nearest(x[:, 8:16], centroids, None, ids, None, "l2", 1)
     assert_exact(pv.scan.nearest(x[:, 8:16], centroids)[0], ids)
 
 
@@ -230,6 +230,136 @@ def test_result_does_not_depend_on_thread_count(rng, nq, metric):
     for a, b, c in zip(one, two, seven, strict=True):
         assert_exact(a, b)
         assert_exact(a, c)
+
+
+NARROW = [np.uint16, np.float16, np.int8]
+
+
+def stored(x, dtype):
+    """Cuts x to a dtype; to the bits of bfloat16 for uint16."""
+    return (x.view(np.uint32) >> 16).astype(np.uint16) if dtype == np.uint16 else x.astype(dtype)
+
+
+def narrow_items(rng, n, d, dtype):
+    """Items of real numbers, and scales of both signs for int8."""
+    x = sample(rng, n, d) * (40 if dtype == np.int8 else 1)
+    return stored(np.clip(x, -127, 127), dtype), {"scales": sample(rng, n) / 40} if dtype == np.int8 else {}
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("nq", [1, 6, 9, 33, 67])
+def test_narrow_items_are_exact_on_whole_numbers(rng, isa, nq, dtype):
+    for n in ITEMS[1:]:
+        d = int(rng.choice(WIDTHS)) + 1
+        q, x, bias = whole(rng, nq, d), whole(rng, n, d), whole(rng, n) * 2
+        q[:, -1], x[:, -1] = 127, 0  # in 127 steps of the largest, whole numbers are exact
+        items, options = stored(x, dtype), {}
+        if dtype == np.int8 and n % 2:
+            options["scales"] = 2.0 ** rng.integers(-2, 3, n).astype(np.float32)
+            x *= options["scales"][:, None]
+        targets, known, ids = rng.integers(0, n, nq), id_lists(rng, nq, n, 30), rng.integers(0, n, (nq, 7))
+        for metric in METRICS[:2]:
+            options["metric"] = metric
+            both = {"bias": bias, "exclude": known}
+            for actual, expected in zip(
+                (
+                    *pv.scan.topk(q, items, 20, **options, **both),
+                    *pv.scan.topk(q, items, 3, **options),
+                    *pv.scan.nearest(q, items, **options),
+                    pv.scan.rank(q, items, targets, bias=bias, known=known, **options),
+                    pv.scan.score_pairs(q, items, ids, bias=bias, **options),
+                ),
+                (
+                    *ref.topk(q, x, 20, metric, **both),
+                    *ref.topk(q, x, 3, metric),
+                    *ref.nearest(q, x, metric),
+                    ref.rank(q, x, targets, metric, bias, known),
+                    ref.score_pairs(q, x, ids, metric, bias),
+                ),
+                strict=True,
+            ):
+                assert_exact(actual, expected)
+
+
+@pytest.mark.parametrize("metric", METRICS[:2])
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("nq", [3, 40])
+def test_narrow_items_of_real_numbers(rng, isa, nq, dtype, metric):
+    for d in [*WIDTHS[1:], 300]:
+        q, (items, scales) = sample(rng, nq, d), narrow_items(rng, 200, d, dtype)
+        x, met = ref.decoded(items, **scales), ref.rounded(q, dtype)
+        every, size = ref.scores(met, x, metric), sizes(rng, met, x, metric)
+        scores, ids = pv.scan.topk(q, items, 20, metric=metric, **scales)
+        best, size_of = np.take_along_axis(every, ids, 1), np.take_along_axis(size, ids, 1)
+        assert_reduction(scores, best, size_of, length=d)
+        assert_reduction(scores, ref.topk(met, x, 20, metric)[0], size_of.max(1, keepdims=True), length=d)
+        assert_reduction(pv.scan.score_pairs(q, items, ids, metric=metric, **scales), best, size_of, length=d)
+        nearest = pv.scan.nearest(q, items, metric=metric, **scales)[1]
+        assert_reduction(nearest, ref.nearest(met, x, metric)[1], size.max(1), length=d)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("nq", [3, 40])
+def test_cosine_of_narrow_items(rng, isa, nq, dtype):
+    """Queries whose norm is a power of two, so that they are rounded by nothing but the items' dtype."""
+    q, (items, scales) = np.zeros((nq, 70), np.float32), narrow_items(rng, 100, 70, dtype)
+    for row in q:
+        row[rng.permutation(70)[: rng.choice([1, 4, 16, 64])]] = 2.0
+    q *= rng.choice([-1, 1], q.shape)
+    items[7], q[1] = 0, 0
+    ids = np.argsort(rng.random((nq, 100)), 1)
+    expected = ref.scores(q, ref.decoded(items, **scales), "cosine")
+    pairs = pv.scan.score_pairs(q, items, ids, metric="cosine", **scales)
+    assert_reduction(pairs, np.take_along_axis(expected, ids, 1), 1, length=70)
+    scores, _ = pv.scan.topk(q, items, 100, metric="cosine", **scales)
+    assert_reduction(scores, -np.sort(-expected, 1), 1, length=70)
+    assert_reduction(pv.scan.nearest(q, items, metric="cosine", **scales)[1], expected.max(1), 1, length=70)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", NARROW)
+def test_narrow_results_do_not_depend_on_threads_or_places(rng, isa, dtype, metric):
+    q, (items, scales) = sample(rng, 70, 37), narrow_items(rng, 3000, 37, dtype)
+    items[1500:], targets = items[:1500], rng.integers(0, 1500, 70)
+    if scales:
+        scales["scales"][1500:] = scales["scales"][:1500]
+    results = [
+        (
+            *pv.scan.topk(q, items, 30, metric=metric, num_threads=n, **scales),
+            *pv.scan.nearest(q, items, metric=metric, num_threads=n, **scales),
+            pv.scan.rank(q, items, targets, metric=metric, num_threads=n, **scales),
+        )
+        for n in (1, 2, 7)
+    ]
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert_exact(a, b)
+    assert_exact(results[0][-1] % 1, np.full(70, 0.5))  # a target ties with its copy alone
+
+
+def test_narrow_items_of_every_library(rng):
+    torch = pytest.importorskip("torch")
+    q, x = sample(rng, 3, 8), sample(rng, 50, 8)
+    bits = stored(x, np.uint16)
+    scores, ids = pv.scan.topk(torch.from_numpy(q), torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16), 5)
+    assert isinstance(scores, torch.Tensor)
+    assert_exact(scores, pv.scan.topk(q, bits, 5)[0])
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    assert_exact(ids, pv.scan.topk(q, bits.view(ml_dtypes.bfloat16), 5)[1])
+    half = x.astype(np.float16)
+    assert_exact(pv.scan.topk(q, torch.from_numpy(half), 5)[0], pv.scan.topk(q, half, 5)[0])
+
+
+@pytest.mark.parametrize("nq", [1, 40])
+def test_narrow_items_without_a_score_are_never_returned(rng, isa, nq):
+    q, x = sample(rng, nq, 5), sample(rng, 30, 5)
+    x[3], x[17, 2] = np.nan, np.inf
+    x[17, 3] = -np.inf
+    q[:, 2:4] = 1  # inf - inf
+    for dtype in NARROW[:2]:
+        ids = pv.scan.topk(q, stored(x, dtype), 30)[1]
+        assert_exact(ids[:, 28:], np.full((nq, 2), -1))
+        assert not np.isin([3, 17], ids).any()
 
 
 def test_the_caller_gets_the_library_it_gave(rng, lib):
@@ -344,6 +474,37 @@ NAN = np.full((3, 4), np.nan, np.float32)
             lambda: pv.scan.topk(zeros(2, 4), zeros(9, 4), 1, out=(zeros(2, 1), zeros(2, 1))),
             TypeError,
             "scan.topk: out ids must be int64, got float32",
+        ),
+        (
+            lambda: pv.scan.topk(zeros(2, 4), zeros(9, 4, dtype=np.int32), 1),
+            TypeError,
+            "scan.topk: items must be float32 or bfloat16 or float16 or int8 or uint16, got int32; "
+            "cast it with .astype('float32')",
+        ),
+        (
+            lambda: pv.scan.topk(zeros(2, 4), zeros(9, 4), 1, scales=zeros(9)),
+            ValueError,
+            "scan.topk: scales must come with int8 items, got float32",
+        ),
+        (
+            lambda: pv.scan.rank(zeros(2, 4), zeros(9, 4, dtype=np.int8), [0, 1], scales=zeros(8)),
+            ValueError,
+            "scan.rank: scales must have one entry a row of items (9), got 8",
+        ),
+        (
+            lambda: pv.scan.score_pairs(NAN, zeros(9, 4, dtype=np.int8), [[0], [1], [2]]),
+            ValueError,
+            "scan.score_pairs: queries must be finite, got NaN or Inf in row 0",
+        ),
+        (
+            lambda: pv.scan.nearest(zeros(2, 4), NAN.astype(np.float16)),
+            ValueError,
+            "scan.nearest: centroids must be finite, got NaN or Inf in row 0",
+        ),
+        (
+            lambda: pv.scan.nearest(zeros(2, 4), stored(NAN, np.uint16)),
+            ValueError,
+            "scan.nearest: centroids must be finite, got NaN or Inf in row 0",
         ),
         (
             lambda: pv.scan.nearest(zeros(2, 4), zeros(0, 4)),

@@ -42,7 +42,7 @@ void bind_runtime(py::module_& m) {
             const char* op = "first_nonfinite_row";
             Args args = args_for<Cpu>(op, where);
             const Array a = args.in("x", x);
-            require_float(op, a);
+            if (a.dtype != DType::f16 && a.dtype != DType::bf16 && a.dtype != DType::u16) require_float(op, a);
             require_contiguous(op, a);
             const py::gil_scoped_release nogil;
             return first_nonfinite_row(a, Cpu{static_cast<int>(where)});

@@ -92,7 +92,7 @@ void pack_narrow(const float* tokens, size_t n, size_t d, float unit, uint32_t* 
         if constexpr (Format::elements == 1)
             pack_panel(reinterpret_cast<float*>(panel), tokens + first * d, count, d, d, width);
         else
-            pack_narrow_panel<Format, R>(panel, tokens + first * d, count, d, unit);
+            pack_narrow_panel<Format, R>(panel, tokens + first * d, count, d, d, unit);
     });
 }
 

@@ -3,8 +3,10 @@
 //
 // Queries lie in lanes, so an epilogue is a handful of vector operations a row. What it keeps of each query lies in
 // memory between two tiles: the tile needs every register, and one that is spilled in its loop halves the speed.
+#include "elements.hpp"
 #include "tables.hpp"
 #include "tile.hpp"
+#include "tile_narrow.hpp"
 
 namespace polyvec::POLYVEC_ISA {
 namespace {
@@ -13,19 +15,72 @@ constexpr int R = panel_registers;
 constexpr size_t L = lanes<float>;
 constexpr size_t width = panel_width<float>;
 
-void pack(const float* rows, size_t count, size_t stride, size_t d, float* panel) noexcept {
-    pack_panel(panel, rows, count, stride, d, width);
+// What rows store. The others lie in tile_narrow.hpp.
+struct Float32 {
+    static constexpr size_t align = 1, elements = 1;
+    static constexpr bool integer = false;
+};
+
+template <class Format>
+constexpr bool narrow = true;
+template <>
+constexpr bool narrow<Float32> = false;
+
+template <class Format>
+size_t words(size_t d) noexcept {
+    if constexpr (narrow<Format>)
+        return panel_words<Format>(d);
+    else
+        return d;
+}
+
+template <class Format>
+void pack(const float* rows, size_t count, size_t stride, size_t d, void* panel) noexcept {
+    if constexpr (Format::elements > 1)
+        pack_narrow_panel<Format, R>(static_cast<Word*>(panel), rows, count, stride, d, 1);
+    else
+        pack_panel(static_cast<float*>(panel), rows, count, stride, d, width);
+}
+
+/// Rounds to bfloat16, or to 127 steps of a row's largest element.
+template <class Format>
+void round(float* rows, size_t n, size_t d) noexcept {
+    for (float* row = rows; row != rows + n * d; row += d) {
+        const float largest = Format::integer ? largest_magnitude(row, d) : 0;
+        const float step = largest / 127, steps = largest > 0 ? 127 / largest : 0;
+        for (size_t i = 0; i < d; i += L) {
+            const size_t left = d - i < L ? d - i : L;
+            Vec<float> x = load_first(row + i, left);
+            if constexpr (Format::integer) {
+                x *= steps;
+                keep_in_register(x);  // never fused with the rounding, as in a panel
+                x += 0x1.8p23f;
+                keep_in_register(x);
+                x = (x - 0x1.8p23f) * step;
+            } else {
+                x = (Vec<float>)(to_bfloat16(x) << 16);
+            }
+            store_first(row + i, x, left);
+        }
+    }
 }
 
 /// Turns the products of rows first, first + 1, ... into values. Every op does it here: their bits must agree.
-template <int J>
+template <class Format, int J>
 POLYVEC_INLINE void to_values(const ScanBlock& block, size_t first, Vec<float> (&acc)[J][R]) noexcept {
-    if (block.scale) {
+    if constexpr (Format::integer) {  // the product has been scaled already, but for the query's part
+        for (int r = 0; r < R; ++r) {
+            const Vec<float> scale = lane_scale<Format, R>(static_cast<const Word*>(block.panel), block.d, r);
+            for (int j = 0; j < J; ++j) acc[j][r] *= scale;
+        }
+    } else if (block.scale) {
         for (int j = 0; j < J; ++j) {
             const Vec<float> scale = broadcast(block.scale[first + j]), offset = broadcast(block.offset[first + j]);
             for (int r = 0; r < R; ++r) acc[j][r] = fma(acc[j][r], scale, offset);
         }
-    } else if (block.offset) {
+        return;
+    }
+    if (block.offset) {
         for (int j = 0; j < J; ++j) {
             for (int r = 0; r < R; ++r) acc[j][r] += broadcast(block.offset[first + j]);
         }
@@ -46,28 +101,38 @@ POLYVEC_INLINE void exclude(const ScanBlock& block, const uint64_t*& next, size_
 }
 
 /// Calls epilogue(first, values) tile by tile.
-template <class Epilogue>
+template <class Format, class Epilogue>
 POLYVEC_INLINE void for_each_value(const ScanBlock& block, Epilogue&& epilogue) noexcept {
     const uint64_t* next = block.excluded;
-    for_each_tile<R>(block.panel, Rows<float>{block.rows, block.n, block.d}, block.d,
-                     [&]<int J>(size_t first, Vec<float>(&acc)[J][R]) {
-                         to_values(block, first, acc);
-                         exclude(block, next, first, acc);
-                         epilogue(first, acc);
-                     });
+    const auto finish = [&]<int J>(size_t first, Vec<float>(&acc)[J][R]) __attribute__((always_inline)) {
+        to_values<Format>(block, first, acc);
+        exclude(block, next, first, acc);
+        epilogue(first, acc);
+    };
+    if constexpr (narrow<Format>) {
+        const auto* rows = static_cast<const unsigned char*>(block.rows);
+        for_each_narrow_tile<Format, R>(static_cast<const Word*>(block.panel),
+                                        NarrowTokens{rows, block.n, rows, block.scale, nullptr, nullptr, nullptr},
+                                        block.d, finish);
+    } else {
+        for_each_tile<R>(static_cast<const float*>(block.panel),
+                         Rows<float>{static_cast<const float*>(block.rows), block.n, block.d}, block.d, finish);
+    }
 }
 
+template <class Format>
 void values(const ScanBlock& block, float* out) noexcept {
-    for_each_value(block, [&]<int J>(size_t first, const Vec<float>(&value)[J][R]) {
+    for_each_value<Format>(block, [&]<int J>(size_t first, const Vec<float>(&value)[J][R]) {
         for (int j = 0; j < J; ++j) {
             for (int r = 0; r < R; ++r) store(out + (first + j) * width + r * L, value[j][r]);
         }
     });
 }
 
+template <class Format>
 size_t select(const ScanBlock& block, const float* floor, ScanHit* hits) noexcept {
     ScanHit* hit = hits;
-    for_each_value(block, [&]<int J>(size_t first, const Vec<float>(&value)[J][R]) {
+    for_each_value<Format>(block, [&]<int J>(size_t first, const Vec<float>(&value)[J][R]) {
         bool found = false;
         for (int r = 0; r < R; ++r) {
             Vec<float> best = load(floor + r * L);  // max keeps its second operand where the first is NaN
@@ -89,8 +154,9 @@ size_t select(const ScanBlock& block, const float* floor, ScanHit* hits) noexcep
     return static_cast<size_t>(hit - hits);
 }
 
+template <class Format>
 void count(const ScanBlock& block, const float* target, int32_t* greater, int32_t* equal) noexcept {
-    for_each_value(block, [&]<int J>(size_t, const Vec<float>(&value)[J][R]) {
+    for_each_value<Format>(block, [&]<int J>(size_t, const Vec<float>(&value)[J][R]) {
         for (int r = 0; r < R; ++r) {
             const Vec<float> targets = load(target + r * L);
             Vec<int32_t> above = load(greater + r * L), same = load(equal + r * L);
@@ -104,8 +170,9 @@ void count(const ScanBlock& block, const float* target, int32_t* greater, int32_
     });
 }
 
+template <class Format>
 void nearest(const ScanBlock& block, float* best, int32_t* id) noexcept {
-    for_each_value(block, [&]<int J>(size_t first, const Vec<float>(&value)[J][R]) {
+    for_each_value<Format>(block, [&]<int J>(size_t first, const Vec<float>(&value)[J][R]) {
         const auto row = static_cast<int32_t>(block.first_row + first);
         for (int r = 0; r < R; ++r) {
             Vec<float> top = load(best + r * L);
@@ -123,40 +190,62 @@ void nearest(const ScanBlock& block, float* best, int32_t* id) noexcept {
 
 /// Q queries with each row in turn: a single stream, which the hardware prefetches to the full rate of the memory; four
 /// rows side by side get half of it.
-template <size_t Q>
-void products_by_row(const float* queries, const float* rows, size_t n, size_t d, float* out) noexcept {
-    for (size_t k = 0; k < n; ++k, rows += d) {
+template <class Elements, size_t Q>
+void products_by_row(const float* queries, const unsigned char* row, size_t n, size_t d, float* out) noexcept {
+    constexpr size_t bytes = Elements::bits / 8;
+    for (size_t k = 0; k < n; ++k, row += d * bytes) {
         Vec<float> sum[Q][2] = {};
         size_t i = 0;
         for (; i + 2 * L <= d; i += 2 * L) {
             for (size_t u = 0; u < 2; ++u) {
-                const Vec<float> x = load(rows + i + u * L);
+                const Vec<float> x = Elements::load(row + (i + u * L) * bytes);
                 for (size_t q = 0; q < Q; ++q) sum[q][u] = fma(x, load(queries + q * d + i + u * L), sum[q][u]);
             }
         }
         for (size_t u = 0; i < d; i += L, ++u) {
             const size_t left = d - i < L ? d - i : L;
-            const Vec<float> x = load_first(rows + i, left);
+            const Vec<float> x =
+                left == L ? Elements::load(row + i * bytes) : load_elements<Elements>(row + i * bytes, left);
             for (size_t q = 0; q < Q; ++q) sum[q][u] = fma(x, load_first(queries + q * d + i, left), sum[q][u]);
         }
         for (size_t q = 0; q < Q; ++q) out[q * n + k] = reduce_add(sum[q][0] + sum[q][1]);
     }
 }
 
-void products(const float* queries, size_t count, const float* rows, size_t n, size_t d, float* out) noexcept {
+template <class Elements>
+void products(const float* queries, size_t count, const void* rows, size_t n, size_t d, float* out) noexcept {
+    const auto* row = static_cast<const unsigned char*>(rows);
     size_t q = 0;
-    for (; q + 4 <= count; q += 4) products_by_row<4>(queries + q * d, rows, n, d, out + q * n);
-    for (; q + 2 <= count; q += 2) products_by_row<2>(queries + q * d, rows, n, d, out + q * n);
-    for (; q < count; ++q) products_by_row<1>(queries + q * d, rows, n, d, out + q * n);
+    for (; q + 4 <= count; q += 4) products_by_row<Elements, 4>(queries + q * d, row, n, d, out + q * n);
+    for (; q + 2 <= count; q += 2) products_by_row<Elements, 2>(queries + q * d, row, n, d, out + q * n);
+    for (; q < count; ++q) products_by_row<Elements, 1>(queries + q * d, row, n, d, out + q * n);
 }
 
-void squares(const float* rows, size_t n, size_t d, float* out) noexcept {
-    for (size_t k = 0; k < n; ++k) products_by_row<1>(rows + k * d, rows + k * d, 1, d, out + k);
+template <class Elements>
+void squares(const void* rows, size_t n, size_t d, float* out) noexcept {
+    const auto* row = static_cast<const unsigned char*>(rows);
+    for (size_t k = 0; k < n; ++k, row += d * Elements::bits / 8) {
+        Vec<float> sum[2] = {};
+        for (size_t i = 0, u = 0; i < d; i += L, u ^= 1) {
+            const unsigned char* p = row + i * Elements::bits / 8;
+            const Vec<float> x = d - i < L ? load_elements<Elements>(p, d - i) : Elements::load(p);
+            sum[u] = fma(x, x, sum[u]);
+        }
+        out[k] = reduce_add(sum[0] + sum[1]);
+    }
+}
+
+template <class Format, class Elements>
+constexpr ScanKernel make(decltype(ScanKernel::round) round) {
+    return {Format::align,   words<Format>,      pack<Format>,     round, values<Format>, select<Format>, count<Format>,
+            nearest<Format>, products<Elements>, squares<Elements>};
 }
 
 }  // namespace
 
 extern const ScanKernels scan_kernels;
-const ScanKernels scan_kernels{width, pack, values, select, count, nearest, products, squares};
+const ScanKernels scan_kernels{
+    width, make<Float32, Float32Elements>(nullptr), make<Bfloat16, Bfloat16Elements>(round<Bfloat16>),
+    make<Float16, Float16Elements>(nullptr), make<SignedInt8, Int8Elements>(round<SignedInt8>)};
 
 }  // namespace polyvec::POLYVEC_ISA

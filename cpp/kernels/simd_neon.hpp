@@ -44,5 +44,12 @@ POLYVEC_INLINE Vec<int32_t> multiply_pairs(Vec<uint32_t> a, Vec<uint32_t> b) noe
     return (Vec<int32_t>)vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y));
 }
 
+// A vector's worth of bytes as floats.
+POLYVEC_INLINE Vec<float> load_int8(const unsigned char* p) noexcept {
+    uint32_t bytes;
+    __builtin_memcpy(&bytes, p, sizeof bytes);
+    return (Vec<float>)vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(bytes)))));
+}
+
 }  // namespace
 }  // namespace polyvec::POLYVEC_ISA

@@ -47,9 +47,18 @@ struct DistanceKernel {
     Function l2;
 };
 
+/// The same of rows in fewer bits. `scales`: what the elements of each row of int8 are multiplied by; null: 1.
+struct NarrowDistanceKernel {
+    using Function = void (*)(const float* query, const void* rows, const float* scales, const std::int64_t* ids,
+                              std::size_t n, std::size_t d, float* out) noexcept;
+    Function dot;
+    Function l2;
+};
+
 struct DistanceKernels {
     DistanceKernel<std::uint32_t> u32;
     DistanceKernel<std::int64_t> i64;
+    NarrowDistanceKernel bf16, f16, i8;
 };
 
 /// Query tokens are handed over in panels (pack): transposed, so that a register holds one element of many tokens.
@@ -97,13 +106,13 @@ struct MaxsimKernels {
     NarrowMaxsimKernel bf16, f16, i8, residual4, residual2;
 };
 
-/// A panel of queries (ScanKernels::pack) and a block of consecutive rows of a table.
+/// A panel of queries (ScanKernel::pack) and a block of consecutive rows of a table.
 /// The value of a pair is product * scale[row] + offset[row].
 struct ScanBlock {
-    const float* panel;
-    const float* rows;  // (n, d)
+    const void* panel;
+    const void* rows;  // (n, d), each row followed by zeros to a multiple of ScanKernel::align elements
     std::size_t n, d;
-    const float* scale = nullptr;   // (n,), null: 1; comes with an offset
+    const float* scale = nullptr;   // (n,), null: 1; comes with an offset. Of int8 never null
     const float* offset = nullptr;  // (n,), null: 0
     std::uint64_t first_row = 0;    // the row of the table that rows starts with
     /// Pairs that do not take part: row of the table * panel_width + lane, ascending, from this block on.
@@ -115,11 +124,16 @@ struct ScanHit {
     std::uint32_t at;  // row of the block * panel_width + lane
 };
 
-struct ScanKernels {
-    std::size_t panel_width;  // queries in a panel
-    /// Transposes `count` rows, at most panel_width, `stride` elements apart, into a panel (d, panel_width); lanes
-    /// without a query hold zeros.
-    void (*pack)(const float* rows, std::size_t count, std::size_t stride, std::size_t d, float* panel) noexcept;
+/// Float queries against rows of one dtype.
+struct ScanKernel {
+    std::size_t align;
+    /// Words of 32 bits that a panel takes for each of its queries.
+    std::size_t (*panel_words)(std::size_t d);
+    /// Packs `count` rows, at most panel_width, `stride` elements apart, into a panel; lanes without a query hold
+    /// zeros.
+    void (*pack)(const float* rows, std::size_t count, std::size_t stride, std::size_t d, void* panel) noexcept;
+    /// Replaces n rows of d by what a panel holds of them; null where that is the rows themselves.
+    void (*round)(float* rows, std::size_t n, std::size_t d) noexcept;
     /// All values of the block: (n, panel_width).
     void (*values)(const ScanBlock&, float* out) noexcept;
     /// Writes the pairs whose value is above floor[lane] to `hits`, which has room for all, and returns their number.
@@ -128,12 +142,17 @@ struct ScanKernels {
     void (*count)(const ScanBlock&, const float* target, std::int32_t* greater, std::int32_t* equal) noexcept;
     /// Replaces best[lane] and id[lane] by the value and the row of the table that are above them; the first of equals.
     void (*nearest)(const ScanBlock&, float* best, std::int32_t* id) noexcept;
-    /// out (count, n): products of a few queries (count, d) with the rows (n, d), read once. For fewer queries than are
-    /// worth a panel.
-    void (*products)(const float* queries, std::size_t count, const float* rows, std::size_t n, std::size_t d,
+    /// out (count, n): products of a few queries (count, d) with the elements of the rows (n, d), which lie densely and
+    /// are read once. For fewer queries than are worth a panel.
+    void (*products)(const float* queries, std::size_t count, const void* rows, std::size_t n, std::size_t d,
                      float* out) noexcept;
-    /// The squared norms of the rows (n, d).
-    void (*squares)(const float* rows, std::size_t n, std::size_t d, float* out) noexcept;
+    /// The sums of the squared elements of the rows (n, d).
+    void (*squares)(const void* rows, std::size_t n, std::size_t d, float* out) noexcept;
+};
+
+struct ScanKernels {
+    std::size_t panel_width;  // queries in a panel
+    ScanKernel f32, bf16, f16, i8;
 };
 
 constexpr std::uint32_t fde_end = ~std::uint32_t(0);  // ends a chain of tokens

@@ -1,6 +1,6 @@
 // Register tiles over tokens stored in fewer bits: bfloat16, float16, int8, residual codes.
 //
-//     pack_narrow_panel<Format, R>(panel, queries, n_queries, d, largest_weight);  // once
+//     pack_narrow_panel<Format, R>(panel, queries, n_queries, stride, d, largest_weight);  // once
 //     for_each_narrow_tile<Format, R>(panel, tokens, d, [&]<int J>(size_t first, const Vec<float> (&product)[J][R]) {
 //         // product[j][r] * lane_scale<Format, R>(panel, d, r): token first + j with the queries of register r. The
 //         // scale of a query is positive, so it can wait until after a maximum.
@@ -11,7 +11,7 @@
 // residual):
 //
 //   bfloat16, float16
-//   int8        elements + 128; a token is its float scale times the elements
+//   int8        elements + 128; a token is its float scale times the elements. As signed bytes, too
 //   residual    codes of 4 or 2 bits, the first in the highest bits of a byte, each with its lowest bit first, as
 //               ColBERTv2 packs them; a token is its float scale times (centroid + the weights that its codes select)
 //
@@ -30,6 +30,7 @@
 // and the query alone, as in tile.hpp.
 #pragma once
 
+#include "elements.hpp"
 #include "tables.hpp"
 #include "tile.hpp"
 
@@ -57,7 +58,9 @@ struct Bfloat16Pairs {
     }
 };
 
-// Rows of bytes + 128. Ahead of a panel lies what cancels the share of the 128s.
+// Rows of bytes + 128, or of signed bytes, to which 128 is added on the way. Ahead of a panel lies what cancels the
+// share of the 128s.
+template <bool Signed>
 struct ByteQuads {
     using Sum = int32_t;
     static constexpr size_t elements = 4;
@@ -68,10 +71,13 @@ struct ByteQuads {
         return (Vec<int32_t>)load(panel + r * static_cast<int>(lanes<Word>));
     }
     POLYVEC_INLINE static Vec<int32_t> add(Vec<Word> x, Vec<Word> query, Vec<int32_t> sum) noexcept {
-        return add_byte_quads(sum, x, query);
+        return add_byte_quads(sum, Signed ? x ^ 0x80808080 : x, query);
+    }
+    POLYVEC_INLINE static Vec<int32_t> add_share(Vec<Word> query, Vec<int32_t> share) noexcept {
+        return add_byte_quads(share, broadcast<Word>(0x80808080), query);
     }
 };
-using IntegerProduct = ByteQuads;
+using IntegerProduct = ByteQuads<false>;
 
 #else
 
@@ -92,24 +98,12 @@ using IntegerProduct = ShortPairs;
 
 // ---- formats: `elements` of a row make a word; rows are padded to a multiple of `align` elements of `bits`
 
-// N elements of T, anywhere in memory.
-template <class T, size_t N>
-using Some = typename VecOf<T, static_cast<int>(N * sizeof(T))>::unaligned;
-
-POLYVEC_INLINE Vec<Word> load_halves(const unsigned char* p) noexcept {
-    return __builtin_convertvector(*reinterpret_cast<const Some<uint16_t, lanes<float>>*>(p), Vec<Word>);
-}
-
-// Widens n 16-bit elements by `convert` of a vector's worth at a time; nothing behind them is read.
-template <class Convert>
-POLYVEC_INLINE void expand_halves(const unsigned char* row, size_t n, float* out, Convert convert) noexcept {
+template <class Elements>
+POLYVEC_INLINE void expand_elements(const unsigned char* row, size_t n, float* out) noexcept {
+    constexpr size_t bytes = Elements::bits / 8;
     size_t i = 0;
-    for (; i + lanes<float> <= n; i += lanes<float>) store(out + i, convert(row + 2 * i));
-    if (i < n) {
-        unsigned char rest[2 * lanes<float>] = {};
-        for (size_t k = 0; k < 2 * (n - i); ++k) rest[k] = row[2 * i + k];
-        store(out + i, convert(rest));
-    }
+    for (; i + lanes<float> <= n; i += lanes<float>) store(out + i, Elements::load(row + bytes * i));
+    if (i < n) store(out + i, load_elements<Elements>(row + bytes * i, n - i));
 }
 
 struct Bfloat16 {
@@ -127,7 +121,7 @@ struct Bfloat16 {
     static constexpr bool as_stored = false;
 
     POLYVEC_INLINE static void expand(const unsigned char* row, size_t n, const void*, float* out) noexcept {
-        expand_halves(row, n, out, [](const unsigned char* p) { return (Vec<float>)(load_halves(p) << 16); });
+        expand_elements<Bfloat16Elements>(row, n, out);
     }
 #endif
 };
@@ -140,35 +134,32 @@ struct Float16 {
     static constexpr size_t elements = 1;
     static constexpr bool as_stored = false;
 
-#if !defined(POLYVEC_FLOAT16_CONVERSION)
-    // Exponent and fraction move to their places; a product sets the bias right, exactly, subnormals too.
-    POLYVEC_INLINE static Vec<float> load_float16(const unsigned char* p) noexcept {
-        const Vec<Word> half = load_halves(p), magnitude = half & 0x7fff, sign = (half ^ magnitude) << 16;
-        const Vec<Word> not_finite = (Vec<Word>)(magnitude > 0x7bff) & 0x7f800000;
-        return (Vec<float>)((Vec<Word>)((Vec<float>)(magnitude << 13) * 0x1p112f) | sign | not_finite);
-    }
-#endif
-
     POLYVEC_INLINE static void expand(const unsigned char* row, size_t n, const void*, float* out) noexcept {
-        expand_halves(row, n, out, [](const unsigned char* p) { return load_float16(p); });
+        expand_elements<Float16Elements>(row, n, out);
     }
 };
 
-struct Int8 {
+// Byte: uint8_t for elements + 128, int8_t for the elements themselves.
+template <class Byte>
+struct Bytes {
     static constexpr size_t bits = 8, align = 4;
     static constexpr bool integer = true, residual = false;
+    static constexpr bool is_signed = Byte(-1) < Byte(0);
     using Element = Word;
-    using Product = IntegerProduct;
-    static constexpr size_t elements = Product::elements;
 #if defined(POLYVEC_NARROW_PRODUCTS)
+    using Product = ByteQuads<is_signed>;
+    static constexpr size_t elements = Product::elements;
     static constexpr bool as_stored = true;
 #else
+    using Product = ShortPairs;
+    static constexpr size_t elements = Product::elements;
     static constexpr bool as_stored = false;
 
     template <size_t N>
     POLYVEC_INLINE static void widen(const unsigned char* p, Word* out) noexcept {
         *reinterpret_cast<Some<int16_t, N>*>(out) =
-            __builtin_convertvector(*reinterpret_cast<const Some<uint8_t, N>*>(p), Some<int16_t, N>) - int16_t{128};
+            __builtin_convertvector(*reinterpret_cast<const Some<Byte, N>*>(p), Some<int16_t, N>) -
+            int16_t{is_signed ? 0 : 128};
     }
     POLYVEC_INLINE static void expand(const unsigned char* row, size_t n, const void*, Word* out) noexcept {
         size_t i = 0;
@@ -177,6 +168,9 @@ struct Int8 {
     }
 #endif
 };
+
+using Int8 = Bytes<uint8_t>;
+using SignedInt8 = Bytes<int8_t>;
 
 template <int Bits>
 struct Residual {
@@ -283,10 +277,12 @@ POLYVEC_INLINE float largest_magnitude(const float* row, size_t d) noexcept {
     return reduce_max(largest);
 }
 
-// Pack `count` rows of d into a panel of R registers; of its lanes, those beyond count are zero. `unit` is what one
-// step of the stored integers stands for, where they have no scale of their own: the largest weight / 127.
+// Pack `count` rows of d, `stride` elements apart, into a panel of R registers; of its lanes, those beyond count are
+// zero. `unit` is what one step of the stored integers stands for, where they have no scale of their own: the largest
+// weight / 127.
 template <class Format, int R>
-inline void pack_narrow_panel(Word* panel, const float* rows, size_t count, size_t d, float unit) noexcept {
+inline void pack_narrow_panel(Word* panel, const float* rows, size_t count, size_t stride, size_t d,
+                              float unit) noexcept {
     constexpr size_t n = lanes<Word>, width = R * n, elements = Format::elements;
     const size_t end = row_words<Format>(d);
     float steps[width];  // of a query's quantisation, to the unit
@@ -294,7 +290,7 @@ inline void pack_narrow_panel(Word* panel, const float* rows, size_t count, size
         for (size_t k = 0; k < width; k += n) {
             Vec<float> scale = broadcast(unit);
             for (size_t j = 0; j < n; ++j) {
-                const float largest = k + j < count ? largest_magnitude(rows + (k + j) * d, d) : 0;
+                const float largest = k + j < count ? largest_magnitude(rows + (k + j) * stride, d) : 0;
                 steps[k + j] = largest > 0 ? 127 / largest : 0;
                 if (largest > 0) scale[j] = largest / 127 * unit;
             }
@@ -304,7 +300,7 @@ inline void pack_narrow_panel(Word* panel, const float* rows, size_t count, size
     }
     const auto words_of = [&](size_t q, size_t i) {
         Vec<float> x[elements];
-        load_words(rows + q * d, d, i, x);
+        load_words(rows + q * stride, d, i, x);
         if constexpr (!Format::integer) return to_bfloat16(x[0]) | to_bfloat16(x[1]) << 16;
         Vec<Word> word{};
         for (size_t e = 0; e < elements; ++e) {
@@ -323,7 +319,7 @@ inline void pack_narrow_panel(Word* panel, const float* rows, size_t count, size
             transpose(block, typename LaneRange<0, n>::type{});
             for (size_t j = 0; j < n && i + j < end; ++j) {
                 store(panel + (i + j) * width + k, block[j]);
-                if constexpr (elements == 4) share = Format::Product::add(broadcast<Word>(0x80808080), block[j], share);
+                if constexpr (elements == 4) share = Format::Product::add_share(block[j], share);
             }
         }
         if constexpr (elements == 4) store(panel - width + k, (Vec<Word>)-share);
@@ -387,7 +383,7 @@ POLYVEC_INLINE void for_each_narrow_tile(const Word* panel, const NarrowTokens& 
                                          Epilogue&& epilogue) noexcept {
     using Product = typename Format::Product;
     using Element = typename Format::Element;
-    const auto scaled = [&]<int J>(size_t first, const Vec<typename Product::Sum>(&sum)[J][R]) {
+    const auto scaled = [&]<int J>(size_t first, Vec<typename Product::Sum>(&sum)[J][R]) {
         if constexpr (!Format::integer) {
             epilogue(first, sum);
         } else {

@@ -50,14 +50,14 @@ void for_each_problem(std::int64_t problems, int num_threads, const F& body) {
 
 float norm(const float* x, std::int64_t d) {
     float square;
-    kernels().scan->squares(x, 1, d, &square);
+    kernels().scan->f32.squares(x, 1, d, &square);
     return std::sqrt(square);
 }
 
 std::vector<float> row_norms(const float* x, std::int64_t n, std::int64_t d, int num_threads) {
     std::vector<float> norms(n);
     parallel_for(n, rows_per_piece(d), num_threads, [&](std::int64_t begin, std::int64_t end, int) {
-        kernels().scan->squares(x + begin * d, end - begin, d, norms.data() + begin);
+        kernels().scan->f32.squares(x + begin * d, end - begin, d, norms.data() + begin);
         for (std::int64_t i = begin; i < end; ++i) norms[i] = std::sqrt(norms[i]);
     });
     return norms;
@@ -108,7 +108,7 @@ public:
                     copy(first + i, block.data() + i * d_);
                     squares_[first + i] = square(block.data() + i * d_);
                 }
-                kernels().scan->pack(block.data(), count, d_, d_, packed_.get() + first * d_);
+                kernels().scan->f32.pack(block.data(), count, d_, d_, packed_.get() + first * d_);
             }
         });
     }
@@ -155,7 +155,7 @@ private:
             offset[s] = -square(seeds.data() + s * d_) / 2;
             nearest_[rows[s]] = infinity;  // its gap is exactly 0
         }
-        const ScanKernels& scan = *kernels().scan;
+        const ScanKernel& scan = kernels().scan->f32;
         const std::int64_t grain = rows_per_piece(width_ * d_);
         parallel_for(panels_, grain, num_threads_, [&](std::int64_t begin, std::int64_t end, int) {
             const Aligned<std::int32_t> ids = aligned<std::int32_t>(width_);
@@ -250,7 +250,7 @@ public:
     double run() {
         // Spherical: the cosine ranks centroids as the inner product with their unit vectors does.
         const Metric metric = spherical() ? Metric::cosine : Metric::l2;
-        polyvec::run(ScanNearest{x_, centroids_, labels_, {}, metric}, Cpu{num_threads_});
+        polyvec::run(ScanNearest{x_, {centroids_, {}}, labels_, {}, metric}, Cpu{num_threads_});
         const std::int64_t n = x_.dim(0), k = centroids_.dim(0);
         const Clusters clusters(labels_.as<const std::int64_t>(), n, k);
         if (spherical()) {
@@ -349,9 +349,9 @@ void run(const KMeansStep& op, Cpu cpu) {
 }
 
 void run(const PqEncode& op, Cpu cpu) {
-    const ScanKernels& scan = *kernels().scan;
+    const ScanKernel& scan = kernels().scan->f32;
     const std::int64_t m = op.codebooks.dim(0), ksub = op.codebooks.dim(1), dsub = op.codebooks.dim(2), d = m * dsub;
-    const std::int64_t code_size = op.codes.dim(1), width = static_cast<std::int64_t>(scan.panel_width);
+    const std::int64_t code_size = op.codes.dim(1), width = static_cast<std::int64_t>(kernels().scan->panel_width);
     const float *x = op.x.as<const float>(), *codebooks = op.codebooks.as<const float>();
     // |x - c|^2 is least where <x, c> - |c|^2 / 2 is greatest.
     std::vector<float> scale(ksub, 1.0f), offset(m * ksub);

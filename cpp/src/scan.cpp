@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "polyvec/aligned.hpp"
@@ -25,14 +26,14 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
     return (a + b - 1) / b;
 }
 
-/// Items of width d that make a block.
-std::int64_t block_rows(std::int64_t d) {
-    return std::clamp<std::int64_t>(block_bytes / (4 * std::max<std::int64_t>(d, 1)), min_block, max_block);
+/// Items of `bytes` that make a block.
+std::int64_t block_rows(std::int64_t bytes) {
+    return std::clamp<std::int64_t>(block_bytes / std::max<std::int64_t>(bytes, 1), min_block, max_block);
 }
 
-/// Panels of `panel_size` floats that share a block of items.
-std::int64_t group_panels(std::int64_t panel_size) {
-    return std::clamp<std::int64_t>(group_bytes / (4 * std::max<std::int64_t>(panel_size, 1)), 1, max_group);
+/// Panels of `bytes` that share a block of items.
+std::int64_t group_panels(std::int64_t bytes) {
+    return std::clamp<std::int64_t>(group_bytes / std::max<std::int64_t>(bytes, 1), 1, max_group);
 }
 
 /// 1 / |x| of a squared norm, 0 for a zero vector.
@@ -42,52 +43,148 @@ float inverse_root(float square) {
 
 float inverse_norm(const float* row, std::int64_t d) {
     float square;
-    kernels().scan->squares(row, 1, d, &square);
+    kernels().scan->f32.squares(row, 1, d, &square);
     return inverse_root(square);
 }
 
-/// What turns products with some of the items into values: value = product * scale + offset, higher is better.
+const ScanKernel& kernel_of(const ScanItems& items) {
+    const ScanKernels& scan = *kernels().scan;
+    switch (items.rows.dtype) {
+        case DType::f16:
+            return scan.f16;
+        case DType::i8:
+            return scan.i8;
+        case DType::f32:
+            return scan.f32;
+        default:
+            return scan.bf16;
+    }
+}
+
+/// Items, and what turns products with some of them into values: value = product * scale + offset, higher is better.
 /// For l2 that is q . x - (|x|^2 - bias) / 2, which orders items as -(|q - x|^2 - bias) does.
 class Factors {
 public:
-    Factors(Metric metric, const Array& items, const Array& bias) : metric_(metric), items_(items), bias_(bias) {}
+    const ScanKernel& kernel;
+    const std::int64_t d, row_bytes;
+
+    Factors(Metric metric, const ScanItems& items, const Array& bias)
+        : kernel(kernel_of(items)),
+          d(items.rows.dim(1)),
+          row_bytes(d * static_cast<std::int64_t>(size_of(items.rows.dtype))),
+          metric_(metric),
+          items_(items),
+          bias_(bias),
+          padding_(row_bytes / std::max<std::int64_t>(d, 1) * (ceil_div(d, kernel.align) * kernel.align - d)) {}
 
     /// Chooses the items: `n` of them from `first` on.
     void compute(std::int64_t first, std::int64_t n) {
         first_ = first;
-        if (metric_ == Metric::ip && !bias_) return;
+        if (padding_ > 0) pad(n);
+        const bool scaled = items_.rows.dtype == DType::i8;
+        if (metric_ == Metric::ip && !bias_ && !scaled) return;
         offset_.assign(n, 0);
         if (bias_) std::copy_n(bias_.as<const float>() + first, n, offset_.begin());
+        if (scaled) {
+            scale_.assign(n, 1);
+            if (items_.scales) std::copy_n(items_.scales.as<const float>() + first, n, scale_.begin());
+        }
         if (metric_ == Metric::ip) return;
-        scale_.resize(n);
-        kernels().scan->squares(row(first), n, items_.dim(1), scale_.data());
+        squares_.resize(n);
+        kernel.squares(row(first), n, d, squares_.data());
         if (metric_ == Metric::l2) {
-            for (std::int64_t i = 0; i < n; ++i) offset_[i] = (offset_[i] - scale_[i]) / 2;
+            for (std::int64_t i = 0; i < n; ++i) {
+                const float scale = scaled ? scale_[i] : 1;
+                offset_[i] = (offset_[i] - scale * scale * squares_[i]) / 2;
+            }
         } else {
-            for (std::int64_t i = 0; i < n; ++i) scale_[i] = inverse_root(scale_[i]);
+            for (std::int64_t i = 0; i < n; ++i) squares_[i] = inverse_root(squares_[i]);
+            if (scaled) {  // of a scale nothing is left but its sign
+                for (std::int64_t i = 0; i < n; ++i)
+                    squares_[i] *= static_cast<float>((scale_[i] > 0) - (scale_[i] < 0));
+            }
+            scale_.swap(squares_);
         }
     }
 
     /// `panel` against `n` of the chosen items from `first` on.
-    ScanBlock block(const float* panel, std::int64_t first, std::int64_t n) const {
+    ScanBlock block(const void* panel, std::int64_t first, std::int64_t n) const {
         ScanBlock block;
         block.panel = panel;
-        block.rows = row(first);
+        block.rows = padding_ > 0 ? padded_.data() + (first - first_) * (row_bytes + padding_) : row(first);
         block.n = n;
-        block.d = items_.dim(1);
-        block.scale = metric_ == Metric::cosine ? scale_.data() + (first - first_) : nullptr;
+        block.d = d;
+        block.scale = scale_.empty() ? nullptr : scale_.data() + (first - first_);
         block.offset = offset_.empty() ? nullptr : offset_.data() + (first - first_);
         block.first_row = first;
         return block;
     }
 
+    /// 1 / |x| of item i, 0 for a zero vector.
+    float inverse_size(std::int64_t i) const {
+        const float scale = items_.scales ? std::fabs(items_.scales.as<const float>()[i]) : 1;
+        float square;
+        kernel.squares(row(i), 1, d, &square);
+        return scale > 0 ? inverse_root(square) / scale : 0;
+    }
+
+    const unsigned char* row(std::int64_t i) const { return items_.rows.as<const unsigned char>() + i * row_bytes; }
+
 private:
-    const float* row(std::int64_t i) const { return items_.as<const float>() + i * items_.dim(1); }
+    void pad(std::int64_t n) {
+        padded_.assign(n * (row_bytes + padding_), 0);
+        for (std::int64_t i = 0; i < n; ++i)
+            std::copy_n(row(first_ + i), row_bytes, padded_.data() + i * (row_bytes + padding_));
+    }
 
     Metric metric_;
-    Array items_, bias_;
+    ScanItems items_;
+    Array bias_;
+    std::int64_t padding_;  // bytes that kernels need behind each row
     std::int64_t first_ = 0;
-    std::vector<float> scale_, offset_;
+    std::vector<float> scale_, offset_, squares_;
+    std::vector<unsigned char> padded_;
+};
+
+/// out[i] = the inner product, or the squared distance (l2), of `query` and item ids[i]; without bias or norms.
+void compare(bool l2, const float* query, const ScanItems& items, const std::int64_t* ids, std::int64_t n, float* out) {
+    const DistanceKernels& distance = *kernels().distance;
+    const std::int64_t d = items.rows.dim(1);
+    if (items.rows.dtype == DType::f32) {
+        (l2 ? distance.i64.l2 : distance.i64.dot)(query, items.rows.as<const float>(), ids, n, d, out);
+        return;
+    }
+    const NarrowDistanceKernel& kernel = items.rows.dtype == DType::f16  ? distance.f16
+                                         : items.rows.dtype == DType::i8 ? distance.i8
+                                                                         : distance.bf16;
+    (l2 ? kernel.l2 : kernel.dot)(query, items.rows.data, items.scales ? items.scales.as<const float>() : nullptr, ids,
+                                  n, d, out);
+}
+
+/// Queries as they meet items: of unit length for cosine, then rounded where items ask for it.
+class Prepared {
+public:
+    const float* rows;
+    std::int64_t stride;
+
+    /// `rows` (n, d), `stride` apart, which must outlive this.
+    Prepared(const float* rows, std::int64_t n, std::int64_t stride, std::int64_t d, Metric metric,
+             const ScanKernel& kernel)
+        : rows(rows), stride(stride) {
+        if (metric != Metric::cosine && !kernel.round) return;
+        changed_ = aligned<float>(n * d);
+        for (std::int64_t i = 0; i < n; ++i) {
+            const float* row = rows + i * stride;
+            const float scale = metric == Metric::cosine ? inverse_norm(row, d) : 1;
+            std::transform(row, row + d, changed_.get() + i * d, [=](float x) { return x * scale; });
+        }
+        if (kernel.round) kernel.round(changed_.get(), n, d);
+        this->rows = changed_.get();
+        this->stride = d;
+    }
+
+private:
+    Aligned<float> changed_;
 };
 
 /// Some of the queries, packed.
@@ -96,22 +193,27 @@ public:
     const std::int64_t first, n, d, width, panels;
 
     /// As many queries as fill a batch, from `first` on; `kept` bytes are needed for each beside its panel.
-    Batch(const Array& queries, std::int64_t first, std::int64_t kept, Metric metric, int num_threads)
+    Batch(const Array& queries, std::int64_t first, std::int64_t kept, Metric metric, const ScanItems& items,
+          int num_threads)
         : first(first),
           n(std::min(queries.dim(0) - first, most(4 * queries.dim(1) + kept))),
           d(queries.dim(1)),
           width(kernels().scan->panel_width),
           panels(ceil_div(n, width)),
-          rows_(queries.as<const float>() + first * d),
-          packed_(aligned<float>(panels * width * d)) {
-        if (metric == Metric::cosine) normalize(num_threads);
+          panel_words_(width * kernel_of(items).panel_words(d)),
+          packed_(aligned<std::uint32_t>(panels * panel_words_)),
+          prepared_(panels) {
+        const ScanKernel& kernel = kernel_of(items);
         parallel_for(panels, 1, num_threads, [&](std::int64_t p, std::int64_t, int) {
-            kernels().scan->pack(row(p * width), lanes(p), d, d, packed_.get() + p * width * d);
+            const float* rows = queries.as<const float>() + (first + p * width) * d;
+            prepared_[p].emplace(rows, lanes(p), d, d, metric, kernel);
+            kernel.pack(prepared_[p]->rows, lanes(p), d, d, packed_.get() + p * panel_words_);
         });
     }
 
-    const float* row(std::int64_t i) const { return rows_ + i * d; }
-    const float* panel(std::int64_t p) const { return packed_.get() + p * width * d; }
+    const float* row(std::int64_t i) const { return prepared_[i / width]->rows + i % width * d; }
+    const void* panel(std::int64_t p) const { return packed_.get() + p * panel_words_; }
+    std::int64_t panel_bytes() const { return panel_words_ * 4; }
     std::int64_t lanes(std::int64_t p) const { return std::min(width, n - p * width); }
 
     /// Sorts the pairs of the lists into panels, all but those of a query and its `keep` (may be null).
@@ -146,19 +248,9 @@ private:
         return width * std::max<std::int64_t>(1, batch_bytes / (width * std::max<std::int64_t>(bytes, 1)));
     }
 
-    void normalize(int num_threads) {
-        unit_ = aligned<float>(n * d);
-        parallel_for(n, block_rows(d), num_threads, [&](std::int64_t begin, std::int64_t end, int) {
-            for (std::int64_t i = begin; i < end; ++i) {
-                const float scale = inverse_norm(row(i), d);
-                std::transform(row(i), row(i) + d, unit_.get() + i * d, [=](float x) { return x * scale; });
-            }
-        });
-        rows_ = unit_.get();
-    }
-
-    const float* rows_;
-    Aligned<float> unit_, packed_;
+    std::int64_t panel_words_;
+    Aligned<std::uint32_t> packed_;
+    std::vector<std::optional<Prepared>> prepared_;  // the queries of each panel
     std::vector<std::vector<std::uint64_t>> excluded_;
 };
 
@@ -173,13 +265,16 @@ public:
 
     const std::int64_t block, panels, items;
 
-    Sweep(const Batch& batch, std::int64_t items, int num_threads)
-        : block(block_rows(batch.d)), panels(batch.panels), items(items), num_threads_(num_threads) {
-        const std::int64_t threads = workers_for(std::max<std::int64_t>(items, 1), 1, num_threads);
-        group_ = std::clamp<std::int64_t>(panels / (4 * threads), 1, group_panels(batch.width * batch.d));
+    Sweep(const Batch& batch, const ScanItems& items, int num_threads)
+        : block(block_rows(batch.d * static_cast<std::int64_t>(size_of(items.rows.dtype)))),
+          panels(batch.panels),
+          items(items.rows.dim(0)),
+          num_threads_(num_threads) {
+        const std::int64_t threads = workers_for(std::max<std::int64_t>(this->items, 1), 1, num_threads);
+        group_ = std::clamp<std::int64_t>(panels / (4 * threads), 1, group_panels(batch.panel_bytes()));
         groups_ = ceil_div(panels, group_);
         const std::int64_t wanted = threads == 1 || groups_ >= threads ? 1 : ceil_div(2 * threads, groups_);
-        ranges_ = std::clamp<std::int64_t>(items / (4 * block), 1, wanted);
+        ranges_ = std::clamp<std::int64_t>(this->items / (4 * block), 1, wanted);
         piece_ = std::max(block, piece_flops / (2 * batch.width * std::max<std::int64_t>(batch.d, 1) * group_));
     }
 
@@ -241,7 +336,7 @@ private:
             batch_.set_excluded(p, block);
             for (std::int64_t lane = 0; lane < batch_.width; ++lane)
                 floor_[lane] = lane < batch_.lanes(p) ? best[lane].threshold() : infinity;
-            const std::size_t found = kernels().scan->select(block, floor_.data(), hits_.get());
+            const std::size_t found = factors_.kernel.select(block, floor_.data(), hits_.get());
             for (std::size_t i = 0; i < found; ++i)
                 best[hits_[i].at % batch_.width].push(hits_[i].value, first + hits_[i].at / batch_.width);
         }
@@ -251,7 +346,8 @@ private:
         const std::int64_t lanes = batch_.lanes(p);
         ScanBlock block = factors_.block(nullptr, first, n);
         batch_.set_excluded(p, block);
-        kernels().scan->products(batch_.row(p * batch_.width), lanes, block.rows, n, batch_.d, products_.data());
+        factors_.kernel.products(batch_.row(p * batch_.width), lanes, factors_.row(first), n, batch_.d,
+                                 products_.data());
         for (const auto* pair = block.excluded; pair != block.excluded_end; ++pair)
             products_[*pair % batch_.width * n + *pair / batch_.width - first] = std::nanf("");
         for (std::int64_t lane = 0; lane < lanes; ++lane) {
@@ -275,15 +371,14 @@ void set_distances(const float* query, const ScanTopK& op, std::vector<Hit>& hit
     std::vector<std::int64_t> ids(hits.size());
     std::vector<float> distances(hits.size());
     std::transform(hits.begin(), hits.end(), ids.begin(), [](const Hit& hit) { return hit.id; });
-    kernels().distance->i64.l2(query, op.items.as<const float>(), ids.data(), ids.size(), op.items.dim(1),
-                               distances.data());
+    compare(true, query, op.items, ids.data(), ids.size(), distances.data());
     for (std::size_t i = 0; i < hits.size(); ++i)
         hits[i].score = (op.bias ? op.bias.as<const float>()[ids[i]] : 0) - distances[i];
 }
 
 void topk(const ScanTopK& op, const Batch& batch, int num_threads) {
     const std::int64_t k = op.scores.dim(1);
-    const Sweep sweep(batch, op.items.dim(0), num_threads);
+    const Sweep sweep(batch, op.items, num_threads);
     std::vector<Selector> selectors;
     for (int i = 0; i < sweep.workers(); ++i) selectors.emplace_back(batch, op, sweep.block);
     std::vector<TopK> best(sweep.ranges() * batch.n, TopK(k));
@@ -310,7 +405,7 @@ std::vector<float> target_values(const ScanRank& op, const Batch& batch, int num
             const std::int64_t i = p * batch.width + lane;
             const std::int64_t target = op.targets.as<const std::int64_t>()[batch.first + i];
             factors.compute(target, 1);
-            kernels().scan->values(factors.block(batch.panel(p), target, 1), lanes.data());
+            factors.kernel.values(factors.block(batch.panel(p), target, 1), lanes.data());
             values[i] = lanes[lane];
             if (std::isnan(values[i]))
                 fail(op.op, "targets must have scores that are numbers, got NaN for query ", batch.first + i);
@@ -320,18 +415,19 @@ std::vector<float> target_values(const ScanRank& op, const Batch& batch, int num
 }
 
 void rank(const ScanRank& op, const Batch& batch, int num_threads) {
-    const Sweep sweep(batch, op.items.dim(0), num_threads);
+    const Sweep sweep(batch, op.items, num_threads);
     const std::vector<float> targets = target_values(op, batch, num_threads);
     const std::int64_t lanes = batch.panels * batch.width;
     std::vector<std::int32_t> greater(sweep.ranges() * lanes), equal(sweep.ranges() * lanes);
     std::vector<Factors> factors(sweep.workers(), Factors(op.metric, op.items, op.bias));
+    const ScanKernel& kernel = kernel_of(op.items);
     sweep.run([&](const Sweep::Step& step, int worker) {
         factors[worker].compute(step.first, step.n);
         for (std::int64_t p = step.begin; p < step.end; ++p) {
             ScanBlock block = factors[worker].block(batch.panel(p), step.first, step.n);
             batch.set_excluded(p, block);
             const std::int64_t lane = p * batch.width, at = step.range * lanes + lane;
-            kernels().scan->count(block, &targets[lane], &greater[at], &equal[at]);
+            kernel.count(block, &targets[lane], &greater[at], &equal[at]);
         }
     });
 
@@ -352,7 +448,7 @@ void rank(const ScanRank& op, const Batch& batch, int num_threads) {
 void run(const ScanTopK& op, Cpu cpu) {
     const std::int64_t kept = 32 * op.scores.dim(1);  // a collector holds twice k hits
     for (std::int64_t first = 0; first < op.queries.dim(0);) {
-        Batch batch(op.queries, first, kept, op.metric, cpu.num_threads);
+        Batch batch(op.queries, first, kept, op.metric, op.items, cpu.num_threads);
         batch.exclude(op.exclude, nullptr, cpu.num_threads);
         topk(op, batch, cpu.num_threads);
         first += batch.n;
@@ -361,7 +457,7 @@ void run(const ScanTopK& op, Cpu cpu) {
 
 void run(const ScanRank& op, Cpu cpu) {
     for (std::int64_t first = 0; first < op.queries.dim(0);) {
-        Batch batch(op.queries, first, 0, op.metric, cpu.num_threads);
+        Batch batch(op.queries, first, 0, op.metric, op.items, cpu.num_threads);
         batch.exclude(op.known, op.targets.as<const std::int64_t>(), cpu.num_threads);
         rank(op, batch, cpu.num_threads);
         first += batch.n;
@@ -369,33 +465,44 @@ void run(const ScanRank& op, Cpu cpu) {
 }
 
 void run(const ScanNearest& op, Cpu cpu) {
-    const auto& scan = *kernels().scan;
-    const std::int64_t n = op.x.dim(0), d = op.x.dim(1), k = op.centroids.dim(0), width = scan.panel_width;
-    const std::int64_t panels = ceil_div(n, width), group = group_panels(width * d), block = block_rows(d);
-    const auto row = [&](std::int64_t i) { return op.x.as<const float>() + i * op.x.stride(0); };
+    const std::int64_t n = op.x.dim(0), d = op.x.dim(1), k = op.centroids.rows.dim(0), stride = op.x.stride(0);
     Factors factors(op.metric, op.centroids, Array());
     factors.compute(0, k);
+    const ScanKernel& kernel = factors.kernel;
+    const std::int64_t width = kernels().scan->panel_width, panel_words = width * kernel.panel_words(d);
+    const std::int64_t panels = ceil_div(n, width), group = group_panels(4 * panel_words);
+    const std::int64_t block = block_rows(factors.row_bytes);
 
     struct Scratch {
-        Aligned<float> panels, best;
+        Aligned<std::uint32_t> panels;
+        Aligned<float> best;
         Aligned<std::int32_t> ids;
     };
     std::vector<Scratch> scratch(workers_for(panels, group, cpu.num_threads));
     for (Scratch& s : scratch)
-        s = {aligned<float>(group * width * d), aligned<float>(group * width), aligned<std::int32_t>(group * width)};
+        s = {aligned<std::uint32_t>(group * panel_words), aligned<float>(group * width),
+             aligned<std::int32_t>(group * width)};
 
     parallel_for(panels, group, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int worker) {
         const Scratch& s = scratch[worker];
         std::fill_n(s.best.get(), group * width, -infinity);
         std::fill_n(s.ids.get(), group * width, 0);
-        const auto panel = [&](std::int64_t p) { return s.panels.get() + (p - begin) * width * d; };
-        for (std::int64_t p = begin; p < end; ++p)
-            scan.pack(row(p * width), std::min(width, n - p * width), op.x.stride(0), d, panel(p));
+        const auto panel = [&](std::int64_t p) { return s.panels.get() + (p - begin) * panel_words; };
+        // The length of a row changes no comparison of its cosines; but before it is rounded, it must be 1.
+        const Metric metric = kernel.round ? op.metric : Metric::ip;
+        const auto prepared = [&](std::int64_t i, std::int64_t count) {
+            return Prepared(op.x.as<const float>() + i * stride, count, stride, d, metric, kernel);
+        };
+        for (std::int64_t p = begin; p < end; ++p) {
+            const std::int64_t count = std::min(width, n - p * width);
+            const Prepared x = prepared(p * width, count);
+            kernel.pack(x.rows, count, x.stride, d, panel(p));
+        }
         for (std::int64_t c = 0; c < k; c += block) {
             for (std::int64_t p = begin; p < end; ++p) {
                 const std::int64_t lane = (p - begin) * width;
-                scan.nearest(factors.block(panel(p), c, std::min(block, k - c)), s.best.get() + lane,
-                             s.ids.get() + lane);
+                kernel.nearest(factors.block(panel(p), c, std::min(block, k - c)), s.best.get() + lane,
+                               s.ids.get() + lane);
             }
         }
         for (std::int64_t i = begin * width; i < std::min(end * width, n); ++i) {
@@ -403,33 +510,29 @@ void run(const ScanNearest& op, Cpu cpu) {
             op.ids.as<std::int64_t>()[i] = id;
             if (!op.distances) continue;
             float& distance = op.distances.as<float>()[i];
-            if (op.metric == Metric::l2) {
-                kernels().distance->i64.l2(row(i), op.centroids.as<const float>(), &id, 1, d, &distance);
-            } else {
-                distance = s.best[i - begin * width];
-                if (op.metric == Metric::cosine) distance *= inverse_norm(row(i), d);
-            }
+            distance = s.best[i - begin * width];
+            if (op.metric == Metric::cosine && !kernel.round)
+                distance *= inverse_norm(op.x.as<const float>() + i * stride, d);
+            if (op.metric == Metric::l2) compare(true, prepared(i, 1).rows, op.centroids, &id, 1, &distance);
         }
     });
 }
 
 void run(const ScanPairs& op, Cpu cpu) {
     constexpr std::int64_t chunk = 1024;  // ids at a time
-    const std::int64_t m = op.ids.dim(1), d = op.items.dim(1), chunks = ceil_div(m, chunk);
-    const auto& distance = kernels().distance->i64;
-    const float* items = op.items.as<const float>();
+    const std::int64_t m = op.ids.dim(1), d = op.items.rows.dim(1), chunks = ceil_div(m, chunk);
+    const Factors factors(op.metric, op.items, Array());
     const float* bias = op.bias ? op.bias.as<const float>() : nullptr;
     const std::int64_t grain = std::max<std::int64_t>(1, (1 << 18) / (std::min(m, chunk) * d + 1));
     parallel_for(op.ids.dim(0) * chunks, grain, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
         for (std::int64_t piece = begin; piece < end; ++piece) {
             const std::int64_t i = piece / chunks, j = piece % chunks * chunk, n = std::min(chunk, m - j);
-            const float* query = op.queries.as<const float>() + i * d;
+            const Prepared query(op.queries.as<const float>() + i * d, 1, d, d, op.metric, factors.kernel);
             const std::int64_t* ids = op.ids.as<const std::int64_t>() + i * m + j;
             float* out = op.out.as<float>() + i * m + j;
-            (op.metric == Metric::l2 ? distance.l2 : distance.dot)(query, items, ids, n, d, out);
+            compare(op.metric == Metric::l2, query.rows, op.items, ids, n, out);
             if (op.metric == Metric::cosine) {
-                const float scale = inverse_norm(query, d);
-                for (std::int64_t c = 0; c < n; ++c) out[c] *= scale * inverse_norm(items + ids[c] * d, d);
+                for (std::int64_t c = 0; c < n; ++c) out[c] *= factors.inverse_size(ids[c]);
             }
             if (!bias) continue;
             for (std::int64_t c = 0; c < n; ++c) out[c] += op.metric == Metric::l2 ? -bias[ids[c]] : bias[ids[c]];

@@ -171,11 +171,18 @@ def quantize_pq_search(
     where: int,
 ) -> None: ...
 def scan_nearest(
-    x: typing.Any, centroids: typing.Any, ids: typing.Any, distances: typing.Any, metric: str, where: int
+    x: typing.Any,
+    centroids: typing.Any,
+    scales: typing.Any,
+    ids: typing.Any,
+    distances: typing.Any,
+    metric: str,
+    where: int,
 ) -> None: ...
 def scan_rank(
     queries: typing.Any,
     items: typing.Any,
+    scales: typing.Any,
     targets: typing.Any,
     bias: typing.Any,
     known_offsets: typing.Any,
@@ -186,11 +193,19 @@ def scan_rank(
     where: int,
 ) -> None: ...
 def scan_score_pairs(
-    queries: typing.Any, items: typing.Any, ids: typing.Any, bias: typing.Any, out: typing.Any, metric: str, where: int
+    queries: typing.Any,
+    items: typing.Any,
+    scales: typing.Any,
+    ids: typing.Any,
+    bias: typing.Any,
+    out: typing.Any,
+    metric: str,
+    where: int,
 ) -> None: ...
 def scan_topk(
     queries: typing.Any,
     items: typing.Any,
+    scales: typing.Any,
     bias: typing.Any,
     exclude_offsets: typing.Any,
     exclude_ids: typing.Any,

@@ -373,7 +373,7 @@ def _trained(op: str, tokens: Any, num_threads: int | None) -> Any:
 def _nearest(op: str, tokens: Any, centroids: Any, num_threads: int | None) -> Any:
     ids = empty(tokens, (int(tokens.shape[0]),), "int64")
     distances = empty(tokens, (int(tokens.shape[0]),), "float32")
-    _backend.run(op, "scan_nearest", tokens, tokens, centroids, ids, distances, "l2", num_threads=num_threads)
+    _backend.run(op, "scan_nearest", tokens, tokens, centroids, None, ids, distances, "l2", num_threads=num_threads)
     return ids.int() if is_torch(ids) else ids.astype(np.int32)
 
 

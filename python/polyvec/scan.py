@@ -11,7 +11,22 @@ metric     score                           best
 =========  ==============================  ================
 
 A cosine with a zero vector is 0. Inner products keep their sign, and l2 is the squared distance: a bias always raises
-an item's standing. All data are float32.
+an item's standing.
+
+Queries are float32; items may be stored in fewer bits, which is read from memory as it is:
+
+========================  ====================  =====================================================================
+items                     x                     q
+========================  ====================  =====================================================================
+float32, float16          the item              the query
+bfloat16                  the item              the query rounded to bfloat16
+int8, float32 `scales`    scale * the item      the query rounded to 127 steps of its largest element, which is finite
+========================  ====================  =====================================================================
+
+For "cosine" a query is divided by |q| first, and rounded then. Sums are float32 (whole numbers for int8) and products
+exact, at every instruction-set level. bfloat16 comes from torch, from ml_dtypes, or as its bits in a numpy array of
+uint16. `scales` (n,) may be left out: 1. One query is limited by memory: bfloat16 and float16 take half the time of
+float32, int8 a quarter.
 """
 
 from __future__ import annotations
@@ -19,21 +34,26 @@ from __future__ import annotations
 from typing import Any
 
 from polyvec import _backend
-from polyvec._arrays import ArrayT, as_array, as_count, as_id_lists, as_ids, choice, output, outputs
+from polyvec._arrays import ArrayT, as_array, as_count, as_id_lists, as_ids, choice, dtype_name, output, outputs
 
 __all__ = ["nearest", "rank", "score_pairs", "topk"]
 
 _METRICS = ("ip", "l2", "cosine")
 
 
-def _vectors(op: str, queries: Any, items: Any, names: tuple[str, str]) -> tuple[Any, Any]:
+_ITEM_DTYPES = ("float32", "bfloat16", "float16", "int8", "uint16")
+
+
+def _vectors(op: str, queries: Any, items: Any, scales: Any, names: tuple[str, str]) -> tuple[Any, Any, Any]:
     queries = as_array(op, names[0], queries, ndim=2)
-    items = as_array(op, names[1], items, ndim=2)
+    items = as_array(op, names[1], items, dtypes=_ITEM_DTYPES, ndim=2)
     if items.shape[1] != queries.shape[1]:
         raise ValueError(
             f"{op}: {names[1]} must have the same d as {names[0]} ({queries.shape[1]}), got {items.shape[1]}"
         )
-    return queries, items
+    if dtype_name(items) == "int8":
+        _backend.require_finite(op, names[0], queries)  # nothing else can be quantised
+    return queries, items, None if scales is None else as_array(op, "scales", scales, ndim=1)
 
 
 def _bias(op: str, bias: Any) -> Any:
@@ -47,6 +67,7 @@ def topk(
     *,
     metric: str = "ip",
     bias: Any = None,
+    scales: Any = None,
     exclude: tuple[Any, Any] | None = None,
     out: tuple[Any, Any] | None = None,
     num_threads: int | None = None,
@@ -56,13 +77,15 @@ def topk(
     Parameters
     ----------
     queries : array of shape (nq, d), float32
-    items : array of shape (n, d), float32
+    items : array of shape (n, d), float32 | bfloat16 | float16 | int8
     k : int
         At least 1. Where fewer than k items take part, the rest is id -1 with score -inf (+inf for "l2").
     metric : {"ip", "l2", "cosine"}
         "ip" and "cosine": higher is better. "l2": squared distance, lower is better.
     bias : array of shape (n,), float32, optional
         Added to the score of each item; for "l2" it is taken off the distance.
+    scales : array of shape (n,), float32, optional
+        What int8 items are multiplied by.
     exclude : (offsets, ids), optional
         Integer arrays of shapes (nq + 1,) and (m,): query i does not get the items `ids[offsets[i]:offsets[i + 1]]`,
         in any order.
@@ -79,9 +102,10 @@ def topk(
     Raises
     ------
     ValueError
-        Shapes that do not fit, k below 1, an unknown metric, offsets that run backwards.
+        Shapes that do not fit, k below 1, an unknown metric, offsets that run backwards, NaN or Inf in queries of int8
+        items.
     TypeError
-        A dtype other than float32, ids that are not integers.
+        A dtype that is not listed, ids that are not integers.
     IndexError
         An excluded id outside the items.
 
@@ -100,14 +124,16 @@ def topk(
     >>> scores, ids = pv.scan.topk(np.float32([[1, 0]]), items, 2)
     >>> scores.tolist(), ids.tolist()
     ([[2.0, 1.0]], [[1, 2]])
+    >>> pv.scan.topk(np.float32([[1, 0]]), np.int8([[0, 1], [8, 0]]), 1, scales=np.float32([1, 0.25]))[0]
+    array([[2.]], dtype=float32)
     """
     op = "scan.topk"
-    q, x = _vectors(op, queries, items, ("queries", "items"))
+    q, x, s = _vectors(op, queries, items, scales, ("queries", "items"))
     k = as_count(op, "k", k)
     choice(op, "metric", metric, _METRICS)
     scores, ids = outputs(op, out, q, (int(q.shape[0]), k), ("float32", "int64"), ("scores", "ids"))
     lists = as_id_lists(op, "exclude", exclude)
-    _backend.run(op, "scan_topk", q, q, x, _bias(op, bias), *lists, scores, ids, metric, num_threads=num_threads)
+    _backend.run(op, "scan_topk", q, q, x, s, _bias(op, bias), *lists, scores, ids, metric, num_threads=num_threads)
     return scores, ids
 
 
@@ -116,6 +142,7 @@ def nearest(
     centroids: Any,
     *,
     metric: str = "l2",
+    scales: Any = None,
     out: tuple[Any, Any] | None = None,
     num_threads: int | None = None,
 ) -> tuple[ArrayT, ArrayT]:
@@ -124,10 +151,12 @@ def nearest(
     Parameters
     ----------
     x : array of shape (n, d), float32
-    centroids : array of shape (k, d), float32
+    centroids : array of shape (k, d), float32 | bfloat16 | float16 | int8
         At least one row.
     metric : {"l2", "ip", "cosine"}
         "l2": squared distance, lower is better. "ip" and "cosine": higher is better.
+    scales : array of shape (k,), float32, optional
+        What int8 centroids are multiplied by.
     out : pair of arrays of shape (n,), int64 and float32, optional
         Written and returned.
     num_threads : int, optional
@@ -144,7 +173,7 @@ def nearest(
     ValueError
         Shapes that do not fit, no centroid, an unknown metric, NaN or Inf in x or in centroids.
     TypeError
-        A dtype other than float32.
+        A dtype that is not listed.
 
     Notes
     -----
@@ -159,12 +188,13 @@ def nearest(
     ([0, 1], [0.25, 2.0])
     """
     op = "scan.nearest"
-    rows, table = _vectors(op, x, centroids, ("x", "centroids"))
+    rows, table, s = _vectors(op, x, centroids, scales, ("x", "centroids"))
     choice(op, "metric", metric, _METRICS)
     _backend.require_finite(op, "x", rows, num_threads)
-    _backend.require_finite(op, "centroids", table, num_threads)
+    if dtype_name(table) != "int8":
+        _backend.require_finite(op, "centroids", table, num_threads)
     ids, distances = outputs(op, out, rows, (int(rows.shape[0]),), ("int64", "float32"), ("ids", "distances"))
-    _backend.run(op, "scan_nearest", rows, rows, table, ids, distances, metric, num_threads=num_threads)
+    _backend.run(op, "scan_nearest", rows, rows, table, s, ids, distances, metric, num_threads=num_threads)
     return ids, distances
 
 
@@ -175,6 +205,7 @@ def rank(
     *,
     metric: str = "ip",
     bias: Any = None,
+    scales: Any = None,
     known: tuple[Any, Any] | None = None,
     ties: str = "realistic",
     out: Any = None,
@@ -188,13 +219,15 @@ def rank(
     Parameters
     ----------
     queries : array of shape (nq, d), float32
-    items : array of shape (n, d), float32
+    items : array of shape (n, d), float32 | bfloat16 | float16 | int8
     targets : integer array of shape (nq,)
         The item whose rank is asked for.
     metric : {"ip", "l2", "cosine"}
         "ip" and "cosine": higher is better. "l2": squared distance, lower is better.
     bias : array of shape (n,), float32, optional
         Added to the score of each item; for "l2" it is taken off the distance.
+    scales : array of shape (n,), float32, optional
+        What int8 items are multiplied by.
     known : (offsets, ids), optional
         Integer arrays of shapes (nq + 1,) and (m,): for query i the items `ids[offsets[i]:offsets[i + 1]]`, in any
         order, do not count, except the target itself: the filtered rank.
@@ -215,7 +248,7 @@ def rank(
         Shapes that do not fit, an unknown metric or rule for ties, offsets that run backwards, a target whose score is
         NaN.
     TypeError
-        A dtype other than float32, ids that are not integers.
+        A dtype that is not listed, ids that are not integers.
     IndexError
         A target or a known id outside the items.
 
@@ -240,13 +273,14 @@ def rank(
     array([1.5, 2. ])
     """
     op = "scan.rank"
-    q, x = _vectors(op, queries, items, ("queries", "items"))
+    q, x, s = _vectors(op, queries, items, scales, ("queries", "items"))
     choice(op, "metric", metric, _METRICS)
     choice(op, "ties", ties, ("realistic", "optimistic", "pessimistic"))
     targets = as_ids(op, "targets", targets)
     out = output(op, out, q, (int(q.shape[0]),), "float64")
     lists = as_id_lists(op, "known", known)
-    _backend.run(op, "scan_rank", q, q, x, targets, _bias(op, bias), *lists, out, metric, ties, num_threads=num_threads)
+    settings = out, metric, ties
+    _backend.run(op, "scan_rank", q, q, x, s, targets, _bias(op, bias), *lists, *settings, num_threads=num_threads)
     return out  # type: ignore[no-any-return]
 
 
@@ -257,6 +291,7 @@ def score_pairs(
     *,
     metric: str = "ip",
     bias: Any = None,
+    scales: Any = None,
     out: Any = None,
     num_threads: int | None = None,
 ) -> ArrayT:
@@ -265,13 +300,15 @@ def score_pairs(
     Parameters
     ----------
     queries : array of shape (nq, d), float32
-    items : array of shape (n, d), float32
+    items : array of shape (n, d), float32 | bfloat16 | float16 | int8
     ids : integer array of shape (nq, m)
         Rows of `items`, in any order, repeats allowed.
     metric : {"ip", "l2", "cosine"}
         "ip" and "cosine": higher is better. "l2": squared distance, lower is better.
     bias : array of shape (n,), float32, optional
         Added to the score of each item; for "l2" it is taken off the distance.
+    scales : array of shape (n,), float32, optional
+        What int8 items are multiplied by.
     out : array of shape (nq, m), float32, optional
         Written and returned.
     num_threads : int, optional
@@ -286,14 +323,14 @@ def score_pairs(
     ValueError
         Shapes that do not fit, an unknown metric.
     TypeError
-        A dtype other than float32, ids that are not integers.
+        A dtype that is not listed, ids that are not integers.
     IndexError
         An id outside the items.
 
     Notes
     -----
-    2 nq m d flops (3 for "l2"), accumulated in float32, and 4 nq m d bytes read from wherever the rows lie; they are
-    prefetched, and no nq x m x d array is ever made.
+    2 nq m d flops (3 for "l2"), accumulated in float32, and nq m rows read from wherever they lie; they are prefetched,
+    and no nq x m x d array is ever made.
 
     Examples
     --------
@@ -303,9 +340,9 @@ def score_pairs(
     array([[2., 2., 0.]], dtype=float32)
     """
     op = "scan.score_pairs"
-    q, x = _vectors(op, queries, items, ("queries", "items"))
+    q, x, s = _vectors(op, queries, items, scales, ("queries", "items"))
     choice(op, "metric", metric, _METRICS)
     rows = as_ids(op, "ids", ids, ndim=2)
     out = output(op, out, q, (int(q.shape[0]), int(rows.shape[1])), "float32")
-    _backend.run(op, "scan_score_pairs", q, q, x, rows, _bias(op, bias), out, metric, num_threads=num_threads)
+    _backend.run(op, "scan_score_pairs", q, q, x, s, rows, _bias(op, bias), out, metric, num_threads=num_threads)
     return out  # type: ignore[no-any-return]

@@ -15,6 +15,26 @@ def scores(queries, items, metric="ip", bias=None):
     return q @ x.T + bias
 
 
+def decoded(items, scales=None):
+    """What stored items stand for; uint16 holds the bits of bfloat16."""
+    if items.dtype == np.uint16:
+        return (items.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return items.astype(np.float64) * (1 if scales is None else np.asarray(scales, np.float64)[:, None])
+
+
+def rounded(queries, dtype):
+    """Queries as they meet items of this dtype."""
+    queries = np.ascontiguousarray(queries, np.float32)
+    if dtype == np.uint16:
+        bits = queries.view(np.uint32)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32).astype(np.float64)
+    if dtype == np.int8:
+        largest = np.abs(queries).max(1, initial=0, keepdims=True)
+        steps = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+        return np.rint(queries * steps).astype(np.float64) * largest / 127
+    return queries.astype(np.float64)
+
+
 def lists(pair, n):
     """The id list of each query."""
     offsets, ids = pair

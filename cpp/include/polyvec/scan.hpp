@@ -1,9 +1,10 @@
 /// Exact search: every query is compared with every item, and the queries x items product is never stored.
 ///
-/// All ops take float32. With a bias (one number an item, added to the score) the score of a pair is
+/// Queries are float32. With a bias (one number an item, added to the score) the score of a pair is
 ///     ip      q . x + bias                cosine  q . x / (|q| |x|) + bias, 0 + bias for a zero vector
 ///     l2      |q - x|^2 - bias, lower is better
-/// A pair whose score is NaN never takes part.
+/// A pair whose score is NaN never takes part. Where items are bfloat16 or int8, q is the query (for cosine: divided by
+/// |q|) rounded to bfloat16, or to 127 steps of its largest element.
 #pragma once
 
 #include <limits>
@@ -16,40 +17,61 @@
 
 namespace polyvec {
 
-/// `rows` (n, d) of float32; rows may be strided where `strided`.
+/// `rows` (n, d); rows may be strided where `strided`.
 inline void require_rows(const char* op, const Array& rows, bool strided = false) {
-    require_dtype(op, rows, DType::f32);
     require_ndim(op, rows, 2);
     require(rows.dense(strided ? 1 : 2), op, rows.name, " must be contiguous");
     require(rows.dim(0) <= std::numeric_limits<std::int32_t>::max(), op, rows.name,
             " must have fewer than 2^31 rows, got ", rows.dim(0));
 }
 
+/// Vectors to compare with: float32, bfloat16 (or its bits as uint16), float16, or int8 with an optional factor a row.
+struct ScanItems {
+    Array rows;    // (n, d)
+    Array scales;  // (n,) float32 beside int8, or absent: 1
+
+    void validate(const char* op, const Array& queries) const {
+        require_dtype(op, queries, DType::f32);
+        const DType dtype = rows.dtype;
+        require<TypeError>(dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::u16 || dtype == DType::f16 ||
+                               dtype == DType::i8,
+                           op, rows.name, " must be float32, bfloat16, float16 or int8, got ", name_of(dtype));
+        require_rows(op, rows);
+        require_dim(op, rows, 1, queries.dim(1), concat("the same d as ", queries.name).c_str());
+        if (!scales) return;
+        require(dtype == DType::i8, op, "scales must come with int8 ", rows.name, ", got ", name_of(dtype));
+        require_dtype(op, scales, DType::f32);
+        require_ndim(op, scales, 1);
+        require_contiguous(op, scales);
+        require_dim(op, scales, 0, rows.dim(0), concat("one entry a row of ", rows.name).c_str());
+    }
+};
+
 /// What topk, rank and score_pairs have in common.
-inline void require_scan(const char* op, const Array& queries, const Array& items, const Array& bias) {
+inline void require_scan(const char* op, const Array& queries, const ScanItems& items, const Array& bias) {
     require_rows(op, queries);
-    require_rows(op, items);
-    require_dim(op, items, 1, queries.dim(1), "the same d as queries");
+    items.validate(op, queries);
     if (!bias) return;
     require_dtype(op, bias, DType::f32);
     require_ndim(op, bias, 1);
     require_contiguous(op, bias);
-    require_dim(op, bias, 0, items.dim(0), "one entry an item");
+    require_dim(op, bias, 0, items.rows.dim(0), "one entry an item");
 }
 
 /// The k best items of each query, best first; equal scores by smaller id. Missing ones are id -1, score -inf (l2:
 /// inf).
 struct ScanTopK {
     static constexpr const char* op = "scan.topk";
-    Array queries, items;  // (nq, d), (n, d)
-    Array bias;            // (n,), or absent
-    IdLists exclude;       // items that a query must not get
-    Array scores, ids;     // (nq, k) float32 and int64
+    Array queries;  // (nq, d)
+    ScanItems items;
+    Array bias;         // (n,), or absent
+    IdLists exclude;    // items that a query must not get
+    Array scores, ids;  // (nq, k) float32 and int64
     Metric metric = Metric::ip;
 
     void validate() const {
         require_scan(op, queries, items, bias);
-        exclude.validate(op, queries.dim(0), items.dim(0));
+        exclude.validate(op, queries.dim(0), items.rows.dim(0));
         require_out(op, scores, DType::f32);
         require_out(op, ids, DType::i64);
         for (const Array* out : {&scores, &ids}) {
@@ -64,15 +86,15 @@ struct ScanTopK {
 /// x may be a strided view, e.g. a slice of the columns of a wider array. With no centroid better than NaN: id 0.
 struct ScanNearest {
     static constexpr const char* op = "scan.nearest";
-    Array x, centroids;    // (n, d), (k, d)
+    Array x;               // (n, d)
+    ScanItems centroids;   // (k, d)
     Array ids, distances;  // (n,) int64, (n,) float32 or absent
     Metric metric = Metric::l2;
 
     void validate() const {
         require_rows(op, x, true);
-        require_rows(op, centroids);
-        require_dim(op, centroids, 1, x.dim(1), "the same d as x");
-        require(centroids.dim(0) >= 1, op, "centroids must have at least 1 row, got 0");
+        centroids.validate(op, x);
+        require(centroids.rows.dim(0) >= 1, op, "centroids must have at least 1 row, got 0");
         require_out(op, ids, DType::i64);
         require_ndim(op, ids, 1);
         require_dim(op, ids, 0, x.dim(0), "one entry a row of x");
@@ -88,11 +110,12 @@ struct ScanRank {
     enum class Ties { realistic, optimistic, pessimistic };
 
     static constexpr const char* op = "scan.rank";
-    Array queries, items;  // (nq, d), (n, d)
-    Array targets;         // (nq,) int64
-    Array bias;            // (n,), or absent
-    IdLists known;         // items that do not count, except the target
-    Array ranks;           // (nq,) float64
+    Array queries;  // (nq, d)
+    ScanItems items;
+    Array targets;  // (nq,) int64
+    Array bias;     // (n,), or absent
+    IdLists known;  // items that do not count, except the target
+    Array ranks;    // (nq,) float64
     Metric metric = Metric::ip;
     Ties ties = Ties::realistic;
 
@@ -102,8 +125,8 @@ struct ScanRank {
         require_dtype(op, targets, DType::i64);
         require_contiguous(op, targets);
         require_dim(op, targets, 0, queries.dim(0), "one entry a query");
-        require_ids(op, targets, items.dim(0));
-        known.validate(op, queries.dim(0), items.dim(0));
+        require_ids(op, targets, items.rows.dim(0));
+        known.validate(op, queries.dim(0), items.rows.dim(0));
         require_out(op, ranks, DType::f64);
         require_ndim(op, ranks, 1);
         require_dim(op, ranks, 0, queries.dim(0), "one entry a query");
@@ -113,10 +136,11 @@ struct ScanRank {
 /// out[i][j]: the score of query i and item ids[i][j].
 struct ScanPairs {
     static constexpr const char* op = "scan.score_pairs";
-    Array queries, items;  // (nq, d), (n, d)
-    Array ids;             // (nq, m) int64
-    Array bias;            // (n,), or absent
-    Array out;             // (nq, m) float32
+    Array queries;  // (nq, d)
+    ScanItems items;
+    Array ids;   // (nq, m) int64
+    Array bias;  // (n,), or absent
+    Array out;   // (nq, m) float32
     Metric metric = Metric::ip;
 
     void validate() const {
@@ -125,7 +149,7 @@ struct ScanPairs {
         require_dtype(op, ids, DType::i64);
         require_contiguous(op, ids);
         require_dim(op, ids, 0, queries.dim(0), "one row a query");
-        require_ids(op, ids, items.dim(0));
+        require_ids(op, ids, items.rows.dim(0));
         require_out(op, out, DType::f32);
         require(out.shape == ids.shape && out.ndim == 2, op, "out must have the shape of ids ", ids.shape_text(),
                 ", got ", out.shape_text());
