@@ -104,34 +104,60 @@ __global__ void map_kernel(const T* x, T* out, HypercomplexMap::Kind kind, std::
     });
 }
 
-/// The arrays of a RelationQuery as a kernel sees them.
+/// Rows of a table and the ids that name some of them; rows: null when absent.
 template <class T>
-struct Query {
-    const T *entities, *relations, *translations;  // translations: may be null
-    const std::int64_t *head_ids, *relation_ids;
-    std::int64_t num_entities, num_relations;
+struct Gathered {
+    const T* rows;
+    const std::int64_t* ids;
+    std::int64_t count;
+
+    /// Whether the k-th id lies in the table, or there is no table.
+    __device__ bool has(std::int64_t k) const { return !rows || (ids[k] >= 0 && ids[k] < count); }
+};
+
+template <int N, class T>
+__device__ Number<T, N> load(const Gathered<T>& gathered, std::int64_t k, std::int64_t v, std::int64_t d) {
+    return load<N>(gathered.rows + gathered.ids[k] * N * d + v, d);
+}
+
+template <class T>
+struct RelationRows {
+    Gathered<T> heads, rotors, translations, head_translations;
     bool normalize;
 };
 
 /// A row whose ids lie outside the tables becomes NaN: the host cannot see them without waiting for the GPU.
 template <int N, class T>
-__global__ void relation_query_kernel(const __grid_constant__ Query<T> query, T* out, std::int64_t rows, std::int64_t d,
-                                      const __grid_constant__ Table<T, N> table) {
-    for_each_position(rows, d, [&](std::int64_t row, std::int64_t v) {
-        const std::int64_t head = query.head_ids[row], relation = query.relation_ids[row];
+__global__ void relation_query_kernel(const __grid_constant__ RelationRows<T> rows, T* out, std::int64_t n,
+                                      std::int64_t d, const __grid_constant__ Table<T, N> table) {
+    for_each_position(n, d, [&](std::int64_t k, std::int64_t v) {
         Number<T, N> result;
-        if (head < 0 || head >= query.num_entities || relation < 0 || relation >= query.num_relations) {
+        if (!rows.heads.has(k) || !rows.rotors.has(k) || !rows.translations.has(k)) {
             for (int c = 0; c < N; ++c) result.part[c] = static_cast<T>(NAN);
         } else {
-            auto rotor = load<N>(query.relations + relation * N * d + v, d);
-            if (query.normalize) rotor = normalize(rotor);
-            result = multiply(load<N>(query.entities + head * N * d + v, d), rotor, table);
-            if (query.translations) {
-                const auto shift = load<N>(query.translations + relation * N * d + v, d);
+            auto rotor = load<N>(rows.rotors, k, v, d);
+            if (rows.normalize) rotor = normalize(rotor);
+            result = multiply(load<N>(rows.heads, k, v, d), rotor, table);
+            for (const Gathered<T>* shifts : {&rows.translations, &rows.head_translations}) {
+                if (!shifts->rows) continue;
+                const auto shift = load<N>(*shifts, k, v, d);
                 for (int c = 0; c < N; ++c) result.part[c] += shift.part[c];
             }
         }
-        store(result, out + row * N * d + v, d);
+        store(result, out + k * N * d + v, d);
+    });
+}
+
+/// Adds to `out`, which is zero before, in no fixed order. What lies outside the tables is left out.
+template <int N, class T>
+__global__ void sum_products_kernel(const __grid_constant__ Gathered<T> x, const __grid_constant__ Gathered<T> y,
+                                    const __grid_constant__ Gathered<T> out, std::int64_t n, std::int64_t d,
+                                    const __grid_constant__ Table<T, N> table) {
+    for_each_position(n, d, [&](std::int64_t k, std::int64_t v) {
+        if (!x.has(k) || !y.has(k) || !out.has(k)) return;
+        const auto product = multiply(load<N>(x, k, v, d), load<N>(y, k, v, d), table);
+        T* sum = const_cast<T*>(out.rows) + out.ids[k] * N * d + v;
+        for (int c = 0; c < N; ++c) atomicAdd(sum + c * d, product.part[c]);
     });
 }
 
@@ -174,6 +200,11 @@ void with_number(DType dtype, std::int64_t components, F f) {
     dtype == DType::f32 ? with_components.template operator()<float>() : with_components.template operator()<double>();
 }
 
+template <class T>
+Gathered<T> gathered(const Array& rows, const Array& ids) {
+    return {rows ? rows.as<const T>() : nullptr, ids.as<const std::int64_t>(), rows ? rows.dim(0) : 0};
+}
+
 std::int64_t rows_of(const Array& a, std::int64_t row_size) {
     return row_size == 0 ? 0 : a.size() / row_size;
 }
@@ -197,18 +228,26 @@ void run(const HypercomplexMap& op, Cuda cuda) {
 }
 
 void run(const RelationQuery& op, Cuda cuda) {
-    const std::int64_t rows = op.head_ids.dim(0), d = op.entities.dim(2);
+    const std::int64_t n = op.head_ids.dim(0), d = op.entities.dim(2);
     with_number(op.entities.dtype, op.entities.dim(1), [&]<class T, int N>() {
-        const Query<T> query{op.entities.as<const T>(),
-                             op.relations.as<const T>(),
-                             op.translations ? op.translations.as<const T>() : nullptr,
-                             op.head_ids.as<const std::int64_t>(),
-                             op.relation_ids.as<const std::int64_t>(),
-                             op.entities.dim(0),
-                             op.relations.dim(0),
-                             op.normalize};
-        launch_rows(op.op, cuda, rows, d, relation_query_kernel<N, T>, query, op.out.as<T>(), rows, d,
+        const RelationRows<T> rows{gathered<T>(op.entities, op.head_ids), gathered<T>(op.relations, op.rotor_ids()),
+                                   gathered<T>(op.translations, op.relation_ids),
+                                   gathered<T>(op.head_translations, op.head_ids), op.normalize};
+        launch_rows(op.op, cuda, n, d, relation_query_kernel<N, T>, rows, op.out.as<T>(), n, d,
                     table_of<T, N>(op.table));
+    });
+}
+
+void run(const HypercomplexSums& op, Cuda cuda) {
+    const std::int64_t n = op.out_ids.dim(0), d = op.out.dim(2);
+    with_number(op.x.dtype, op.out.dim(1), [&]<class T, int N>() {
+        {
+            const DeviceGuard guard(op.op, cuda.device);
+            check(op.op, cudaMemsetAsync(op.out.as<T>(), 0, op.out.size() * sizeof(T),
+                                         reinterpret_cast<cudaStream_t>(cuda.stream)));
+        }
+        launch_rows(op.op, cuda, n, d, sum_products_kernel<N, T>, gathered<T>(op.x, op.x_ids),
+                    gathered<T>(op.y, op.y_ids), gathered<T>(op.out, op.out_ids), n, d, table_of<T, N>(op.table));
     });
 }
 

@@ -127,15 +127,96 @@ def test_relation_query_equals_the_definition(rng, isa, on_device, algebra, norm
     assert_elementwise(result, expected, size * (4 if isinstance(algebra, tuple) else 1))
 
 
+@pytest.mark.parametrize("translated", [False, True])
+@pytest.mark.parametrize("algebra", ALGEBRAS, ids=str)
+@pytest.mark.parametrize("d", [1, 16, 35])
+def test_a_head_may_bring_its_own_rotor_and_translation(rng, isa, on_device, algebra, d, translated):
+    components = ALGEBRAS[algebra]
+    entities, rotors, texts = (sample(rng, 13, components, d) for _ in range(3))
+    relations = sample(rng, 5, components, d) if translated else None  # without: relation_ids name nothing
+    heads, relation_ids = rng.integers(0, 13, 21), rng.integers(0, 5, 21)
+    result = pv.hypercomplex.relation_query(
+        *map(on_device, (entities, rotors, heads, relation_ids)),
+        algebra=algebra,
+        rotate_by="head",
+        translations=on_device(relations) if translated else None,
+        head_translations=on_device(texts),
+    )
+    expected = ref.relation_query(
+        entities, rotors, heads, relation_ids, algebra, relations, rotate_by="head", head_translations=texts
+    )
+    size = np.repeat((ref.norm(entities)[heads] + 6)[:, None, :], components, 1).reshape(21, -1)
+    assert_elementwise(result, expected, size * (4 if isinstance(algebra, tuple) else 1))
+
+
+@pytest.mark.parametrize("algebra", ["quaternion", "dihedron"])
+def test_robin_lion_and_tetra_are_relation_queries(rng, algebra):
+    n, d = 9, 6
+    entities, relations = sample(rng, n, 4, d, dtype=np.float64), sample(rng, 3, 4, d, dtype=np.float64)
+    u, v = (sample(rng, n, 2, d, dtype=np.float64) for _ in range(2))
+    u_shift, v_shift = (sample(rng, n, 4, d, dtype=np.float64) for _ in range(2))
+    embedding, *texts = (sample(rng, n, d, dtype=np.float64) for _ in range(4))
+    heads, relation_ids, tails = rng.integers(0, n, 20), rng.integers(0, 3, 20), rng.integers(0, n, 20)
+
+    robin = pv.hypercomplex.relation_query(
+        entities,
+        np.concatenate([u, v], 1),
+        heads,
+        relation_ids,
+        algebra=algebra,
+        rotate_by="head",
+        translations=relations,
+        head_translations=u_shift + v_shift,
+    )
+    stacked = np.stack([embedding, *texts], 1)
+    tetra = pv.hypercomplex.relation_query(stacked, relations, heads, relation_ids, algebra=algebra)
+    for i, (h, r, t) in enumerate(zip(heads, relation_ids, tails, strict=True)):
+        expected = ref.robin_score(
+            entities[h], (u[h], v[h]), relations[r], (u_shift[h], v_shift[h]), entities[t], algebra
+        )
+        assert_elementwise(-np.square(robin[i] - entities[t].ravel()).sum(), expected, 4 * abs(expected))
+        expected = ref.tetra_score(
+            embedding[h], [x[h] for x in texts], relations[r], embedding[t], [x[t] for x in texts], algebra
+        )
+        assert_elementwise(-np.square(tetra[i] - stacked[t].ravel()).sum(), expected, 4 * abs(expected))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("algebra", ALGEBRAS, ids=str)
+@pytest.mark.parametrize("n", [0, 1, 60])
+def test_sums_of_products_equal_the_definition(rng, isa, on_device, algebra, n, dtype):
+    components, d = ALGEBRAS[algebra], 35
+    x, y = (sample(rng, rows, components, d, dtype=dtype) for rows in (5, 7))
+    x_ids, y_ids, out_ids = (rng.integers(0, rows, n) for rows in (5, 7, 6))
+    out_ids[out_ids == 3] = 2  # a row without products is zero
+    ids = [x_ids, y_ids, out_ids]
+    result = pv.hypercomplex.sum_products(on_device(x), on_device(y), *map(on_device, ids), 6, algebra=algebra)
+    weight = 4 if isinstance(algebra, tuple) else 1
+    size = np.zeros((6, 1, d))
+    np.add.at(size, out_ids, (ref.norm(x)[x_ids] * ref.norm(y)[y_ids])[:, None])
+    assert_elementwise(result, ref.sum_products(x, y, *ids, 6, algebra), np.broadcast_to(weight * size, result.shape))
+    assert_exact(result[3], np.zeros((components, d)))
+
+
 @pytest.mark.parametrize("algebra", ALGEBRAS, ids=str)
 def test_result_does_not_depend_on_thread_count(rng, algebra):
     x, y = (sample(rng, 2000, ALGEBRAS[algebra], 37) for _ in range(2))
     ids = rng.integers(0, 2000, 3001)
+
+    def sums(threads):
+        before = pv.get_num_threads()
+        pv.set_num_threads(threads)
+        try:
+            return pv.hypercomplex.sum_products(x, y, ids, ids[::-1], ids // 50, 41, algebra=algebra)
+        finally:
+            pv.set_num_threads(before)
+
     one, two, seven = (
         (
             pv.hypercomplex.product(x, y, algebra=algebra, num_threads=n),
             pv.hypercomplex.normalize(x, num_threads=n),
             pv.hypercomplex.relation_query(x, y, ids, ids[::-1], algebra=algebra, num_threads=n),
+            sums(n),
         )
         for n in (1, 2, 7)
     )
@@ -215,6 +296,58 @@ def zeros(*shape, dtype=np.float32):
             lambda: pv.hypercomplex.relation_query(zeros(3, 4, 2), zeros(2, 4, 5), [0], [0]),
             ValueError,
             "hypercomplex.relation_query: relations must have the same last two axes as entities (4, 2), got (4, 5)",
+        ),
+        (
+            lambda: pv.hypercomplex.relation_query(zeros(3, 4, 2), zeros(2, 4, 2), [0], [0], rotate_by="head"),
+            ValueError,
+            "hypercomplex.relation_query: relations must have as many rows as entities (3), got 2",
+        ),
+        (
+            lambda: pv.hypercomplex.relation_query(zeros(3, 4, 2), zeros(2, 4, 2), [0], [0], rotate_by="tail"),
+            ValueError,
+            "hypercomplex.relation_query: rotate_by must be one of 'relation', 'head', got 'tail'",
+        ),
+        (
+            lambda: pv.hypercomplex.relation_query(
+                zeros(3, 4, 2), zeros(2, 4, 2), [0], [0], head_translations=zeros(2, 4, 2)
+            ),
+            ValueError,
+            "hypercomplex.relation_query: head_translations must have as many rows as entities (3), got 2",
+        ),
+        (
+            lambda: pv.hypercomplex.relation_query(
+                zeros(3, 4, 2), zeros(3, 4, 2), [0], [2], rotate_by="head", translations=zeros(2, 4, 2)
+            ),
+            IndexError,
+            "hypercomplex.relation_query: relation_ids must be in [0, 2), got 2 at position 0",
+        ),
+        (
+            lambda: pv.hypercomplex.relation_query(
+                zeros(3, 4, 2), zeros(2, 4, 2), [0], [0], adjoint=True, head_translations=zeros(3, 4, 2)
+            ),
+            ValueError,
+            "hypercomplex.relation_query: head_translations must be None with adjoint=True, got an array",
+        ),
+        (
+            lambda: pv.hypercomplex.relation_query(
+                zeros(3, 4, 2), zeros(3, 4, 2), [0], [0], adjoint=True, rotate_by="head"
+            ),
+            ValueError,
+            "hypercomplex.relation_query: rotate_by must be 'relation' with adjoint=True, got 'head'",
+        ),
+        (
+            lambda: pv.hypercomplex.sum_products(
+                zeros(3, 4, 2), zeros(2, 4, 2), [0], [2], [0], 1, algebra="quaternion"
+            ),
+            IndexError,
+            "hypercomplex.sum_products: y_ids must be in [0, 2), got 2 at position 0",
+        ),
+        (
+            lambda: pv.hypercomplex.sum_products(
+                zeros(3, 4, 2), zeros(2, 4, 3), [0], [0], [0], 1, algebra="quaternion"
+            ),
+            ValueError,
+            "hypercomplex.sum_products: y must have the same last two axes as out (4, 2), got (4, 3)",
         ),
         (
             lambda: pv.hypercomplex.relation_query(zeros(3, 4, 2), zeros(2, 4, 2), [0.5], [0]),

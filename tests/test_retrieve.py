@@ -213,6 +213,26 @@ def test_an_interrupted_block_leaves_whole_blocks(rng, first_stage):
             "LinkPredictor: entities must have 4 components for this algebra, got 2",
         ),
         (
+            lambda: predictor_of_zeros(rotate_by="head"),
+            ValueError,
+            "LinkPredictor: relations must have one row an entity (3) with rotate_by='head', got 2",
+        ),
+        (
+            lambda: predictor_of_zeros(rows=3, rotate_by="head"),
+            ValueError,
+            "LinkPredictor: translations must be given with rotate_by='head', got None",
+        ),
+        (
+            lambda: predictor_of_zeros(rows=3, rotate_by="head", translations=np.zeros((2, 4, 3), np.float32)),
+            ValueError,
+            "LinkPredictor: translations must have the last two axes of entities (4, 2), got (4, 3)",
+        ),
+        (
+            lambda: predictor_of_zeros(head_translations=np.zeros((2, 4, 2), np.float32)),
+            ValueError,
+            "LinkPredictor: head_translations must have the shape of entities (3, 4, 2), got (2, 4, 2)",
+        ),
+        (
             lambda: predictor_of_zeros().predict_tails([0, 3], [0, 0], 2),
             IndexError,
             "LinkPredictor.predict_tails: heads must be in [0, 3), got 3 at position 1",
@@ -235,8 +255,9 @@ def test_errors(call, error, text):
     assert str(caught.value) == text
 
 
-def predictor_of_zeros():
-    return pv.retrieve.LinkPredictor(np.zeros((3, 4, 2), np.float32), np.zeros((2, 4, 2), np.float32))
+def predictor_of_zeros(rows=2, **arguments):
+    zeros = (np.zeros((n, 4, 2), np.float32) for n in (3, rows))
+    return pv.retrieve.LinkPredictor(*zeros, **arguments)
 
 
 def random_graph(rng, n=40, relations=3, triples=150):
@@ -253,6 +274,11 @@ VARIANTS = [
     {"bias": True, "metric": "l2"},
     {"normalize": False},
     {"reciprocal": True, "translations": True, "bias": True},
+    {"head_translations": True},
+    {"head_translations": True, "translations": True, "metric": "l2"},
+    {"rotate_by": "head", "head_translations": True, "translations": True},
+    {"rotate_by": "head", "translations": True, "metric": "l2", "bias": True},
+    {"rotate_by": "head", "head_translations": True, "translations": True, "reciprocal": True, "metric": "l2"},
 ]
 
 
@@ -260,6 +286,8 @@ def variant_arguments(rng, variant, rows, n):
     arguments = dict(variant)
     if arguments.pop("translations", False):
         arguments["translations"] = rng.standard_normal((rows, 4, 6)).astype(np.float32)
+    if arguments.pop("head_translations", False):
+        arguments["head_translations"] = rng.standard_normal((n, 4, 6)).astype(np.float32)
     if arguments.pop("bias", False):
         arguments["bias"] = rng.standard_normal(n).astype(np.float32)
     return arguments
@@ -271,7 +299,7 @@ def test_link_prediction_equals_the_definition(rng, algebra, variant):
     n, relations = 40, 3
     rows = relations * (2 if variant.get("reciprocal") else 1)
     entities = rng.standard_normal((n, 4, 6)).astype(np.float32)
-    rotors = rng.standard_normal((rows, 4, 6)).astype(np.float32)
+    rotors = rng.standard_normal((n if "rotate_by" in variant else rows, 4, 6)).astype(np.float32)
     arguments = variant_arguments(rng, variant, rows, n)
     predictor = pv.retrieve.LinkPredictor(entities, rotors, algebra=algebra, **arguments)
     scores = ref.link_scores(entities, rotors, algebra=algebra, **arguments)  # {"tail", "head"}: (n, relations, n)

@@ -90,6 +90,30 @@ def test_the_gradients_of_a_relation_query(graph, algebra, normalize):
     assert torch.autograd.gradgradcheck(query, tables, fast_mode=True)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_gradients_of_heads_that_bring_rotors(tensor, graph, normalize):
+    entities, relations, _, heads, relation_ids = graph()
+    rotors, texts = tensor(7, 4, 3), tensor(7, 4, 3)
+
+    def query(entities, rotors, relations, texts, of=pvt):
+        return of.relation_query(
+            entities,
+            rotors,
+            heads,
+            relation_ids,
+            algebra="dihedron",
+            rotate_by="head",
+            translations=relations,
+            head_translations=texts,
+            normalize=normalize,
+        )
+
+    tables = (entities, rotors, relations, texts)
+    assert torch.equal(query(*tables), query(*(table.detach() for table in tables), of=pv.hypercomplex))
+    assert torch.autograd.gradcheck(query, tables, fast_mode=True)
+    assert torch.autograd.gradgradcheck(query, tables, fast_mode=True)
+
+
 def test_only_what_requires_grad_gets_a_gradient(tensor, graph):
     entities, relations, _, heads, relation_ids = graph()
     pvt.relation_query(entities, relations.detach(), heads.short(), relation_ids.int()).sum().backward()
@@ -105,16 +129,22 @@ def calls(tensor, graph):
     x, y = tensor(2, 4, 3), tensor(4, 3)
     entities, relations, translations, heads, relation_ids = graph()
     table = pv.hypercomplex.flat_table("dihedron")
+    tables = (entities, relations, heads, relation_ids)
     ops = torch.ops.polyvec
     return [
         (ops.hypercomplex_product, (x, y, table, -2)),
         (ops.hypercomplex_normalize, (x, -2)),
-        (ops.hypercomplex_relation_query, (entities, relations, heads, relation_ids, translations, table, True)),
-        (ops.hypercomplex_relation_query, (entities, relations, heads, relation_ids, None, table, False)),
+        (ops.hypercomplex_relation_query, (*tables, translations, None, table, True, False)),
+        (ops.hypercomplex_relation_query, (*tables, None, None, table, False, False)),
+        (
+            ops.hypercomplex_relation_query,
+            (entities, tensor(7, 4, 3), heads, relation_ids, relations, tensor(7, 4, 3), table, True, True),
+        ),
+        (ops.hypercomplex_sum_products, (entities, relations, heads, relation_ids, heads, 7, table)),
     ]
 
 
-@pytest.mark.parametrize("case", range(4))
+@pytest.mark.parametrize("case", range(6))
 def test_torch_accepts_the_registration(calls, case):
     op, arguments = calls[case]
     torch.library.opcheck(op, arguments)
@@ -174,6 +204,11 @@ def test_the_plain_functions_point_here_for_gradients_where_there_are_any():
             lambda x: pvt.relation_query(x[None], x[None], torch.tensor([1]), torch.tensor([0])),
             IndexError,
             "hypercomplex.relation_query: head_ids must be in [0, 1), got 1 at position 0",
+        ),
+        (
+            lambda x: pvt.relation_query(x[None], x[None], torch.tensor([0]), torch.tensor([0]), rotate_by="tail"),
+            ValueError,
+            "torch.relation_query: rotate_by must be one of 'relation', 'head', got 'tail'",
         ),
         (
             lambda x: pvt.product(x.detach().numpy(), x),

@@ -34,17 +34,31 @@ void bind_hypercomplex(py::module_& m) {
     m.def(
         "hypercomplex_relation_query",
         [](const py::object& entities, const py::object& relations, const py::object& head_ids,
-           const py::object& relation_ids, const py::object& translations, const py::object& out,
-           std::vector<double> table, bool normalize, std::intptr_t where) {
+           const py::object& relation_ids, const py::object& translations, const py::object& head_translations,
+           const py::object& out, std::vector<double> table, bool normalize, bool rotate_by_head, std::intptr_t where) {
             Args args = args_for<Exec>(RelationQuery::op, where);
             const Array a = args.in("entities", entities);
             run_op<Exec>(RelationQuery{a, args.in("relations", relations), args.in("head_ids", head_ids),
                                        args.in("relation_ids", relation_ids), args.in("translations", translations),
-                                       args.out("out", out), std::move(table), normalize},
+                                       args.in("head_translations", head_translations), args.out("out", out),
+                                       std::move(table), normalize, rotate_by_head},
                          where, a);
         },
         py::arg("entities"), py::arg("relations"), py::arg("head_ids"), py::arg("relation_ids"),
-        py::arg("translations"), py::arg("out"), py::arg("table"), py::arg("normalize"), py::arg("where"));
+        py::arg("translations"), py::arg("head_translations"), py::arg("out"), py::arg("table"), py::arg("normalize"),
+        py::arg("rotate_by_head"), py::arg("where"));
+    m.def(
+        "hypercomplex_sum_products",
+        [](const py::object& x, const py::object& y, const py::object& x_ids, const py::object& y_ids,
+           const py::object& out_ids, const py::object& out, std::vector<double> table, std::intptr_t where) {
+            Args args = args_for<Exec>(HypercomplexSums::op, where);
+            const Array a = args.in("x", x);
+            run_op<Exec>(HypercomplexSums{a, args.in("y", y), args.in("x_ids", x_ids), args.in("y_ids", y_ids),
+                                          args.in("out_ids", out_ids), args.out("out", out), std::move(table)},
+                         where, a);
+        },
+        py::arg("x"), py::arg("y"), py::arg("x_ids"), py::arg("y_ids"), py::arg("out_ids"), py::arg("out"),
+        py::arg("table"), py::arg("where"));
 }
 
 }  // namespace polyvec

@@ -152,28 +152,83 @@ void conjugate(const T* __restrict x, T* __restrict out, size_t components, size
     for (size_t v = d; v < components * d; ++v) out[v] = -x[v];
 }
 
+template <size_t N, class T>
+POLYVEC_INLINE void add(Numbers<T, N>& sum, const Numbers<T, N>& x) noexcept {
+    for (size_t c = 0; c < N; ++c) sum.part[c] += x.part[c];
+}
+
 template <class T>
-void relation_query(const RelationTables<T>& tables, const std::int64_t* head_ids, const std::int64_t* relation_ids,
-                    size_t n, T* out, size_t components, size_t d, const T* table) noexcept {
-    constexpr size_t ahead = 2;  // heads lie anywhere in memory: fetch the row after the next beside the arithmetic
+POLYVEC_INLINE const T* row_of(const Gathered<T>& gathered, size_t k, size_t row) noexcept {
+    return gathered.rows + static_cast<size_t>(gathered.ids[k]) * row;
+}
+
+// Gathered rows lie anywhere in memory: fetch the row after the next beside the arithmetic. Like the first lines of the
+// next row of out, it is fetched in the order of addresses: see for_each_cached_block.
+constexpr size_t ahead = 2;
+
+template <class T>
+void relation_query(const RelationRows<T>& rows, size_t first, size_t last, T* out, size_t components, size_t d,
+                    const T* table) noexcept {
+    const auto& [heads, rotors, translations, head_translations, normalize] = rows;
     const size_t row = components * d;
+    const bool by_head = rotors.ids == heads.ids;
     with_components(components, [&]<size_t N>() __attribute__((always_inline)) {
-        for (size_t k = 0; k < n; ++k) {
-            const T* head = tables.entities + static_cast<size_t>(head_ids[k]) * row;
-            const T* fetched = tables.entities + static_cast<size_t>(head_ids[k + ahead < n ? k + ahead : k]) * row;
-            const T* rotor = tables.relations + static_cast<size_t>(relation_ids[k]) * row;
-            const T* shift = tables.translations + static_cast<size_t>(relation_ids[k]) * row;
+        for (size_t k = first; k < last; ++k) {
+            const T *head = row_of(heads, k, row), *rotor = row_of(rotors, k, row);
+            const T* shift = translations.rows ? row_of(translations, k, row) : nullptr;
+            const T* head_shift = head_translations.rows ? row_of(head_translations, k, row) : nullptr;
+            const size_t later = k + ahead < last ? k + ahead : k;
+            const T* later_head = row_of(heads, later, row);
+            const T* later_rotor = by_head ? row_of(rotors, later, row) : later_head;
+            const T* later_shift = head_shift ? row_of(head_translations, later, row) : later_head;
+            T* result_row = out + k * row;
             for_each_block<T>(d, [&](size_t v, auto used) __attribute__((always_inline)) {
-                for (size_t c = 0; c < N; ++c) prefetch(fetched + c * d + v);
-                auto right = load_numbers<N>(rotor + v, d, used);
-                if (tables.normalize) right = unit(right);
-                auto result = multiply(load_numbers<N>(head + v, d, used), right, table);
-                if (tables.translations) {
-                    const auto shifts = load_numbers<N>(shift + v, d, used);
-                    for (size_t c = 0; c < N; ++c) result.part[c] += shifts.part[c];
+                for (size_t at = N * v; at < N * (v + lanes<T>); at += lanes<T>) {
+                    prefetch(later_head + at);
+                    if (by_head) prefetch(later_rotor + at);
+                    if (head_shift) prefetch(later_shift + at);
+                    prefetch_to_write(result_row + row + at);
                 }
-                store_numbers(out + k * row + v, d, result, used);
+                auto right = load_numbers<N>(rotor + v, d, used);
+                if (normalize) right = unit(right);
+                auto result = multiply(load_numbers<N>(head + v, d, used), right, table);
+                if (shift) add(result, load_numbers<N>(shift + v, d, used));
+                if (head_shift) add(result, load_numbers<N>(head_shift + v, d, used));
+                store_numbers(result_row + v, d, result, used);
             });
+        }
+    });
+}
+
+template <class T>
+void sum_products(const Gathered<T>& x, const Gathered<T>& y, const std::int64_t* begins, const std::int64_t* order,
+                  size_t first, size_t last, T* out, size_t components, size_t d, const T* table) noexcept {
+    const size_t row = components * d;
+    const std::int64_t end = begins[last];
+    with_components(components, [&]<size_t N>() __attribute__((always_inline)) {
+        for (size_t r = first; r < last; ++r) {
+            T* sum = out + r * row;
+            if (begins[r] == begins[r + 1]) {
+                for (size_t v = 0; v < row; ++v) sum[v] = 0;
+            }
+            for (std::int64_t at = begins[r]; at < begins[r + 1]; ++at) {
+                const bool begun = at != begins[r];
+                const auto k = static_cast<size_t>(order[at]);
+                const auto later =
+                    static_cast<size_t>(order[at + std::int64_t{ahead} < end ? at + std::int64_t{ahead} : at]);
+                const T *left = row_of(x, k, row), *right = row_of(y, k, row);
+                const T *later_left = row_of(x, later, row), *later_right = row_of(y, later, row);
+                for_each_block<T>(d, [&](size_t v, auto used) __attribute__((always_inline)) {
+                    for (size_t p = N * v; p < N * (v + lanes<T>); p += lanes<T>) {
+                        prefetch(later_left + p);
+                        prefetch(later_right + p);
+                    }
+                    auto product =
+                        multiply(load_numbers<N>(left + v, d, used), load_numbers<N>(right + v, d, used), table);
+                    if (begun) add(product, load_numbers<N>(sum + v, d, used));
+                    store_numbers(sum + v, d, product, used);
+                });
+            }
         }
     });
 }
@@ -198,7 +253,8 @@ void from_planes(const T* __restrict planes, T* __restrict x, size_t components,
 
 template <class T>
 constexpr HypercomplexKernel<T> make() {
-    return {product<T>, norm<T>, normalize<T>, conjugate<T>, relation_query<T>, to_planes<T>, from_planes<T>};
+    return {product<T>,        norm<T>,         normalize<T>, conjugate<T>,
+            relation_query<T>, sum_products<T>, to_planes<T>, from_planes<T>};
 }
 
 }  // namespace

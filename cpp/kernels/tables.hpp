@@ -8,11 +8,18 @@
 
 namespace polyvec {
 
-/// What a relation query gathers from: rows of entities, of relations (divided by their norm, when `normalize`), and of
-/// translations (added; null: none).
+/// Row k of what is gathered is rows[ids[k]]; rows: null when absent.
 template <class T>
-struct RelationTables {
-    const T *entities, *relations, *translations;
+struct Gathered {
+    const T* rows;
+    const std::int64_t* ids;
+};
+
+/// What a relation query gathers: heads, the rotors they are multiplied by (over their norms, when `normalize`), and
+/// what is added.
+template <class T>
+struct RelationRows {
+    Gathered<T> heads, rotors, translations, head_translations;
     bool normalize;
 };
 
@@ -24,10 +31,14 @@ struct HypercomplexKernel {
     void (*norm)(const T* x, T* out, std::size_t components, std::size_t d) noexcept;
     void (*normalize)(const T* x, T* out, std::size_t components, std::size_t d) noexcept;
     void (*conjugate)(const T* x, T* out, std::size_t components, std::size_t d) noexcept;
-    /// out row k = entities row head_ids[k] (*) relations row relation_ids[k], and so on: see RelationTables.
-    void (*relation_query)(const RelationTables<T>& tables, const std::int64_t* head_ids,
-                           const std::int64_t* relation_ids, std::size_t n, T* out, std::size_t components,
-                           std::size_t d, const T* table) noexcept;
+    /// Rows first .. last of out: see RelationRows.
+    void (*relation_query)(const RelationRows<T>& rows, std::size_t first, std::size_t last, T* out,
+                           std::size_t components, std::size_t d, const T* table) noexcept;
+    /// Rows first .. last of out: row r is the sum of x row k (*) y row k over the k in
+    /// order[begins[r]] .. order[begins[r + 1]].
+    void (*sum_products)(const Gathered<T>& x, const Gathered<T>& y, const std::int64_t* begins,
+                         const std::int64_t* order, std::size_t first, std::size_t last, T* out, std::size_t components,
+                         std::size_t d, const T* table) noexcept;
     /// The components of n numbers side by side (n, components) <-> planes (components, n).
     void (*to_planes)(const T* x, T* planes, std::size_t components, std::size_t n) noexcept;
     void (*from_planes)(const T* planes, T* x, std::size_t components, std::size_t n) noexcept;

@@ -64,9 +64,21 @@ def hypercomplex_relation_query(
     head_ids: typing.Any,
     relation_ids: typing.Any,
     translations: typing.Any,
+    head_translations: typing.Any,
     out: typing.Any,
     table: collections.abc.Sequence[float],
     normalize: bool,
+    rotate_by_head: bool,
+    where: int,
+) -> None: ...
+def hypercomplex_sum_products(
+    x: typing.Any,
+    y: typing.Any,
+    x_ids: typing.Any,
+    y_ids: typing.Any,
+    out_ids: typing.Any,
+    out: typing.Any,
+    table: collections.abc.Sequence[float],
     where: int,
 ) -> None: ...
 def maxsim_align(query: typing.Any, doc: typing.Any, ids: typing.Any, similarities: typing.Any, where: int) -> None: ...

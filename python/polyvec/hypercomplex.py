@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from polyvec import _backend
-from polyvec._arrays import ArrayT, as_array, as_ids, contiguous, dtype_name, is_torch, output
+from polyvec._arrays import ArrayT, as_array, as_ids, choice, contiguous, dtype_name, empty, is_torch, output
 
 __all__ = ["conjugate", "norm", "normalize", "product", "relation_query"]
 
@@ -288,7 +288,9 @@ def relation_query(
     relation_ids: Any,
     *,
     algebra: Algebra = "quaternion",
+    rotate_by: str = "relation",
     translations: ArrayT | None = None,
+    head_translations: ArrayT | None = None,
     normalize: bool = True,
     adjoint: bool = False,
     out: ArrayT | None = None,
@@ -296,24 +298,29 @@ def relation_query(
 ) -> ArrayT:
     """Compose (head, relation) pairs into query vectors, so that the score of a tail is an inner product.
 
-    `out[i] = entities[head_ids[i]] (*) r / |r| + translations[relation_ids[i]]` with `r = relations[relation_ids[i]]`,
-    flattened to C * d: gathered, normalised, rotated and translated in one pass.
+    `out[i] = entities[head_ids[i]] (*) r / |r| + translations[relation_ids[i]] + head_translations[head_ids[i]]` with
+    `r = relations[relation_ids[i]]`, flattened to C * d: gathered, normalised, rotated and translated in one pass.
 
     Parameters
     ----------
     entities : array of shape (N, C, d), float32 | float64
     relations : array of shape (R, C, d), entities' dtype
-        The rotors.
+        The rotors; (N, C, d) with rotate_by="head".
     head_ids, relation_ids : integer arrays of shape (n,)
-        Rows of `entities` and of `relations`.
+        Rows of `entities` (and `head_translations`), and of `relations` and `translations`.
     algebra : {"quaternion", "dihedron", "complex", "octonion"}, (a, b), or a C x C table
+    rotate_by : {"relation", "head"}
+        "head": each entity has a rotor of its own, made of its text: `r = relations[head_ids[i]]`.
     translations : array of shape (R, C, d), optional
-        Added after the rotation.
+        Added after the rotation: one a relation.
+    head_translations : array of shape (N, C, d), optional
+        Added after the rotation: one a head.
     normalize : bool
         Divide each rotor by its Euclidean norm, number by number (a rotor of norm 0 gives 0).
     adjoint : bool
         Apply the transposed rotation: with tails as `head_ids` this gives the queries that find heads, since
-        <h (*) r, t> = <h, adjoint query of (t, r)>. Takes no translations: theirs is a constant of the (r, t) pair.
+        <h (*) r, t> = <h, adjoint query of (t, r)>. Takes no translations: theirs is a constant of the (r, t) pair;
+        and only rotate_by="relation", for a rotor of the head is not known.
     out : array of shape (n, C * d), optional
     num_threads : int, optional
         CPU threads; the process setting when None.
@@ -325,7 +332,7 @@ def relation_query(
     Raises
     ------
     ValueError
-        Shapes that do not fit each other or the algebra; translations with `adjoint`.
+        Shapes that do not fit each other or the algebra; translations or rotate_by="head" with `adjoint`.
     TypeError
         Dtypes other than float32 and float64, or mixed ones.
     IndexError
@@ -333,11 +340,24 @@ def relation_query(
 
     Notes
     -----
-    Reads each gathered row once and writes the result once: 3 C d elements of traffic a query (4 with translations).
+    Reads each gathered row once and writes the result once: 3 C d elements of traffic a query, C d more for each kind
+    of translations. Memory is the limit: heads are rows anywhere in it.
+
+    The models that join text vectors with a graph (C = 4, score -|q - t|^2 + b_h + b_t):
+
+    - Tetra: an entity is `[embedding, text1, text2, text3]`, d numbers each, on both sides of the score;
+      `relation_query(np.stack([embedding, text1, text2, text3], 1), relations, ...)`.
+    - Robin and Lion (which differ in the language models behind text1 and text2): the head's text is its rotor, and
+      its text and the relation translate; `relation_query(entities, np.concatenate([text1, text2], 1), ...,
+      rotate_by="head", translations=relations, head_translations=text)`, text1 and text2 being (N, 2, d), and text
+      (N, 4, d) the sum of another projection of each.
+
+    `examples/text_and_knowledge_graphs.py` has them in full; `retrieve.LinkPredictor` takes the same arguments.
 
     References
     ----------
-    Robin, Lion and Tetra (S01): score -|q|^2 - |t|^2 + 2 q . t with q as above; QuatE (Zhang et al. 2019), section 4.
+    Integrating Knowledge Graph Embedding and Pretrained Language Models in Hypercomplex Spaces (Nayyeri et al. 2022),
+    section 4: Robin, Lion, Tetra (S01); QuatE (Zhang et al. 2019), section 4.
 
     Examples
     --------
@@ -349,14 +369,21 @@ def relation_query(
     array([[1., 1., 1., 1., 1., 1., 1., 1.]], dtype=float32)
     """
     op = "hypercomplex.relation_query"
-    if adjoint and translations is not None:
-        raise ValueError(f"{op}: translations must be None with adjoint=True, got an array")
+    choice(op, "rotate_by", rotate_by, ("relation", "head"))
+    if adjoint and (translations is not None or head_translations is not None):
+        name = "head_translations" if translations is None else "translations"
+        raise ValueError(f"{op}: {name} must be None with adjoint=True, got an array")
+    if adjoint and rotate_by == "head":
+        raise ValueError(f"{op}: rotate_by must be 'relation' with adjoint=True, got 'head'")
     if adjoint:  # <x (*) y, g> = <x, g (*)' y>, where (*)' has the transposed table
         algebra = list(zip(*sign_table(algebra), strict=True))
     table: Any = as_array(op, "entities", entities, dtypes=_FLOATS, ndim=3)
     dtype = (dtype_name(table),)
     rotors = as_array(op, "relations", relations, dtypes=dtype, ndim=3)
-    shifts = None if translations is None else as_array(op, "translations", translations, dtypes=dtype, ndim=3)
+    shifts = [
+        None if shift is None else as_array(op, name, shift, dtypes=dtype, ndim=3)
+        for name, shift in (("translations", translations), ("head_translations", head_translations))
+    ]
     heads, relation_rows = (
         as_ids(op, name, ids, like=table) for name, ids in (("head_ids", head_ids), ("relation_ids", relation_ids))
     )
@@ -364,8 +391,22 @@ def relation_query(
     out = output(op, out, table, (int(heads.shape[0]), int(table.shape[1] * table.shape[2])), dtype[0])
     _backend.run(
         op, "hypercomplex_relation_query", table,
-        table, rotors, heads, relation_rows, shifts, out,
-        flat_table(algebra), normalize,
+        table, rotors, heads, relation_rows, *shifts, out,
+        flat_table(algebra), normalize, rotate_by == "head",
         num_threads=num_threads,
     )  # fmt: skip
+    return out
+
+
+def sum_products(x: Any, y: Any, x_ids: Any, y_ids: Any, out_ids: Any, rows: int, *, algebra: Algebra) -> Any:
+    """Return out (rows, C, d) with out[k] = sum of x[x_ids[i]] (*) y[y_ids[i]] over the i with out_ids[i] = k.
+
+    Not public: the gradients of relation queries, and the gradients of these, for `polyvec.torch`.
+    """
+    op = "hypercomplex.sum_products"
+    left: Any = as_array(op, "x", x, dtypes=_FLOATS, ndim=3)
+    right = as_array(op, "y", y, dtypes=(dtype_name(left),), ndim=3)
+    ids = [as_ids(op, name, i) for name, i in (("x_ids", x_ids), ("y_ids", y_ids), ("out_ids", out_ids))]
+    out = empty(left, (rows, int(left.shape[1]), int(left.shape[2])), dtype_name(left))
+    _backend.run(op, "hypercomplex_sum_products", left, left, right, *ids, out, flat_table(algebra))
     return out

@@ -472,20 +472,26 @@ _STAGES: dict[str, Any] = {"hnsw": _GraphStage, "pq": _CodeStage, "flat": _FlatS
 class LinkPredictor:
     """Predict the missing entity of a triple with hypercomplex embeddings.
 
-    score(h, r, t) = <q, t> with q = h (*) r / |r| (+ translation_r), plus bias_t; with metric="l2" it is
-    -|q - t|^2 + bias_t. Tails are found by an inner-product (or distance) scan with q; heads by the transposed
+    score(h, r, t) = <q, t> with q = h (*) r / |r| (+ translation_r + head_translation_h), plus bias_t; with metric="l2"
+    it is -|q - t|^2 + bias_t. Tails are found by an inner-product (or distance) scan with q; heads by the transposed
     rotation of t, which turns the same score into an inner product with h. (With "l2" the score of a head is
-    -|q(h) - t|^2 + bias_h, and all heads are rotated by the relation first.)
+    -|q(h) - t|^2 + bias_h, and all heads are turned into q(h) first, for each relation asked; so they are where rotors
+    or translations belong to the head.)
 
     Parameters
     ----------
     entities : array of shape (N, C, d), float32
     relations : array of shape (R, C, d), float32
-        Rotors; (2R, C, d) with `reciprocal`.
+        Rotors; (2R, C, d) with `reciprocal`; (N, C, d) with rotate_by="head".
     algebra : {"quaternion", "dihedron", "complex", "octonion"} or (a, b)
     metric : {"ip", "l2"}
-    translations : array like `relations`, optional
-        Added after the rotation.
+    rotate_by : {"relation", "head"}
+        "head": an entity's own rotor turns it, made of its text; `translations` are then required, for nothing else
+        tells relations apart.
+    translations : array of shape (R, C, d), or (2R, C, d) with `reciprocal`; optional
+        Added after the rotation: one a relation.
+    head_translations : array like `entities`, optional
+        Added after the rotation: one a head.
     bias : array of shape (N,), float32, optional
         Added to the score of each entity that is ranked.
     normalize : bool
@@ -493,6 +499,12 @@ class LinkPredictor:
     reciprocal : bool
         The embeddings were trained with a reciprocal for each relation: row r + R asks for the head of relation r,
         and heads are predicted by score(t, r + R, h).
+
+    Notes
+    -----
+    Robin and Lion are rotate_by="head" with `head_translations`, Tetra is entities that hold text in three of their
+    four components, all with metric="l2": see `hypercomplex.relation_query`. A bias of the given entity (b_h of a tail
+    query) changes no ranking and is left out.
 
     References
     ----------
@@ -517,12 +529,15 @@ class LinkPredictor:
         *,
         algebra: hypercomplex.Algebra = "quaternion",
         metric: str = "ip",
+        rotate_by: str = "relation",
         translations: Any = None,
+        head_translations: Any = None,
         bias: Any = None,
         normalize: bool = True,
         reciprocal: bool = False,
     ) -> None:
         op = "LinkPredictor"
+        self._rotate_by = choice(op, "rotate_by", rotate_by, ("relation", "head"))
         components = len(hypercomplex.sign_table(algebra))
         self._entities: Any = as_array(op, "entities", entities, ndim=3)
         self._relations: Any = as_array(op, "relations", relations, ndim=3)
@@ -535,14 +550,22 @@ class LinkPredictor:
                 f"{op}: relations must have the last two axes of entities {tuple(self._entities.shape[1:])}, "
                 f"got {tuple(self._relations.shape[1:])}"
             )
+        if rotate_by == "head" and self._relations.shape[0] != self.num_entities:
+            raise ValueError(
+                f"{op}: relations must have one row an entity ({self.num_entities}) with rotate_by='head', "
+                f"got {self._relations.shape[0]}"
+            )
+        if rotate_by == "head" and translations is None:
+            raise ValueError(f"{op}: translations must be given with rotate_by='head', got None")
         self._translations: Any = None
         if translations is not None:
-            self._translations = as_array(op, "translations", translations, ndim=3)
-            if tuple(self._translations.shape) != tuple(self._relations.shape):
-                raise ValueError(
-                    f"{op}: translations must have the shape of relations {tuple(self._relations.shape)}, "
-                    f"got {tuple(self._translations.shape)}"
-                )
+            like = self._relations if rotate_by == "relation" else None
+            self._translations = self._shifts(op, "translations", translations, "relations", like)
+        self._head_translations: Any = None
+        if head_translations is not None:
+            self._head_translations = self._shifts(
+                op, "head_translations", head_translations, "entities", self._entities
+            )
         self._bias: Any = None
         if bias is not None:
             self._bias = as_array(op, "bias", bias, ndim=1)
@@ -550,13 +573,33 @@ class LinkPredictor:
                 raise ValueError(
                     f"{op}: bias must have one entry an entity ({self.num_entities}), got {self._bias.shape[0]}"
                 )
-        if reciprocal and self._relations.shape[0] % 2:
-            raise ValueError(f"{op}: relations must be even in number with reciprocals, got {self._relations.shape[0]}")
+        name, by_relation = (
+            ("relations", self._relations) if rotate_by == "relation" else ("translations", self._translations)
+        )
+        self._relation_rows = int(by_relation.shape[0])
+        if reciprocal and self._relation_rows % 2:
+            raise ValueError(f"{op}: {name} must be even in number with reciprocals, got {self._relation_rows}")
         self._algebra = algebra
         self._metric = choice(op, "metric", metric, ("ip", "l2"))
         self._normalize = bool(normalize)
         self._reciprocal = bool(reciprocal)
+        # Whether heads are found by the transposed rotation of the tail.
+        self._adjoint = metric == "ip" and rotate_by == "relation" and head_translations is None and not reciprocal
         self._items = self._entities.reshape(self.num_entities, -1)
+
+    def _shifts(self, op: str, name: str, shifts: Any, like_name: str, like: Any) -> Any:
+        """Check translations: of the shape of `like`, or, without it, any number of rows like those of entities."""
+        shifts = as_array(op, name, shifts, ndim=3)
+        if like is not None and tuple(shifts.shape) != tuple(like.shape):
+            raise ValueError(
+                f"{op}: {name} must have the shape of {like_name} {tuple(like.shape)}, got {tuple(shifts.shape)}"
+            )
+        if tuple(shifts.shape[1:]) != tuple(self._entities.shape[1:]):
+            raise ValueError(
+                f"{op}: {name} must have the last two axes of entities {tuple(self._entities.shape[1:])}, "
+                f"got {tuple(shifts.shape[1:])}"
+            )
+        return shifts
 
     @property
     def num_entities(self) -> int:
@@ -566,7 +609,7 @@ class LinkPredictor:
     @property
     def num_relations(self) -> int:
         """Number of relations R, not counting reciprocals."""
-        return int(self._relations.shape[0]) // (2 if self._reciprocal else 1)
+        return self._relation_rows // (2 if self._reciprocal else 1)
 
     def __repr__(self) -> str:
         return (
@@ -737,7 +780,9 @@ class LinkPredictor:
                 ids,
                 relation_ids,
                 algebra=self._algebra,
+                rotate_by=self._rotate_by,
                 translations=None if adjoint else self._translations,
+                head_translations=None if adjoint else self._head_translations,
                 normalize=self._normalize,
                 adjoint=adjoint,
                 num_threads=num_threads,
@@ -748,9 +793,9 @@ class LinkPredictor:
             yield everything, rotate(anchors, relations), self._items
         elif self._reciprocal:
             yield everything, rotate(anchors, relations + self.num_relations), self._items
-        elif self._metric == "ip":
+        elif self._adjoint:
             yield everything, rotate(anchors, relations, adjoint=True), self._items
-        else:  # |h (*) r - t| is no distance between h and a vector of t: rotate all heads, one relation at a time
+        else:  # the score is no product or distance of h and a vector of t: rotate all heads, one relation at a time
             for relation in np.unique(relations):
                 rows = np.flatnonzero(relations == relation)
                 heads = np.arange(self.num_entities)
@@ -783,7 +828,7 @@ class LinkPredictor:
             )
             scores[rows] = -found if self._metric == "l2" else found
             ids[rows] = found_ids
-        if side == "head" and self._metric == "ip" and self._translations is not None and not self._reciprocal:
+        if side == "head" and self._adjoint and self._translations is not None:
             # <h (*) r + c, t> = <h, adjoint query> + <c, t>: the constant of the (r, t) pair.
             shifts = self._translations.reshape(self._relations.shape[0], -1)
             scores += scan.score_pairs(shifts[relations], self._items, anchors[:, None], num_threads=num_threads)

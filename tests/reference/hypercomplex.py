@@ -47,13 +47,56 @@ def normalize(x):
     return np.divide(x, n, out=np.zeros(np.shape(x)), where=n > 0)
 
 
-def relation_query(entities, relations, head_ids, relation_ids, algebra, translations=None, normalized=True):
+def relation_query(
+    entities,
+    relations,
+    head_ids,
+    relation_ids,
+    algebra,
+    translations=None,
+    normalized=True,
+    rotate_by="relation",
+    head_translations=None,
+):
     """One row a (head, relation) pair."""
     rotors = normalize(relations) if normalized else np.asarray(relations, np.float64)
-    out = product(np.asarray(entities)[head_ids], rotors[relation_ids], algebra)
+    rotor_ids = head_ids if rotate_by == "head" else relation_ids
+    out = product(np.asarray(entities)[head_ids], rotors[rotor_ids], algebra)
     if translations is not None:
         out = out + np.asarray(translations, np.float64)[relation_ids]
+    if head_translations is not None:
+        out = out + np.asarray(head_translations, np.float64)[head_ids]
     return out.reshape(len(head_ids), -1)
+
+
+def sum_products(x, y, x_ids, y_ids, out_ids, rows, algebra):
+    """out[k] = sum of x[x_ids[i]] (*) y[y_ids[i]] over the i with out_ids[i] = k."""
+    out = np.zeros((rows, *np.shape(x)[1:]))
+    np.add.at(out, out_ids, product(np.asarray(x)[x_ids], np.asarray(y)[y_ids], algebra))
+    return out
+
+
+def distance(query, tail):
+    """Squared Euclidean distance of two numbers (C, d)."""
+    return ((query - tail) ** 2).sum()
+
+
+def robin_score(head, rotor_texts, relation, texts, tail, algebra):
+    """Robin and Lion: h (*) [u | v] / |.| + r + u' + v' against t; one triple.
+
+    head, relation, tail: (4, d); rotor_texts: u and v, (2, d) each; texts: u' and v', (4, d) each.
+    """
+    query = product(head, normalize(np.concatenate(rotor_texts)), algebra) + relation + texts[0] + texts[1]
+    return -distance(query, tail)
+
+
+def tetra_score(head, head_texts, relation, tail, tail_texts, algebra):
+    """Tetra: (e, u, v, w) (*) r / |r| against the tail's own (e, u, v, w); one triple.
+
+    head, tail: (d,); texts: three of (d,); relation: (4, d).
+    """
+    query = product(np.stack([head, *head_texts]), normalize(relation), algebra)
+    return -distance(query, np.stack([tail, *tail_texts]))
 
 
 def matrix(x):

@@ -9,13 +9,25 @@ from reference import hypercomplex as hc
 
 
 def link_scores(
-    entities, relations, *, algebra, metric="ip", translations=None, bias=None, normalize=True, reciprocal=False
+    entities,
+    relations,
+    *,
+    algebra,
+    metric="ip",
+    rotate_by="relation",
+    translations=None,
+    head_translations=None,
+    bias=None,
+    normalize=True,
+    reciprocal=False,
 ):
     """All scores: ["tail"][h, r, t] and ["head"][t, r, h]."""
-    n, rows = len(entities), len(relations)
+    n, rows = len(entities), len(relations if rotate_by == "relation" else translations)
     flat = entities.astype(np.float64).reshape(n, -1)
     heads, rotors = np.divmod(np.arange(n * rows), rows)
-    queries = hc.relation_query(entities, relations, heads, rotors, algebra, translations, normalize)
+    queries = hc.relation_query(
+        entities, relations, heads, rotors, algebra, translations, normalize, rotate_by, head_translations
+    )
     scores = queries @ flat.T if metric == "ip" else -((queries[:, None, :] - flat[None]) ** 2).sum(-1)
     scores = scores.reshape(n, rows, n)
     extra = np.zeros(n) if bias is None else bias.astype(np.float64)

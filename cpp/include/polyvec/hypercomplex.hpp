@@ -70,15 +70,20 @@ struct HypercomplexMap {
     }
 };
 
-/// out[i] = entities[head_ids[i]] (*) relations[relation_ids[i]] / |.| + translations[relation_ids[i]], flattened.
+/// out[i] = entities[head_ids[i]] (*) r / |r| + translations[relation_ids[i]] + head_translations[head_ids[i]],
+/// flattened; r is relations[relation_ids[i]], or relations[head_ids[i]] with rotate_by_head.
 struct RelationQuery {
     static constexpr const char* op = "hypercomplex.relation_query";
     Array entities, relations;     // (N, C, d), (R, C, d)
     Array head_ids, relation_ids;  // (n,), (n,) int64
     Array translations;            // (R, C, d), or absent
+    Array head_translations;       // (N, C, d), or absent
     Array out;                     // (n, C * d)
     std::vector<double> table;
     bool normalize = true;
+    bool rotate_by_head = false;  // then relations is (N, C, d)
+
+    const Array& rotor_ids() const { return rotate_by_head ? head_ids : relation_ids; }
 
     void validate() const {
         require_float(op, entities);
@@ -87,7 +92,7 @@ struct RelationQuery {
         require_components(op, entities.dim(1));
         require(static_cast<std::int64_t>(table.size()) == entities.dim(1) * entities.dim(1), op, "algebra must have ",
                 entities.dim(1), " components, as entities has, got a table of ", table.size(), " entries");
-        for (const Array* a : {&relations, &translations}) {
+        for (const Array* a : {&relations, &translations, &head_translations}) {
             if (!*a) continue;
             require_dtype(op, *a, entities.dtype);
             require_contiguous(op, *a);
@@ -96,7 +101,10 @@ struct RelationQuery {
                     " must have the same last two axes as entities (", entities.dim(1), ", ", entities.dim(2),
                     "), got (", a->dim(1), ", ", a->dim(2), ")");
         }
-        if (translations) require_dim(op, translations, 0, relations.dim(0), "as many rows as relations");
+        if (rotate_by_head) require_dim(op, relations, 0, entities.dim(0), "as many rows as entities");
+        if (translations && !rotate_by_head)
+            require_dim(op, translations, 0, relations.dim(0), "as many rows as relations");
+        if (head_translations) require_dim(op, head_translations, 0, entities.dim(0), "as many rows as entities");
         require_contiguous(op, entities);
         for (const Array* ids : {&head_ids, &relation_ids}) {
             require_ndim(op, *ids, 1);
@@ -110,7 +118,46 @@ struct RelationQuery {
         require_dim(op, out, 1, entities.dim(1) * entities.dim(2), "components times d columns");
         if (entities.device == Device::cpu) {  // a GPU's ids are not readable here: its kernel writes NaN rows instead
             require_ids(op, head_ids, entities.dim(0));
-            require_ids(op, relation_ids, relations.dim(0));
+            if (!rotate_by_head || translations)
+                require_ids(op, relation_ids, rotate_by_head ? translations.dim(0) : relations.dim(0));
+        }
+    }
+};
+
+/// out[k] = sum of x[x_ids[i]] (*) y[y_ids[i]] over the i with out_ids[i] = k, added in ascending order of i on a CPU.
+/// With the tables of an algebra's gradients these are the gradients of a relation query, and theirs in turn.
+struct HypercomplexSums {
+    static constexpr const char* op = "hypercomplex.sum_products";
+    Array x, y;                   // (., C, d)
+    Array x_ids, y_ids, out_ids;  // (n,) int64
+    Array out;                    // (rows, C, d)
+    std::vector<double> table;
+
+    void validate() const {
+        require_float(op, x);
+        require_ndim(op, out, 3);
+        require_components(op, out.dim(1));
+        require(static_cast<std::int64_t>(table.size()) == out.dim(1) * out.dim(1), op, "algebra must have ",
+                out.dim(1), " components, as out has, got a table of ", table.size(), " entries");
+        require_out(op, out, x.dtype);
+        for (const Array* a : {&x, &y}) {
+            require_dtype(op, *a, x.dtype);
+            require_contiguous(op, *a);
+            require_ndim(op, *a, 3);
+            require(a->dim(1) == out.dim(1) && a->dim(2) == out.dim(2), op, a->name,
+                    " must have the same last two axes as out (", out.dim(1), ", ", out.dim(2), "), got (", a->dim(1),
+                    ", ", a->dim(2), ")");
+        }
+        for (const Array* ids : {&x_ids, &y_ids, &out_ids}) {
+            require_ndim(op, *ids, 1);
+            require_dtype(op, *ids, DType::i64);
+            require_contiguous(op, *ids);
+            require_dim(op, *ids, 0, out_ids.dim(0), "the same length as out_ids");
+        }
+        if (x.device == Device::cpu) {  // a GPU's kernel leaves out what it cannot find
+            require_ids(op, x_ids, x.dim(0));
+            require_ids(op, y_ids, y.dim(0));
+            require_ids(op, out_ids, out.dim(0));
         }
     }
 };
@@ -118,8 +165,10 @@ struct RelationQuery {
 void run(const HypercomplexProduct&, Cpu);
 void run(const HypercomplexMap&, Cpu);
 void run(const RelationQuery&, Cpu);
+void run(const HypercomplexSums&, Cpu);
 void run(const HypercomplexProduct&, Cuda);
 void run(const HypercomplexMap&, Cuda);
 void run(const RelationQuery&, Cuda);
+void run(const HypercomplexSums&, Cuda);
 
 }  // namespace polyvec

@@ -93,10 +93,45 @@ _normalize.register_autograd(_normalize_backward, setup_context=_save_normalize)
 
 
 @custom_op(
+    "polyvec::hypercomplex_sum_products",
+    mutates_args=(),
+    schema="(Tensor x, Tensor y, Tensor x_ids, Tensor y_ids, Tensor out_ids, SymInt rows, float[] table) -> Tensor",
+)
+def _sum_products(
+    x: Tensor, y: Tensor, x_ids: Tensor, y_ids: Tensor, out_ids: Tensor, rows: int, table: list[float]
+) -> Tensor:
+    """out[k] = sum of x[x_ids[i]] (*) y[y_ids[i]] over the i with out_ids[i] = k."""
+    return hypercomplex.sum_products(x.detach(), y.detach(), x_ids, y_ids, out_ids, rows, algebra=_rows(table))
+
+
+@_sum_products.register_fake
+def _(x: Tensor, y: Tensor, x_ids: Tensor, y_ids: Tensor, out_ids: Tensor, rows: int, table: list[float]) -> Tensor:
+    return x.new_empty(rows, *x.shape[1:])
+
+
+def _save_sum_products(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, _, ctx.table = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _sum_products_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, y, x_ids, y_ids, out_ids = ctx.saved_tensors
+    dx = dy = None
+    if ctx.needs_input_grad[0]:
+        dx = _sum_products(grad, y, out_ids, y_ids, x_ids, x.shape[0], _left_table(ctx.table))
+    if ctx.needs_input_grad[1]:
+        dy = _sum_products(grad, x, out_ids, x_ids, y_ids, y.shape[0], _right_table(ctx.table))
+    return dx, dy, None, None, None, None, None
+
+
+_sum_products.register_autograd(_sum_products_backward, setup_context=_save_sum_products)
+
+
+@custom_op(
     "polyvec::hypercomplex_relation_query",
     mutates_args=(),
     schema="(Tensor entities, Tensor relations, Tensor head_ids, Tensor relation_ids, Tensor? translations, "
-    "float[] table, bool normalize) -> Tensor",
+    "Tensor? head_translations, float[] table, bool normalize, bool rotate_by_head) -> Tensor",
 )
 def _relation_query(
     entities: Tensor,
@@ -104,8 +139,10 @@ def _relation_query(
     head_ids: Tensor,
     relation_ids: Tensor,
     translations: Tensor | None,
+    head_translations: Tensor | None,
     table: list[float],
     normalize: bool,
+    rotate_by_head: bool,
 ) -> Tensor:
     return hypercomplex.relation_query(
         entities.detach(),
@@ -113,7 +150,9 @@ def _relation_query(
         head_ids,
         relation_ids,
         algebra=_rows(table),
+        rotate_by="head" if rotate_by_head else "relation",
         translations=None if translations is None else translations.detach(),
+        head_translations=None if head_translations is None else head_translations.detach(),
         normalize=normalize,
     )
 
@@ -125,45 +164,48 @@ def _(
     head_ids: Tensor,
     relation_ids: Tensor,
     translations: Tensor | None,
+    head_translations: Tensor | None,
     table: list[float],
     normalize: bool,
+    rotate_by_head: bool,
 ) -> Tensor:
     return entities.new_empty(head_ids.shape[0], entities.shape[1] * entities.shape[2])
 
 
 def _save_relation_query(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, _, ctx.table, ctx.normalize = inputs
-    ctx.save_for_backward(*tensors)
+    entities, relations, head_ids, relation_ids, translations, _, ctx.table, ctx.normalize, ctx.rotate_by_head = inputs
+    ctx.num_translations = 0 if translations is None else translations.shape[0]
+    ctx.save_for_backward(entities, relations, head_ids, relation_ids)
 
 
 def _relation_query_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     entities, relations, head_ids, relation_ids = ctx.saved_tensors
     grad = grad.reshape(-1, *entities.shape[1:])
     each = torch.arange(grad.shape[0], device=grad.device)
+    rotor_ids = head_ids if ctx.rotate_by_head else relation_ids
 
-    def gathered(table: Tensor, ids: Tensor, signs: list[float], normalize: bool) -> Tensor:
-        """Multiply each row of grad by a row of `table`."""
-        return _relation_query(grad, table, each, ids, None, signs, normalize).view_as(grad)
+    def scattered(ids: Tensor, rows: int) -> Tensor:
+        return grad.new_zeros(rows, *grad.shape[1:]).index_add_(0, ids.long(), grad)
 
-    def scattered(rows: Tensor, ids: Tensor, like: Tensor) -> Tensor:
-        return torch.zeros_like(like).index_add_(0, ids.long(), rows)
-
-    d_entities = d_relations = d_translations = None
+    d_entities = d_relations = d_translations = d_head_translations = None
     if ctx.needs_input_grad[0]:
-        rows = gathered(relations, relation_ids, _left_table(ctx.table), ctx.normalize)
-        d_entities = scattered(rows, head_ids, entities)
+        rotors = _normalize(relations, -2) if ctx.normalize else relations
+        d_entities = _sum_products(grad, rotors, each, rotor_ids, head_ids, entities.shape[0], _left_table(ctx.table))
     if ctx.needs_input_grad[1]:
-        rows = gathered(entities, head_ids, _right_table(ctx.table), False)
-        d_relations = scattered(rows, relation_ids, relations)
+        d_relations = _sum_products(
+            grad, entities, each, head_ids, rotor_ids, relations.shape[0], _right_table(ctx.table)
+        )
         if ctx.normalize:
             d_relations = _normalize_gradient(relations, d_relations, -2)
     if ctx.needs_input_grad[4]:
-        d_translations = scattered(grad, relation_ids, relations)
-    return d_entities, d_relations, None, None, d_translations, None, None
+        d_translations = scattered(relation_ids, ctx.num_translations)
+    if ctx.needs_input_grad[5]:
+        d_head_translations = scattered(head_ids, entities.shape[0])
+    return d_entities, d_relations, None, None, d_translations, d_head_translations, None, None, None
 
 
 _relation_query.register_autograd(_relation_query_backward, setup_context=_save_relation_query)
-in_float32(_product, _normalize, _relation_query)
+in_float32(_product, _normalize, _relation_query, _sum_products)
 
 
 def product(x: Tensor, y: Tensor, *, algebra: Algebra = "quaternion", axis: int = -2) -> Tensor:
@@ -233,7 +275,9 @@ def relation_query(
     relation_ids: Tensor,
     *,
     algebra: Algebra = "quaternion",
+    rotate_by: str = "relation",
     translations: Tensor | None = None,
+    head_translations: Tensor | None = None,
     normalize: bool = True,
 ) -> Tensor:
     """Compose (head, relation) pairs: `polyvec.hypercomplex.relation_query` with gradients for its tables.
@@ -242,9 +286,13 @@ def relation_query(
     ----------
     entities : tensor of shape (N, C, d), float32 | float64
     relations : tensor of shape (R, C, d), entities' dtype
+        (N, C, d) with rotate_by="head".
     head_ids, relation_ids : integer tensors of shape (n,)
     algebra : {"quaternion", "dihedron", "complex", "octonion"}, (a, b), or a C x C table
+    rotate_by : {"relation", "head"}
+        Whose rotors `relations` holds.
     translations : tensor of shape (R, C, d), optional
+    head_translations : tensor of shape (N, C, d), optional
     normalize : bool
         Divide each rotor by its Euclidean norm.
 
@@ -254,8 +302,8 @@ def relation_query(
 
     Notes
     -----
-    A backward costs one fused product and one `index_add` for each table that requires grad. On a GPU `index_add` sums
-    in no fixed order: see `torch.use_deterministic_algorithms`.
+    A backward costs one pass for each table that requires grad: its rows are sums of products, gathered in the order of
+    the ids, so that gradients have the same bits for any number of threads. On a GPU they are added in no fixed order.
 
     Examples
     --------
@@ -265,12 +313,26 @@ def relation_query(
     >>> entities.grad[:, 0].tolist()
     [[0.0, 0.0], [0.0, 0.0], [4.0, 4.0]]
     """
+    op = "torch.relation_query"
+    shifts = {"translations": translations, "head_translations": head_translations}
     require_tensors(
-        "torch.relation_query",
+        op,
         entities=entities,
         relations=relations,
         head_ids=head_ids,
         relation_ids=relation_ids,
-        **({} if translations is None else {"translations": translations}),
+        **{name: shift for name, shift in shifts.items() if shift is not None},
     )
-    return _relation_query(entities, relations, head_ids, relation_ids, translations, _flat_table(algebra), normalize)
+    if rotate_by not in ("relation", "head"):
+        raise ValueError(f"{op}: rotate_by must be one of 'relation', 'head', got {rotate_by!r}")
+    return _relation_query(
+        entities,
+        relations,
+        head_ids,
+        relation_ids,
+        translations,
+        head_translations,
+        _flat_table(algebra),
+        normalize,
+        rotate_by == "head",
+    )
