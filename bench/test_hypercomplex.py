@@ -85,6 +85,77 @@ def test_relation_query(compare, rng):
     )
 
 
+def test_relation_query_of_texts(compare, rng):
+    """Robin's and Lion's queries: rotors and translations of the heads' texts, and one translation a relation."""
+    torch = pytest.importorskip("torch")
+    entities, rotors, texts = (sample(rng, 40_000, 4, D) for _ in range(3))
+    relations = sample(rng, 20, 4, D)
+    heads, relation_ids = rng.integers(0, 40_000, N), rng.integers(0, 20, N)
+    tables = [torch.from_numpy(a) for a in (entities, rotors, relations, texts, heads, relation_ids)]
+    out = np.empty((N, 4 * D), np.float32)
+
+    def in_torch():
+        e, r, s, t, h, i = tables
+        unit = torch.nn.functional.normalize(r[h], dim=1)
+        return (by_components(e[h], unit, torch.stack) + s[i] + t[h]).reshape(N, -1)
+
+    compare(
+        lambda: pv.hypercomplex.relation_query(
+            entities,
+            rotors,
+            heads,
+            relation_ids,
+            rotate_by="head",
+            translations=relations,
+            head_translations=texts,
+            out=out,
+        ),
+        {"torch": in_torch},
+        check=close_to(
+            ref.relation_query(entities, rotors, heads, relation_ids, "quaternion", relations, True, "head", texts)
+        ),
+        bytes=4 * out.nbytes,
+    )
+
+
+@pytest.mark.parametrize("kind", ["wasserstein", "piecewise", "kl"])
+def test_flow_query(compare, rng, kind):
+    torch = pytest.importorskip("torch")
+    softplus = torch.nn.functional.softplus
+    parts = 3 if kind == "piecewise" else 2
+    entities, relations = sample(rng, 40_000, parts, D), sample(rng, 20, 2, D)
+    heads, relation_ids = rng.integers(0, 40_000, N), rng.integers(0, 20, N)
+    tables = [torch.from_numpy(a) for a in (entities, relations, heads, relation_ids)]
+    out = np.empty((N, parts * D), np.float32), np.empty(N, np.float32)
+
+    def in_torch():
+        e, r, h, i = tables
+        (mean, *scales), (shift, scale) = e[h].unbind(1), r[i].unbind(1)
+        mean = scale * mean + shift
+        if kind == "kl":
+            a = softplus(scale) * softplus(scales[0])
+            return torch.cat([-(a.square() + mean.square()) / 2, mean], 1), (a.log() + 0.5).sum(1)
+        a = [(scale * s).abs() for s in scales]
+        if kind == "wasserstein":
+            return torch.cat([2 * mean, 2 * a[0]], 1), -(mean.square() + a[0].square()).sum(1)
+        slope = (2 / np.pi) ** 0.5
+        extra = (a[0].square() + a[1].square()) / 2 + slope * mean * (a[1] - a[0])
+        return torch.cat([mean, *a], 1), -(mean.square() + extra).sum(1)
+
+    expected = [np.asarray(x) for x in in_torch()]
+
+    def check(result):
+        for x, y in zip(result, expected, strict=True):
+            np.testing.assert_allclose(np.asarray(x), y, rtol=1e-4, atol=1e-3)
+
+    compare(
+        lambda: pv.hypercomplex.flow_query(entities, relations, heads, relation_ids, kind=kind, out=out),
+        {"torch": in_torch},
+        check=check,
+        bytes=2 * out[0].nbytes,
+    )
+
+
 def test_relation_query_with_gradients(compare, rng):
     torch = pytest.importorskip("torch")
     pvt = pytest.importorskip("polyvec.torch")

@@ -161,6 +161,103 @@ __global__ void sum_products_kernel(const __grid_constant__ Gathered<T> x, const
     });
 }
 
+template <class T>
+__device__ T softplus(T x) {
+    return (x < 0 ? T(0) : x) + log1p(exp(x < 0 ? x : -x));
+}
+
+constexpr double slope = 0.79788456080286535588;  // sqrt(2 / pi)
+
+/// h, whose mean is mapped already, becomes the parts of a query; returns what the position adds to its offset.
+template <Flow kind, class T, int N>
+__device__ T query_parts(Number<T, N>& h, T scale) {
+    const T mean = h.part[0];
+    if constexpr (kind == Flow::wasserstein) {
+        const T a = abs(scale * h.part[1]);
+        h = {{2 * mean, 2 * a}};
+        return -(mean * mean + a * a);
+    } else if constexpr (kind == Flow::piecewise) {
+        const T a1 = abs(scale * h.part[1]), a2 = abs(scale * h.part[2]);
+        h = {{mean, a1, a2}};
+        return -(mean * mean + (a1 * a1 + a2 * a2) / 2 + T(slope) * mean * (a2 - a1));
+    } else {
+        const T a = softplus(scale) * softplus(h.part[1]);
+        h = {{-(a * a + mean * mean) / 2, mean}};
+        return log(a) + T(0.5);
+    }
+}
+
+/// t becomes the parts of a key; returns what the position adds to its bias.
+template <Flow kind, class T, int N>
+__device__ T key_parts(Number<T, N>& t) {
+    const T mean = t.part[0];
+    if constexpr (kind == Flow::wasserstein) {
+        const T b = abs(t.part[1]);
+        t.part[1] = b;
+        return -(mean * mean + b * b);
+    } else if constexpr (kind == Flow::piecewise) {
+        const T b1 = abs(t.part[1]), b2 = abs(t.part[2]), tilt = T(slope) * (b1 - b2);
+        t = {{2 * mean - tilt, b1 - T(slope) * mean, b2 + T(slope) * mean}};
+        return mean * tilt - mean * mean - (b1 * b1 + b2 * b2) / 2;
+    } else {
+        const T b = softplus(t.part[1]), precision = 1 / (b * b);
+        t = {{precision, mean * precision}};
+        return -(log(b) + mean * mean * precision / 2);
+    }
+}
+
+/// `offset` is zero before; its terms are added in no fixed order. Rows whose ids lie outside the tables become NaN.
+template <Flow kind, int N, class T>
+__global__ void flow_query_kernel(const __grid_constant__ Gathered<T> heads,
+                                  const __grid_constant__ Gathered<T> relations, T* out, T* offset, std::int64_t n,
+                                  std::int64_t d) {
+    for_each_position(n, d, [&](std::int64_t k, std::int64_t v) {
+        Number<T, N> h;
+        T term = static_cast<T>(NAN);
+        if (heads.has(k) && relations.has(k)) {
+            h = load<N>(heads, k, v, d);
+            const auto r = load<2>(relations, k, v, d);
+            h.part[0] = r.part[1] * h.part[0] + r.part[0];
+            term = query_parts<kind>(h, r.part[1]);
+        } else {
+            for (int c = 0; c < N; ++c) h.part[c] = static_cast<T>(NAN);
+        }
+        store(h, out + k * N * d + v, d);
+        atomicAdd(offset + k, term);
+    });
+}
+
+template <Flow kind, int N, class T>
+__global__ void flow_keys_kernel(const T* entities, T* out, T* bias, std::int64_t n, std::int64_t d) {
+    for_each_position(n, d, [&](std::int64_t k, std::int64_t v) {
+        auto t = load<N>(entities + k * N * d + v, d);
+        atomicAdd(bias + k, key_parts<kind>(t));
+        store(t, out + k * N * d + v, d);
+    });
+}
+
+/// Calls f with the dtype, the kind and its number of parts as constants.
+template <class F>
+void with_flow(DType dtype, Flow kind, F f) {
+    const auto with_kind = [&]<class T>() {
+        if (kind == Flow::wasserstein) {
+            f.template operator()<T, Flow::wasserstein, 2>();
+        } else if (kind == Flow::piecewise) {
+            f.template operator()<T, Flow::piecewise, 3>();
+        } else {
+            f.template operator()<T, Flow::kl, 2>();
+        }
+    };
+    dtype == DType::f32 ? with_kind.template operator()<float>() : with_kind.template operator()<double>();
+}
+
+template <class T>
+void fill_with_zeros(const char* op, Cuda cuda, const Array& a) {
+    const DeviceGuard guard(op, cuda.device);
+    check(op, cudaMemsetAsync(a.as<T>(), 0, static_cast<std::size_t>(a.size()) * sizeof(T),
+                              reinterpret_cast<cudaStream_t>(cuda.stream)));
+}
+
 template <class T, int N>
 Table<T, N> table_of(const std::vector<double>& values) {
     Table<T, N> table;
@@ -241,13 +338,27 @@ void run(const RelationQuery& op, Cuda cuda) {
 void run(const HypercomplexSums& op, Cuda cuda) {
     const std::int64_t n = op.out_ids.dim(0), d = op.out.dim(2);
     with_number(op.x.dtype, op.out.dim(1), [&]<class T, int N>() {
-        {
-            const DeviceGuard guard(op.op, cuda.device);
-            check(op.op, cudaMemsetAsync(op.out.as<T>(), 0, op.out.size() * sizeof(T),
-                                         reinterpret_cast<cudaStream_t>(cuda.stream)));
-        }
+        fill_with_zeros<T>(op.op, cuda, op.out);
         launch_rows(op.op, cuda, n, d, sum_products_kernel<N, T>, gathered<T>(op.x, op.x_ids),
                     gathered<T>(op.y, op.y_ids), gathered<T>(op.out, op.out_ids), n, d, table_of<T, N>(op.table));
+    });
+}
+
+void run(const FlowQuery& op, Cuda cuda) {
+    const std::int64_t n = op.head_ids.dim(0), d = op.entities.dim(2);
+    with_flow(op.entities.dtype, op.kind, [&]<class T, Flow kind, int N>() {
+        fill_with_zeros<T>(op.op, cuda, op.offset);
+        launch_rows(op.op, cuda, n, d, flow_query_kernel<kind, N, T>, gathered<T>(op.entities, op.head_ids),
+                    gathered<T>(op.relations, op.relation_ids), op.out.as<T>(), op.offset.as<T>(), n, d);
+    });
+}
+
+void run(const FlowKeys& op, Cuda cuda) {
+    const std::int64_t n = op.entities.dim(0), d = op.entities.dim(2);
+    with_flow(op.entities.dtype, op.kind, [&]<class T, Flow kind, int N>() {
+        fill_with_zeros<T>(op.op, cuda, op.bias);
+        launch_rows(op.op, cuda, n, d, flow_keys_kernel<kind, N, T>, op.entities.as<const T>(), op.out.as<T>(),
+                    op.bias.as<T>(), n, d);
     });
 }
 

@@ -195,7 +195,7 @@ PUBLIC = {
     ],
     "polyvec.fde": ["Encoder"],
     "polyvec.hnsw": ["Index"],
-    "polyvec.hypercomplex": ["conjugate", "norm", "normalize", "product", "relation_query"],
+    "polyvec.hypercomplex": ["conjugate", "flow_keys", "flow_query", "norm", "normalize", "product", "relation_query"],
     "polyvec.maxsim": [
         "CertifiedTopk",
         "PackedTokens",

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import polyvec as pv
-from accuracy import assert_elementwise, assert_exact
+from accuracy import assert_elementwise, assert_exact, assert_reduction, on_host
 from reference import hypercomplex as ref
 
 ALGEBRAS = {"complex": 2, "quaternion": 4, "dihedron": 4, (0.5, -2.0): 4, "octonion": 8}
@@ -198,6 +198,73 @@ def test_sums_of_products_equal_the_definition(rng, isa, on_device, algebra, n, 
     assert_exact(result[3], np.zeros((components, d)))
 
 
+FLOWS = {"wasserstein": 2, "piecewise": 3, "kl": 2}
+
+
+def sample_flow(rng, kind, d, dtype):
+    """Entities, relations, head ids, relation ids; scales of either sign."""
+    entities, relations = (sample(rng, n, parts, d, dtype=dtype) for n, parts in ((9, FLOWS[kind]), (3, 2)))
+    return entities, relations, rng.integers(0, 9, 14), rng.integers(0, 3, 14)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kind", FLOWS)
+@pytest.mark.parametrize("d", WIDTHS)
+def test_flow_scores_are_inner_products(rng, isa, on_device, kind, d, dtype):
+    entities, relations, heads, relation_ids = sample_flow(rng, kind, d, dtype)
+    queries, offset = pv.hypercomplex.flow_query(*map(on_device, (entities, relations, heads, relation_ids)), kind=kind)
+    items, bias = pv.hypercomplex.flow_keys(on_device(entities), kind=kind)
+    q, o, x, b = (on_host(a).astype(np.float64) for a in (queries, offset, items, bias))
+    scores = (q @ x.T + b + o[:, None]).astype(dtype)
+    expected = np.array(
+        [
+            [-ref.flow_distance(entities[h], relations[r], tail, kind) for tail in entities]
+            for h, r in zip(heads, relation_ids, strict=True)
+        ]
+    )
+    size = np.abs(q) @ np.abs(x).T + np.abs(b) + np.abs(o)[:, None] + d
+    assert_reduction(scores, expected.reshape(scores.shape), size, length=max(1, items.shape[1]))
+
+
+@pytest.mark.parametrize("kind", FLOWS)
+def test_scans_rank_tails_by_the_distance_of_flows(rng, kind):
+    entities, relations, heads, relation_ids = sample_flow(rng, kind, 20, np.float32)
+    queries, _ = pv.hypercomplex.flow_query(entities, relations, heads, relation_ids, kind=kind)
+    items, bias = pv.hypercomplex.flow_keys(entities, kind=kind)
+    _, ids = pv.scan.topk(queries, items, 9, bias=bias)
+    targets = rng.integers(0, 9, 14)
+    ranks = pv.scan.rank(queries, items, targets, bias=bias)
+    for i, (h, r) in enumerate(zip(heads, relation_ids, strict=True)):
+        distances = [ref.flow_distance(entities[h], relations[r], tail, kind) for tail in entities]
+        assert_exact(ids[i], np.argsort(distances))
+        assert ranks[i] == 1 + np.argsort(np.argsort(distances))[targets[i]]
+
+
+@pytest.mark.parametrize("kind", FLOWS)
+def test_flows_write_to_out(rng, lib, kind):
+    entities, relations, heads, relation_ids = (lib(a) for a in sample_flow(rng, kind, 5, np.float32))
+    for function, arguments in (
+        (pv.hypercomplex.flow_query, (entities, relations, heads, relation_ids)),
+        (pv.hypercomplex.flow_keys, (entities,)),
+    ):
+        fresh = function(*arguments, kind=kind)
+        assert all(type(array) is type(entities) for array in fresh)
+        out = tuple(lib(np.full(tuple(array.shape), np.nan, np.float32)) for array in fresh)
+        given = function(*arguments, kind=kind, out=out)
+        assert all(a is b for a, b in zip(given, out, strict=True))
+        for a, b in zip(given, fresh, strict=True):
+            assert_exact(a, b)
+
+
+def test_softplus_neither_overflows_nor_loses_small_scales():
+    scales = np.float32([-40, -20, 0, 200])
+    entities = np.stack([np.ones(4, np.float32), scales])[None]
+    items, bias = pv.hypercomplex.flow_keys(entities, kind="kl")
+    b = ref.softplus(scales.astype(np.float64))
+    assert_elementwise(items[0], np.concatenate([b**-2, b**-2]), np.concatenate([b**-2, b**-2]))
+    assert_reduction(bias[0], -(np.log(b) + 0.5 * b**-2).sum(), (np.abs(np.log(b)) + 0.5 * b**-2).sum(), length=4)
+
+
 @pytest.mark.parametrize("algebra", ALGEBRAS, ids=str)
 def test_result_does_not_depend_on_thread_count(rng, algebra):
     x, y = (sample(rng, 2000, ALGEBRAS[algebra], 37) for _ in range(2))
@@ -217,6 +284,8 @@ def test_result_does_not_depend_on_thread_count(rng, algebra):
             pv.hypercomplex.normalize(x, num_threads=n),
             pv.hypercomplex.relation_query(x, y, ids, ids[::-1], algebra=algebra, num_threads=n),
             sums(n),
+            *pv.hypercomplex.flow_query(x[:, :2], y[:, :2], ids % 2000, ids, kind="kl", num_threads=n),
+            *pv.hypercomplex.flow_keys(x[:, :2], num_threads=n),
         )
         for n in (1, 2, 7)
     )
@@ -348,6 +417,41 @@ def zeros(*shape, dtype=np.float32):
             ),
             ValueError,
             "hypercomplex.sum_products: y must have the same last two axes as out (4, 2), got (4, 3)",
+        ),
+        (
+            lambda: pv.hypercomplex.flow_query(zeros(3, 2, 2), zeros(2, 2, 2), [0], [0], kind="euclidean"),
+            ValueError,
+            "hypercomplex.flow_query: kind must be one of 'wasserstein', 'piecewise', 'kl', got 'euclidean'",
+        ),
+        (
+            lambda: pv.hypercomplex.flow_query(zeros(3, 2, 2), zeros(2, 2, 2), [0], [0], kind="piecewise"),
+            ValueError,
+            "hypercomplex.flow_query: entities must have a mean and the scales of its kind on axis 1 (3), got 2",
+        ),
+        (
+            lambda: pv.hypercomplex.flow_query(zeros(3, 2, 2), zeros(2, 3, 2), [0], [0]),
+            ValueError,
+            "hypercomplex.flow_query: relations must have a mean and a scale on axis 1 (2), got 3",
+        ),
+        (
+            lambda: pv.hypercomplex.flow_query(zeros(3, 2, 2), zeros(2, 2, 2), [0], [2]),
+            IndexError,
+            "hypercomplex.flow_query: relation_ids must be in [0, 2), got 2 at position 0",
+        ),
+        (
+            lambda: pv.hypercomplex.flow_keys(zeros(3, 3, 2)),
+            ValueError,
+            "hypercomplex.flow_keys: entities must have a mean and the scales of its kind on axis 1 (2), got 3",
+        ),
+        (
+            lambda: pv.hypercomplex.flow_keys(zeros(3, 2, 2), out=zeros(3, 4)),
+            TypeError,
+            "hypercomplex.flow_keys: out must be a pair of arrays (items, bias), got ndarray",
+        ),
+        (
+            lambda: pv.hypercomplex.flow_keys(zeros(3, 2, 2), out=(zeros(3, 4), zeros(2))),
+            ValueError,
+            "hypercomplex.flow_keys: out bias must have shape (3,), got (2,)",
         ),
         (
             lambda: pv.hypercomplex.relation_query(zeros(3, 4, 2), zeros(2, 4, 2), [0.5], [0]),

@@ -59,6 +59,30 @@ void bind_hypercomplex(py::module_& m) {
         },
         py::arg("x"), py::arg("y"), py::arg("x_ids"), py::arg("y_ids"), py::arg("out_ids"), py::arg("out"),
         py::arg("table"), py::arg("where"));
+    // `kind` is a number: 0 wasserstein, 1 piecewise, 2 kl.
+    m.def(
+        "hypercomplex_flow_query",
+        [](const py::object& entities, const py::object& relations, const py::object& head_ids,
+           const py::object& relation_ids, const py::object& out, const py::object& offset, int kind,
+           std::intptr_t where) {
+            Args args = args_for<Exec>(FlowQuery::op, where);
+            const Array a = args.in("entities", entities);
+            run_op<Exec>(FlowQuery{a, args.in("relations", relations), args.in("head_ids", head_ids),
+                                   args.in("relation_ids", relation_ids), args.out("out queries", out),
+                                   args.out("out offset", offset), static_cast<Flow>(kind)},
+                         where, a);
+        },
+        py::arg("entities"), py::arg("relations"), py::arg("head_ids"), py::arg("relation_ids"), py::arg("out"),
+        py::arg("offset"), py::arg("kind"), py::arg("where"));
+    m.def(
+        "hypercomplex_flow_keys",
+        [](const py::object& entities, const py::object& out, const py::object& bias, int kind, std::intptr_t where) {
+            Args args = args_for<Exec>(FlowKeys::op, where);
+            const Array a = args.in("entities", entities);
+            run_op<Exec>(FlowKeys{a, args.out("out items", out), args.out("out bias", bias), static_cast<Flow>(kind)},
+                         where, a);
+        },
+        py::arg("entities"), py::arg("out"), py::arg("bias"), py::arg("kind"), py::arg("where"));
 }
 
 }  // namespace polyvec

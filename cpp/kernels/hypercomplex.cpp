@@ -251,10 +251,165 @@ void from_planes(const T* __restrict planes, T* __restrict x, size_t components,
     });
 }
 
+/// exp of x at most 0; below -87 that of -87. The polynomials are those of the Cephes library.
+POLYVEC_INLINE Vec<float> exp_of_negative(Vec<float> x) noexcept {
+    constexpr float round = 12582912;  // 1.5 * 2^23: a float so large has no bits after the point
+    x = max(x, broadcast(-87.0f));
+    const Vec<float> shifted = x * 1.44269504f + round, n = shifted - round;
+    const Vec<float> r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    constexpr float powers[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
+                                4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+    Vec<float> p{};
+    for (const float c : powers) p = p * r + c;
+    const Mask<float> exponent = (Mask<float>)shifted << 23;
+    return (Vec<float>)((Mask<float>)(r * r * p + r + 1) + exponent);
+}
+
+/// log of x at least 0; NaN stays NaN. Subnormal numbers count as about 1e-38.
+POLYVEC_INLINE Vec<float> log_of(Vec<float> x) noexcept {
+    const Vec<float> half_root = broadcast(0.70710678f);
+    const Mask<float> bits = (Mask<float>)x - (Mask<float>)half_root;  // so that m is in [sqrt(1/2), sqrt(2))
+    const Mask<float> n = bits >> 23;
+    const Vec<float> m = (Vec<float>)((bits & 0x7fffff) + (Mask<float>)half_root) - 1, z = m * m;
+    const Vec<float> e = __builtin_convertvector(n, Vec<float>);
+    constexpr float series[] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f,
+                                -1.2420140846e-1f, 1.4249322787e-1f,  -1.6668057665e-1f,
+                                2.0000714765e-1f,  -2.4999993993e-1f, 3.3333331174e-1f};
+    Vec<float> p{};
+    for (const float c : series) p = p * m + c;
+    const Vec<float> log = m * z * p - e * 2.12194440e-4f - z / 2 + m + e * 0.693359375f;
+    const float infinity = __builtin_inff();
+    return select(x < infinity, select(x > 0, log, broadcast(-infinity)), x);
+}
+
+POLYVEC_INLINE Vec<double> exp_of_negative(Vec<double> x) noexcept {
+    for (size_t k = 0; k < lanes<double>; ++k) x[k] = __builtin_exp(x[k]);
+    return x;
+}
+POLYVEC_INLINE Vec<double> log_of(Vec<double> x) noexcept {
+    for (size_t k = 0; k < lanes<double>; ++k) x[k] = __builtin_log(x[k]);
+    return x;
+}
+
+/// log(1 + exp(x)), without overflow, and as exact where exp(x) is lost beside 1.
+template <class V>
+POLYVEC_INLINE V softplus(V x) noexcept {
+    const V y = exp_of_negative(-abs(x)), u = 1 + y;
+    return select(x < 0, V{}, x) + (log_of(u) + (y - (u - 1)) / u);
+}
+
+// The three distances of normalising flows. `query` turns h, whose mean is mapped already, and the relation's scale
+// into the parts of a query and returns what this position adds to the query's offset; `key` turns t into the parts of
+// a key and returns what it adds to the key's bias. A position beyond d holds zeros and must add 0.
+
+struct Wasserstein {
+    static constexpr size_t parts = 2;
+
+    template <class T, class Used>
+    POLYVEC_INLINE static Vec<T> query(Numbers<T, 2>& h, Vec<T> scale, Used) noexcept {
+        const Vec<T> mean = h.part[0], a = abs(scale * h.part[1]);
+        h = {{2 * mean, 2 * a}};
+        return -(mean * mean + a * a);
+    }
+
+    template <class T, class Used>
+    POLYVEC_INLINE static Vec<T> key(Numbers<T, 2>& t, Used) noexcept {
+        t.part[1] = abs(t.part[1]);
+        return -squared_norm(t);
+    }
+};
+
+struct Piecewise {
+    static constexpr size_t parts = 3;
+    static constexpr double slope = 0.79788456080286535588;  // sqrt(2 / pi)
+
+    template <class T, class Used>
+    POLYVEC_INLINE static Vec<T> query(Numbers<T, 3>& h, Vec<T> scale, Used) noexcept {
+        const Vec<T> mean = h.part[0], a1 = abs(scale * h.part[1]), a2 = abs(scale * h.part[2]);
+        h = {{mean, a1, a2}};
+        return -(mean * mean + (a1 * a1 + a2 * a2) / 2 + T(slope) * mean * (a2 - a1));
+    }
+
+    template <class T, class Used>
+    POLYVEC_INLINE static Vec<T> key(Numbers<T, 3>& t, Used) noexcept {
+        const Vec<T> mean = t.part[0], b1 = abs(t.part[1]), b2 = abs(t.part[2]), tilt = T(slope) * (b1 - b2);
+        t = {{2 * mean - tilt, b1 - T(slope) * mean, b2 + T(slope) * mean}};
+        return mean * tilt - mean * mean - (b1 * b1 + b2 * b2) / 2;
+    }
+};
+
+struct KullbackLeibler {
+    static constexpr size_t parts = 2;
+
+    template <class T>
+    POLYVEC_INLINE static Vec<T> used_only(Vec<T> v, All) noexcept {
+        return v;
+    }
+    template <class T>
+    POLYVEC_INLINE static Vec<T> used_only(Vec<T> v, size_t count) noexcept {
+        return select(first_lanes<T>(count), v, Vec<T>{});
+    }
+
+    template <class T, class Used>
+    POLYVEC_INLINE static Vec<T> query(Numbers<T, 2>& h, Vec<T> scale, Used used) noexcept {
+        const Vec<T> mean = h.part[0], a = softplus(scale) * softplus(h.part[1]);
+        h = {{-(a * a + mean * mean) / 2, mean}};
+        return used_only<T>(log_of(a) + T(0.5), used);
+    }
+
+    template <class T, class Used>
+    POLYVEC_INLINE static Vec<T> key(Numbers<T, 2>& t, Used used) noexcept {
+        const Vec<T> mean = t.part[0], b = softplus(t.part[1]), precision = 1 / (b * b);
+        t = {{precision, mean * precision}};
+        return used_only<T>(-(log_of(b) + mean * mean * precision / 2), used);
+    }
+};
+
+template <class Flow, class T>
+void flow_query(const Gathered<T>& heads, const Gathered<T>& relations, size_t first, size_t last, size_t d, T* out,
+                T* offset) noexcept {
+    constexpr size_t N = Flow::parts;
+    for (size_t k = first; k < last; ++k) {
+        const T *head = row_of(heads, k, N * d), *relation = row_of(relations, k, 2 * d);
+        Vec<T> sum{};
+        for_each_block<T>(d, [&](size_t v, auto used) __attribute__((always_inline)) {
+            auto h = load_numbers<N>(head + v, d, used);
+            const auto r = load_numbers<2>(relation + v, d, used);
+            h.part[0] = r.part[1] * h.part[0] + r.part[0];
+            sum += Flow::query(h, r.part[1], used);
+            store_numbers(out + k * N * d + v, d, h, used);
+        });
+        offset[k] = reduce_add(sum);
+    }
+}
+
+template <class Flow, class T>
+void flow_keys(const T* entities, size_t first, size_t last, size_t d, T* out, T* bias) noexcept {
+    constexpr size_t N = Flow::parts;
+    for (size_t k = first; k < last; ++k) {
+        Vec<T> sum{};
+        for_each_block<T>(d, [&](size_t v, auto used) __attribute__((always_inline)) {
+            auto t = load_numbers<N>(entities + k * N * d + v, d, used);
+            sum += Flow::key(t, used);
+            store_numbers(out + k * N * d + v, d, t, used);
+        });
+        bias[k] = reduce_add(sum);
+    }
+}
+
 template <class T>
 constexpr HypercomplexKernel<T> make() {
-    return {product<T>,        norm<T>,         normalize<T>, conjugate<T>,
-            relation_query<T>, sum_products<T>, to_planes<T>, from_planes<T>};
+    return {product<T>,
+            norm<T>,
+            normalize<T>,
+            conjugate<T>,
+            relation_query<T>,
+            sum_products<T>,
+            to_planes<T>,
+            from_planes<T>,
+            {flow_query<Wasserstein, T>, flow_keys<Wasserstein, T>},
+            {flow_query<Piecewise, T>, flow_keys<Piecewise, T>},
+            {flow_query<KullbackLeibler, T>, flow_keys<KullbackLeibler, T>}};
 }
 
 }  // namespace

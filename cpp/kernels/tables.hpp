@@ -23,6 +23,16 @@ struct RelationRows {
     bool normalize;
 };
 
+/// Scores of normalising flows as inner products: entities are rows of a mean and scales, relations of a mean and a
+/// scale; a query row times a key row, plus the query's offset and the key's bias, is minus the distance.
+template <class T>
+struct FlowKernel {
+    /// Rows first .. last of out and offset.
+    void (*query)(const Gathered<T>& heads, const Gathered<T>& relations, std::size_t first, std::size_t last,
+                  std::size_t d, T* out, T* offset) noexcept;
+    void (*keys)(const T* entities, std::size_t first, std::size_t last, std::size_t d, T* out, T* bias) noexcept;
+};
+
 /// Rows of `components` planes of length d: component c of a row is row[c * d .. c * d + d).
 /// An algebra is its table: out[c] = sum_i table[c * components + i] * x[i] * y[i ^ c].
 template <class T>
@@ -42,6 +52,7 @@ struct HypercomplexKernel {
     /// The components of n numbers side by side (n, components) <-> planes (components, n).
     void (*to_planes)(const T* x, T* planes, std::size_t components, std::size_t n) noexcept;
     void (*from_planes)(const T* planes, T* x, std::size_t components, std::size_t n) noexcept;
+    FlowKernel<T> wasserstein, piecewise, kl;
 };
 
 struct HypercomplexKernels {

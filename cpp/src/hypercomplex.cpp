@@ -140,6 +140,33 @@ void sum_products(const HypercomplexSums& op, int num_threads) {
                  });
 }
 
+template <class T>
+const FlowKernel<T>& flow_kernel(Flow kind) {
+    const auto& kernel = typed<T>(*kernels().hypercomplex);
+    return kind == Flow::wasserstein ? kernel.wasserstein : kind == Flow::piecewise ? kernel.piecewise : kernel.kl;
+}
+
+template <class T>
+void flow_query(const FlowQuery& op, int num_threads) {
+    const auto& kernel = flow_kernel<T>(op.kind);
+    const auto heads = gathered<T>(op.entities, op.head_ids), relations = gathered<T>(op.relations, op.relation_ids);
+    const std::int64_t d = op.entities.dim(2);
+    T *out = op.out.as<T>(), *offset = op.offset.as<T>();
+    parallel_for(
+        op.head_ids.dim(0), rows_per_piece(op.out.dim(1)), num_threads,
+        [&](std::int64_t begin, std::int64_t end, int) { kernel.query(heads, relations, begin, end, d, out, offset); });
+}
+
+template <class T>
+void flow_keys(const FlowKeys& op, int num_threads) {
+    const auto& kernel = flow_kernel<T>(op.kind);
+    const T* entities = op.entities.as<const T>();
+    const std::int64_t d = op.entities.dim(2);
+    T *out = op.out.as<T>(), *bias = op.bias.as<T>();
+    parallel_for(op.entities.dim(0), rows_per_piece(op.out.dim(1)), num_threads,
+                 [&](std::int64_t begin, std::int64_t end, int) { kernel.keys(entities, begin, end, d, out, bias); });
+}
+
 }  // namespace
 
 void run(const HypercomplexProduct& op, Cpu cpu) {
@@ -157,6 +184,14 @@ void run(const RelationQuery& op, Cpu cpu) {
 
 void run(const HypercomplexSums& op, Cpu cpu) {
     op.x.dtype == DType::f32 ? sum_products<float>(op, cpu.num_threads) : sum_products<double>(op, cpu.num_threads);
+}
+
+void run(const FlowQuery& op, Cpu cpu) {
+    op.entities.dtype == DType::f32 ? flow_query<float>(op, cpu.num_threads) : flow_query<double>(op, cpu.num_threads);
+}
+
+void run(const FlowKeys& op, Cpu cpu) {
+    op.entities.dtype == DType::f32 ? flow_keys<float>(op, cpu.num_threads) : flow_keys<double>(op, cpu.num_threads);
 }
 
 }  // namespace polyvec

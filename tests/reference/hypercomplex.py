@@ -99,6 +99,25 @@ def tetra_score(head, head_texts, relation, tail, tail_texts, algebra):
     return -distance(query, np.stack([tail, *tail_texts]))
 
 
+def softplus(x):
+    """log(1 + exp(x))."""
+    return np.logaddexp(0, x)
+
+
+def flow_distance(head, relation, tail, kind):
+    """NFE's distance of one triple, by its definition. head and tail: (2 or 3, d), relation: (2, d)."""
+    head, (shift, scale), tail = (np.asarray(x, np.float64) for x in (head, relation, tail))
+    mean, other = scale * head[0] + shift, tail[0]
+    if kind == "kl":
+        a, b = softplus(scale) * softplus(head[1]), softplus(tail[1])
+        return (a**2 / (2 * b**2) - np.log(a) + np.log(b) - 0.5 + (mean - other) ** 2 / (2 * b**2)).sum()
+    a, b = np.abs(scale * head[1:]), np.abs(tail[1:])
+    if kind == "wasserstein":
+        return ((mean - other) ** 2 + (a[0] - b[0]) ** 2).sum()
+    skew = (mean - other) * (a[1] - a[0] + b[0] - b[1])
+    return ((mean - other) ** 2 + ((a - b) ** 2).sum(0) / 2 + np.sqrt(2 / np.pi) * skew).sum()
+
+
 def matrix(x):
     """A dihedron number (s, x, y, z) as a real 2 x 2 matrix; products become matrix products."""
     s, x1, y1, z1 = np.moveaxis(np.asarray(x, np.float64), -1, 0)

@@ -1,4 +1,5 @@
-/// Products and norms of complex numbers, quaternions, dihedrons and octonions, and the fused relation query (S01).
+/// Products and norms of complex numbers, quaternions, dihedrons and octonions, and the fused relation query (S01);
+/// queries and keys of normalising flows (S03).
 ///
 /// Planar arrays are (..., C, d): C planes of length d, C = 2, 4 or 8. Interleaved arrays are (..., C).
 /// An algebra is a C x C table: out[c] = sum_i table[c][i] x[i] y[i ^ c].
@@ -162,13 +163,87 @@ struct HypercomplexSums {
     }
 };
 
+/// How far apart two distributions are, by dimension: squared Wasserstein distance of Gaussians, the same of
+/// distributions with a scale on either side of the mean, or the Kullback-Leibler divergence of Gaussians (S03).
+enum class Flow { wasserstein, piecewise, kl };
+
+/// Rows of an entity: mean and scale, or mean and two scales.
+inline std::int64_t flow_parts(Flow kind) {
+    return kind == Flow::piecewise ? 3 : 2;
+}
+
+/// -distance of what relation r makes of head h to tail t is out . keys + offset + bias: see FlowKeys.
+/// r maps (mean, scales) to (scale_r mean + mean_r, scale_r scales).
+struct FlowQuery {
+    static constexpr const char* op = "hypercomplex.flow_query";
+    Array entities, relations;     // (N, parts, d), (R, 2, d)
+    Array head_ids, relation_ids;  // (n,), (n,) int64
+    Array out, offset;             // (n, parts * d), (n,)
+    Flow kind;
+
+    void validate() const {
+        require_float(op, entities);
+        for (const Array* a : {&entities, &relations}) {
+            require_dtype(op, *a, entities.dtype);
+            require_ndim(op, *a, 3);
+            require_contiguous(op, *a);
+        }
+        require_dim(op, entities, 1, flow_parts(kind), "a mean and the scales of its kind on axis 1");
+        require_dim(op, relations, 1, 2, "a mean and a scale on axis 1");
+        require_dim(op, relations, 2, entities.dim(2), "the same d as entities");
+        for (const Array* ids : {&head_ids, &relation_ids}) {
+            require_ndim(op, *ids, 1);
+            require_dtype(op, *ids, DType::i64);
+            require_contiguous(op, *ids);
+            require_dim(op, *ids, 0, head_ids.dim(0), "the same length as head_ids");
+        }
+        for (const Array* a : {&out, &offset}) {
+            require_out(op, *a, entities.dtype);
+            require_dim(op, *a, 0, head_ids.dim(0), "one row a head id");
+        }
+        require_ndim(op, out, 2);
+        require_ndim(op, offset, 1);
+        require_dim(op, out, 1, entities.dim(1) * entities.dim(2), "parts times d columns");
+        if (entities.device == Device::cpu) {  // a GPU's kernel writes NaN rows instead
+            require_ids(op, head_ids, entities.dim(0));
+            require_ids(op, relation_ids, relations.dim(0));
+        }
+    }
+};
+
+/// The items and the bias that an inner-product scan compares the queries of FlowQuery with.
+struct FlowKeys {
+    static constexpr const char* op = "hypercomplex.flow_keys";
+    Array entities;   // (N, parts, d)
+    Array out, bias;  // (N, parts * d), (N,)
+    Flow kind;
+
+    void validate() const {
+        require_float(op, entities);
+        require_ndim(op, entities, 3);
+        require_contiguous(op, entities);
+        require_dim(op, entities, 1, flow_parts(kind), "a mean and the scales of its kind on axis 1");
+        for (const Array* a : {&out, &bias}) {
+            require_out(op, *a, entities.dtype);
+            require_dim(op, *a, 0, entities.dim(0), "one row an entity");
+        }
+        require_ndim(op, out, 2);
+        require_ndim(op, bias, 1);
+        require_dim(op, out, 1, entities.dim(1) * entities.dim(2), "parts times d columns");
+    }
+};
+
 void run(const HypercomplexProduct&, Cpu);
 void run(const HypercomplexMap&, Cpu);
 void run(const RelationQuery&, Cpu);
 void run(const HypercomplexSums&, Cpu);
+void run(const FlowQuery&, Cpu);
+void run(const FlowKeys&, Cpu);
 void run(const HypercomplexProduct&, Cuda);
 void run(const HypercomplexMap&, Cuda);
 void run(const RelationQuery&, Cuda);
 void run(const HypercomplexSums&, Cuda);
+void run(const FlowQuery&, Cuda);
+void run(const FlowKeys&, Cuda);
 
 }  // namespace polyvec
