@@ -2,6 +2,7 @@
 
 import pathlib
 import platform
+import re
 
 import numpy as np
 import pytest
@@ -38,18 +39,38 @@ def test_levels_are_those_that_the_kernel_reports():
     assert _core.available_isas() == expected
 
 
-def test_the_best_level_is_the_default(python):
-    done = python("-c", "import polyvec as pv; print(pv.runtime_info()['isa'])", POLYVEC_ISA="")
-    assert done.stdout.strip() == _core.available_isas()[0]
+INFO = "import polyvec as pv; info = pv.runtime_info(); print(info['isa'], info['isa_choice'], sep='; ')"
+
+
+def test_the_default_is_the_best_level_or_the_faster_one(python):
+    isa, choice = python("-c", INFO, POLYVEC_ISA="").stdout.strip().split("; ")
+    levels = _core.available_isas()
+    if "avx2" not in levels[1:]:
+        assert (isa, choice) == (levels[0], "the best that this CPU has")
+        return
+    ratio = float(re.fullmatch(rf"timed: {levels[0]} is ([\d.]+) times as fast as avx2", choice)[1])
+    assert isa in (levels[0], "avx2")
+    if abs(ratio * 1.1 - 1) > 0.01:  # the text is rounded
+        assert isa == ("avx2" if ratio * 1.1 < 1 else levels[0])
 
 
 @pytest.mark.parametrize("level", _core.available_isas())
 def test_the_environment_forces_a_level(python, level):
+    assert python("-c", INFO, POLYVEC_ISA=level).stdout == f"{level}; POLYVEC_ISA\n"
     code = (
         "import numpy as np, polyvec as pv; x = np.ones((4, 9), np.float32);"
-        "print(pv.runtime_info()['isa'], pv.hypercomplex.norm(x).tolist() == [2.0] * 9)"
+        "print(pv.hypercomplex.norm(x).tolist() == [2.0] * 9, pv.runtime_info()['isa'])"
     )
-    assert python("-c", code, POLYVEC_ISA=level).stdout == f"{level} True\n"
+    assert python("-c", code, POLYVEC_ISA=level).stdout == f"True {level}\n"
+
+
+def test_a_forced_level_stays(python):
+    code = (
+        "import numpy as np; from polyvec import _core, hypercomplex;"
+        "_core.force_isa(_core.available_isas()[-1]);"  # before anything was timed
+        "_core.isa_choice(); hypercomplex.norm(np.ones((4, 9), np.float32)); print(_core.active_isa())"
+    )
+    assert python("-c", code, POLYVEC_ISA="").stdout.strip() == _core.available_isas()[-1]
 
 
 @pytest.mark.parametrize("level", ["AVX2", "sse9"])

@@ -32,6 +32,7 @@ bool interrupt_hook() {
 void bind_runtime(py::module_& m) {
     m.def("available_isas", &available_isas);
     m.def("active_isa", &active_isa);
+    m.def("isa_choice", &isa_choice);
     m.def("force_isa", &force_isa, py::arg("name"));
     m.def("available_cpus", &available_cpus);
     m.def("get_num_threads", &get_num_threads);
@@ -57,8 +58,8 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
     using namespace polyvec;
     m.doc() = "Compiled CPU kernels of polyvec. Strict: polyvec's Python functions prepare its arguments.";
     register_errors();
-    active_isa();       // an unusable POLYVEC_ISA is an error at import, not at first use
-    get_num_threads();  // and so is an unusable POLYVEC_NUM_THREADS
+    check_isa_variable();  // an unusable POLYVEC_ISA is an error at import, not at first use
+    get_num_threads();     // and so is an unusable POLYVEC_NUM_THREADS
     set_interrupt_hook(interrupt_hook);
     bind_runtime(m);
     bind_hnsw(m);

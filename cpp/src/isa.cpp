@@ -1,9 +1,13 @@
 /// The only file that asks what the CPU can do.
 #include "polyvec/isa.hpp"
 
+#include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
+#include <sstream>
 #include <stdexcept>
+#include <vector>
 
 #include "tables.hpp"
 
@@ -34,6 +38,7 @@ namespace {
 struct Level {
     const Kernels& table;
     bool (*supported)();
+    bool timed = false;  // the level that one with wider registers has to beat: they are not faster on every CPU
 };
 
 #if defined(__x86_64__)
@@ -60,7 +65,7 @@ const Level levels[] = {
 #if defined(__x86_64__)
     {avx512_bf16::table, supports_avx512_bf16},
     {avx512::table, supports_avx512},
-    {avx2::table, supports_avx2},
+    {avx2::table, supports_avx2, true},
     {base::table, [] { return true; }},
 #else
     {neon::table, [] { return true; }},
@@ -76,15 +81,69 @@ const Kernels& find(const std::string& name, const char* who) {
     throw std::invalid_argument(message + ", got " + name);
 }
 
-const Kernels& choose() {
-    if (const char* forced = std::getenv("POLYVEC_ISA"); forced && *forced) return find(forced, "POLYVEC_ISA");
-    return find(available_isas().front(), "");
+/// A product of a panel of queries with rows, as scan and MaxSim compute it, in the first-level cache.
+class Trial {
+public:
+    explicit Trial(const Kernels& table)
+        : scan_(*table.scan),
+          panel_(scan_.f32.panel_words(d) * scan_.panel_width, 1.0f),
+          rows_(n * d, 1.0f),
+          out_(n * scan_.panel_width) {}
+
+    /// Runs some tens of microseconds; keeps the shortest time of a product.
+    void run() {
+        using Clock = std::chrono::steady_clock;
+        for (int repeat = 0; repeat < 20; ++repeat) {
+            const auto start = Clock::now();
+            scan_.f32.values({.panel = panel_.data(), .rows = rows_.data(), .n = n, .d = d}, out_.data());
+            best_ = std::min(best_, std::chrono::duration<double>(Clock::now() - start).count());
+        }
+    }
+
+    double seconds_a_query() const { return best_ / static_cast<double>(scan_.panel_width); }
+
+private:
+    static constexpr std::size_t n = 48, d = 64;
+    const ScanKernels& scan_;
+    std::vector<float> panel_, rows_, out_;
+    double best_ = 1;
+};
+
+struct Choice {
+    const Kernels& table;
+    std::string how;
+};
+
+/// The best level, unless the timed one is clearly faster. Near that margin two runs may choose differently, so it is
+/// wide: who needs the same bits everywhere names a level.
+Choice choose() {
+    constexpr double margin = 1.1;
+    constexpr int rounds = 5;
+    if (const char* forced = std::getenv("POLYVEC_ISA"); forced && *forced)
+        return {find(forced, "POLYVEC_ISA"), "POLYVEC_ISA"};
+    const Kernels& best = find(available_isas().front(), "");
+    for (const Level& level : levels) {
+        if (!level.timed || !level.supported() || &level.table == &best) continue;
+        Trial wide(best), narrow(level.table);
+        for (int round = 0; round < rounds; ++round) {  // in turn: what disturbs the machine disturbs both
+            wide.run();
+            narrow.run();
+        }
+        const double ratio = narrow.seconds_a_query() / wide.seconds_a_query();
+        std::ostringstream how;
+        how.precision(3);
+        how << "timed: " << best.isa << " is " << ratio << " times as fast as " << level.table.isa;
+        return {ratio * margin < 1 ? level.table : best, how.str()};
+    }
+    return {best, "the best that this CPU has"};
 }
 
-std::atomic<const Kernels*>& active() {
-    static std::atomic<const Kernels*> table{&choose()};
-    return table;
+const Choice& first_choice() {
+    static const Choice choice = choose();
+    return choice;
 }
+
+std::atomic<const Kernels*> active{nullptr};  // null before the first use
 
 }  // namespace
 
@@ -99,12 +158,22 @@ std::string active_isa() {
     return kernels().isa;
 }
 
+std::string isa_choice() {
+    return first_choice().how;
+}
+
+void check_isa_variable() {
+    if (const char* forced = std::getenv("POLYVEC_ISA"); forced && *forced) find(forced, "POLYVEC_ISA");
+}
+
 void force_isa(const std::string& name) {
-    active() = &find(name, "isa");
+    active = &find(name, "isa");
 }
 
 const Kernels& kernels() {
-    return *active().load(std::memory_order_acquire);
+    const Kernels* table = active.load(std::memory_order_acquire);
+    if (!table && active.compare_exchange_strong(table, &first_choice().table)) table = &first_choice().table;
+    return *table;
 }
 
 }  // namespace polyvec
