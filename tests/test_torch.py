@@ -150,11 +150,22 @@ def test_torch_accepts_the_registration(calls, case):
     torch.library.opcheck(op, arguments)
 
 
-def test_compile_keeps_the_ops_in_one_graph(graph):
+@pytest.mark.parametrize("rotate_by", ["relation", "head"])
+def test_compile_keeps_the_ops_in_one_graph(tensor, graph, rotate_by):
     entities, relations, translations, heads, relation_ids = graph()
+    if rotate_by == "head":
+        relations = tensor(7, 4, 3)
 
     def loss(entities, relations, translations):
-        queries = pvt.relation_query(entities, relations, heads, relation_ids, translations=translations)
+        queries = pvt.relation_query(
+            entities,
+            relations,
+            heads,
+            relation_ids,
+            rotate_by=rotate_by,
+            translations=translations,
+            head_translations=entities,
+        )
         return (
             pvt.product(pvt.normalize(entities), relations[0], algebra=(-1, 1)).sum() + queries.square().sum()
         ).sin()

@@ -162,9 +162,10 @@ POLYVEC_INLINE const T* row_of(const Gathered<T>& gathered, size_t k, size_t row
     return gathered.rows + static_cast<size_t>(gathered.ids[k]) * row;
 }
 
-// Gathered rows lie anywhere in memory: fetch the row after the next beside the arithmetic. Like the first lines of the
-// next row of out, it is fetched in the order of addresses: see for_each_cached_block.
-constexpr size_t ahead = 2;
+// Gathered rows lie anywhere in memory: fetch a row further on beside the arithmetic, early enough for its page to be
+// looked up, too. Like the row of out so much further on, it is fetched in the order of addresses: see
+// for_each_cached_block.
+constexpr size_t ahead = 4;
 
 template <class T>
 void relation_query(const RelationRows<T>& rows, size_t first, size_t last, T* out, size_t components, size_t d,
@@ -187,7 +188,7 @@ void relation_query(const RelationRows<T>& rows, size_t first, size_t last, T* o
                     prefetch(later_head + at);
                     if (by_head) prefetch(later_rotor + at);
                     if (head_shift) prefetch(later_shift + at);
-                    prefetch_to_write(result_row + row + at);
+                    prefetch_to_write(result_row + ahead * row + at);
                 }
                 auto right = load_numbers<N>(rotor + v, d, used);
                 if (normalize) right = unit(right);
