@@ -16,6 +16,7 @@ from polyvec._files import State
 from reference import hnsw as ref
 
 METRICS = ["cosine", "ip", "l2"]
+STORAGES = ["float32", "int8"]
 
 
 def sample(rng, n, d):
@@ -50,10 +51,11 @@ def assert_scores(scores, ids, queries, vectors, metric):
 
 
 @pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("d", [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 19, 31, 32, 33, 35, 64, 100, 130, 784])
-def test_search_with_all_candidates_equals_the_definition(rng, isa, metric, d):
+def test_search_with_all_candidates_equals_the_definition(rng, isa, metric, storage, d):
     x, queries = sample(rng, 37, d), sample(rng, 5, d)
-    scores, ids = build(x, metric).search(queries, 37)
+    scores, ids = build(x, metric, storage=storage).search(queries, 37)
     assert (scores.dtype, ids.dtype) == (np.float32, np.int64)
     assert_scores(scores, ids, queries, x, metric)
     assert_exact(np.sort(ids, 1), np.tile(np.arange(37), (5, 1)))
@@ -101,10 +103,11 @@ def test_queries_that_are_not_finite_find_nothing_or_the_defined_result(rng):
 
 
 @pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("m", [2, 5, 16])
-def test_graph_search_returns_true_scores(rng, isa, metric, m):
+def test_graph_search_returns_true_scores(rng, isa, metric, storage, m):
     x, queries = sample(rng, 700, 17), sample(rng, 40, 17)
-    index = build(x, metric, m=m, ef_construction=60)
+    index = build(x, metric, m=m, ef_construction=60, storage=storage)
     scores, ids = index.search(queries, 10, ef=40)
     assert_scores(scores, ids, queries, x, metric)
     assert all(len(set(row)) == 10 for row in ids.tolist())
@@ -123,44 +126,48 @@ def read(path):
         return np.load(file)
 
 
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_recall_on_sift(data, num_threads):
+def test_recall_on_sift(data, storage, num_threads):
     x, rows, queries, truth = split(
         read(data / "sift-10k" / "vectors.npy.xz"), read(data / "sift-10k" / "neighbors_l2_top100.npy.xz")
     )
-    index = pv.hnsw.Index(128, metric="l2")
+    index = pv.hnsw.Index(128, metric="l2", storage=storage)
     index.add(x, rows, num_threads=num_threads)
     recalls = [ref.recall(index.search(queries, 10, ef=ef)[1], truth[:, :10]) for ef in (16, 64)]
     assert recalls[0] > 0.92
     assert recalls[1] > 0.99
 
 
-def test_recall_on_mnist(data):
+@pytest.mark.parametrize("storage", STORAGES)
+def test_recall_on_mnist(data, storage):
     with gzip.open(data / "mnist-t10k" / "t10k-images-idx3-ubyte.gz") as file:
         pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 784)
     x, rows, queries, truth = split(pixels, read(data / "mnist-t10k" / "neighbors_l2_top100.npy.xz"))
-    index = pv.hnsw.Index(784, metric="l2")
+    index = pv.hnsw.Index(784, metric="l2", storage=storage)
     index.add(x, rows)
     assert ref.recall(index.search(queries, 10, ef=64)[1], truth[:, :10]) > 0.99
 
 
 @pytest.mark.parametrize("metric", ["cosine", "ip"])
-def test_recall_on_sentence_vectors(data, metric):
+@pytest.mark.parametrize("storage", STORAGES)
+def test_recall_on_sentence_vectors(data, metric, storage):
     folder = data / "wordnet-minilm"
     x = read(folder / "base_i8.npy.xz")[:6000].astype(np.float32)
     queries = read(folder / "queries.npy.xz")[:300].astype(np.float32)
     if metric == "ip":
         x = ref.unit(x).astype(np.float32)
-    index = pv.hnsw.Index(384, metric=metric, ef_construction=100)
+    index = pv.hnsw.Index(384, metric=metric, storage=storage, ef_construction=100)
     index.add(x)
     assert ref.recall(index.search(queries, 10, ef=64)[1], ref.search(queries, x, 10, metric)[1]) > 0.95
 
 
-def test_many_copies_of_a_vector_do_not_cut_the_graph(rng):
+@pytest.mark.parametrize("storage", STORAGES)
+def test_many_copies_of_a_vector_do_not_cut_the_graph(rng, storage):
     x = sample(rng, 900, 12)
     x[100:400] = x[100]
     x = x[rng.permutation(900)]
-    index = build(x)
+    index = build(x, storage=storage)
     queries = sample(rng, 50, 12)
     scores, _ = index.search(queries, 10)
     assert np.mean(scores <= ref.search(queries, x, 10, "l2")[0] * (1 + 1e-5)) > 0.95
@@ -170,16 +177,37 @@ def tensors_of(index):
     return {name: tensor.copy() for name, tensor in index.state().tensors.items()}
 
 
-def test_one_thread_gives_one_graph(rng, monkeypatch):
-    x = sample(rng, 600, 9)
-    one = build(x, seed=5)
-    monkeypatch.setattr(pv.hnsw, "_CHUNK", 7)
-    parts = pv.hnsw.Index(9, metric="l2", seed=5)
-    for part in np.array_split(x, 13):
-        parts.add(part, num_threads=1)
-    for name, tensor in tensors_of(one).items():
-        assert_exact(tensors_of(parts)[name], tensor)
-    assert not np.array_equal(tensors_of(build(x, seed=6))["levels"], tensors_of(one)["levels"])
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_graph_does_not_depend_on_thread_count(rng, metric, storage):
+    x = sample(rng, 3000, 9)
+    graphs = []
+    for num_threads in (1, 2, 7):
+        index = pv.hnsw.Index(9, metric=metric, storage=storage, seed=5, ef_construction=30)
+        index.add(x[:2500], num_threads=num_threads)
+        index.add(x[2500:], num_threads=num_threads)
+        graphs.append(tensors_of(index))
+    for graph in graphs[1:]:
+        for name, tensor in graph.items():
+            assert_exact(tensor, graphs[0][name])
+    assert not np.array_equal(tensors_of(build(x, seed=6))["levels"], graphs[0]["levels"])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("d", [1, 5, 16, 63, 64, 65, 200, 384])
+def test_codes_are_those_of_the_definition(rng, isa, metric, d):
+    x = sample(rng, 20, d) * np.float32(10) ** rng.integers(-30, 12, (20, 1)).astype(np.float32)
+    x[3] = 0
+    index = build(x, metric, storage="int8")
+    tensors = tensors_of(index)
+    codes, scales = ref.encode(tensors["vectors"])
+    assert_exact(tensors["codes"], codes)
+    assert_exact(tensors["factors"][:, 0], scales)
+    if metric == "l2":
+        squares = ((codes.astype(np.float64) - 128) ** 2).sum(1) * scales.astype(np.float64) ** 2
+        np.testing.assert_allclose(tensors["factors"][:, 1], squares, rtol=1e-6, atol=1e-37)
+    else:
+        assert_exact(tensors["factors"][:, 1], np.zeros(20))
 
 
 def test_levels_are_geometric(rng):
@@ -188,12 +216,17 @@ def test_levels_are_geometric(rng):
     assert 0.04 < np.mean(levels >= 2) < 0.09
 
 
-def test_search_does_not_depend_on_thread_count(rng):
-    index = build(sample(rng, 500, 33))
+@pytest.mark.parametrize("storage", STORAGES)
+def test_search_does_not_depend_on_threads_or_company(rng, isa, storage):
+    index = build(sample(rng, 500, 33), storage=storage)
+    index.remove(np.arange(0, 500, 9))
     queries = sample(rng, 200, 33)
     scores, ids = index.search(queries, 5, ef=20, num_threads=1)
     for n in (2, 7):
         assert_exact(index.search(queries, 5, ef=20, num_threads=n), (scores, ids))
+    alone = [index.search(query[None], 5, ef=20) for query in queries]
+    assert_exact(np.concatenate([one[0] for one in alone]), scores)
+    assert_exact(np.concatenate([one[1] for one in alone]), ids)
 
 
 def test_more_threads_build_a_graph_as_good(rng):
@@ -392,9 +425,9 @@ def test_ctrl_c_leaves_the_vectors_before_some_row(python, num_threads):
 # Files
 
 
-@pytest.fixture
-def saved(rng, tmp_path):
-    index = pv.hnsw.Index(7, metric="cosine", m=3, ef_construction=20, seed=9)
+@pytest.fixture(params=STORAGES)
+def saved(rng, tmp_path, request):
+    index = pv.hnsw.Index(7, metric="cosine", storage=request.param, m=3, ef_construction=20, seed=9)
     index.add(sample(rng, 60, 7), np.arange(60) * 3)
     index.remove([3, 30])
     index.save(tmp_path / "index.pv")
@@ -406,7 +439,10 @@ def test_a_loaded_index_is_the_saved_one(rng, saved, mmap):
     index, path = saved
     loaded = pv.hnsw.Index.load(path, mmap=mmap)
     assert repr(loaded) == repr(index)
-    assert repr(loaded) == "hnsw.Index(dim=7, metric='cosine', m=3, ef_construction=20, seed=9, 58 vectors)"
+    storage = index.state().params["storage"]
+    assert repr(loaded) == (
+        f"hnsw.Index(dim=7, metric='cosine', storage={storage!r}, m=3, ef_construction=20, seed=9, 58 vectors)"
+    )
     queries, more = sample(rng, 20, 7), sample(rng, 200, 7)
     before = path.read_bytes()
     for _ in range(2):
@@ -468,13 +504,14 @@ def test_a_damaged_file_is_refused(saved):
         path.write_bytes(whole[:length])
         with pytest.raises(pv.FormatError, match=r"^hnsw.Index.load: .*index.pv "):
             pv.hnsw.Index.load(path)
-    vectors = range(data, data + 60 * 7 * 4)
+    coded = saved[0].state().params["storage"] == "int8"
+    lazy = range(data, data + 60 * (7 * 4 + 64 * coded))
     for position in [*range(8), *range(8, data, 31), *range(data, len(whole), 29)]:
         flipped = bytearray(whole)
         flipped[position] ^= 1 << position % 8
         path.write_bytes(flipped)
         for mmap in (False, True):
-            if mmap and position in vectors:
+            if mmap and position in lazy:
                 assert len(pv.hnsw.Index.load(path, mmap=True)) == 58  # not verified, harmless
             else:
                 with pytest.raises(pv.FormatError):
@@ -488,6 +525,9 @@ def with_entry(name, position, value):
         state.tensors[name] = tensor
 
     return change
+
+
+CODES = {"codes": np.zeros((60, 7), np.uint8), "factors": np.zeros((60, 2), np.float32)}
 
 
 def with_tensor(name, make):
@@ -524,6 +564,10 @@ def with_tensor(name, make):
         ),
         (lambda state: state.params.update(entry=60), "is damaged: entry must be a slot of the highest level, got 60"),
         (lambda state: state.params.update(entry=-1), "is damaged: entry must be a slot of the highest level, got -1"),
+        (
+            lambda state: (state.params.update(storage="int8"), state.tensors.update(CODES)),
+            "is damaged: codes must be uint8 with 60 rows, got uint8 of shape (60, 7)",
+        ),
         (
             lambda state: state.params.update(m=4),
             "is damaged: links must be uint32 with 60 rows, got uint32 of shape (60, 6)",
@@ -589,6 +633,16 @@ def index():
             lambda _: pv.hnsw.Index(4, metric="dot"),
             ValueError,
             "hnsw.Index: metric must be one of 'cosine', 'ip', 'l2', got 'dot'",
+        ),
+        (
+            lambda _: pv.hnsw.Index(4, storage="int4"),
+            ValueError,
+            "hnsw.Index: storage must be one of 'float32', 'int8', got 'int4'",
+        ),
+        (
+            lambda _: pv.hnsw.Index(131073, storage="int8"),
+            ValueError,
+            "hnsw.Index: dim must be at most 131072 with int8, got 131073",
         ),
         (lambda i: i.add(zeros(2, 3)), ValueError, "hnsw.Index.add: vectors must have d = 4, got 3"),
         (lambda i: i.add(zeros(4)), ValueError, "hnsw.Index.add: vectors must have 2 axes, got shape (4,)"),

@@ -33,33 +33,37 @@ inline std::shared_ptr<const void> keep_alive(py::object object) {
 /// The index takes its locks without the GIL: its holder may be waiting for the GIL to look for Ctrl-C.
 inline void bind_hnsw(py::module_& m) {
     using Unlocked = py::call_guard<py::gil_scoped_release>;
-    const auto params = [](std::int64_t dim, const std::string& metric, std::int64_t m, std::int64_t ef_construction,
-                           std::uint64_t seed) {
-        return HnswParams{dim, metric_from("hnsw.Index", metric), m, ef_construction, seed};
+    const auto params = [](std::int64_t dim, const std::string& metric, const std::string& storage, std::int64_t m,
+                           std::int64_t ef_construction, std::uint64_t seed) {
+        constexpr const char* op = "hnsw.Index";
+        return HnswParams{dim, metric_from(op, metric), storage_from(op, storage), m, ef_construction, seed};
     };
     py::class_<HnswIndex>(m, "HnswIndex")
-        .def(py::init([params](std::int64_t dim, const std::string& metric, std::int64_t m,
+        .def(py::init([params](std::int64_t dim, const std::string& metric, const std::string& storage, std::int64_t m,
                                std::int64_t ef_construction, std::uint64_t seed) {
-                 return std::make_unique<HnswIndex>(params(dim, metric, m, ef_construction, seed));
+                 return std::make_unique<HnswIndex>(params(dim, metric, storage, m, ef_construction, seed));
              }),
-             py::arg("dim"), py::arg("metric"), py::arg("m"), py::arg("ef_construction"), py::arg("seed"))
+             py::arg("dim"), py::arg("metric"), py::arg("storage"), py::arg("m"), py::arg("ef_construction"),
+             py::arg("seed"))
         .def("size", &HnswIndex::size, Unlocked())
         .def("bytes", &HnswIndex::bytes, Unlocked())
         .def("contains", &HnswIndex::contains, py::arg("id"), Unlocked())
         .def("largest_id", &HnswIndex::largest_id, Unlocked());
     m.def(
         "hnsw_load",
-        [params](std::int64_t dim, const std::string& metric, std::int64_t m, std::int64_t ef_construction,
-                 std::uint64_t seed, std::int64_t entry, const Tensors& tensors) {
+        [params](std::int64_t dim, const std::string& metric, const std::string& storage, std::int64_t m,
+                 std::int64_t ef_construction, std::uint64_t seed, std::int64_t entry, const Tensors& tensors) {
+            const HnswParams p = params(dim, metric, storage, m, ef_construction, seed);
             Args args = args_for<Cpu>(HnswIndex::load_op, 0);
             const auto in = [&](const char* name) { return args.in(name, tensors[name]); };
-            HnswState state{in("vectors"), in("links"),   in("levels"), in("upper_links"),
-                            in("ids"),     in("removed"), entry,        keep_alive(tensors)};
+            const auto code = [&](const char* name) { return p.code_width() ? in(name) : Array{}; };
+            HnswState state{in("vectors"),     code("codes"), code("factors"), in("links"), in("levels"),
+                            in("upper_links"), in("ids"),     in("removed"),   entry,       keep_alive(tensors)};
             const py::gil_scoped_release nogil;
-            return std::make_unique<HnswIndex>(params(dim, metric, m, ef_construction, seed), state);
+            return std::make_unique<HnswIndex>(p, state);
         },
-        py::arg("dim"), py::arg("metric"), py::arg("m"), py::arg("ef_construction"), py::arg("seed"), py::arg("entry"),
-        py::arg("tensors"));
+        py::arg("dim"), py::arg("metric"), py::arg("storage"), py::arg("m"), py::arg("ef_construction"),
+        py::arg("seed"), py::arg("entry"), py::arg("tensors"));
     m.def(
         "hnsw_state",
         [](const HnswIndex& index) {
@@ -68,9 +72,9 @@ inline void bind_hnsw(py::module_& m) {
                 return index.state();
             }();
             Tensors tensors;
-            for (const Array* a :
-                 {&state.vectors, &state.links, &state.levels, &state.upper_links, &state.ids, &state.removed})
-                tensors[a->name] = numpy_view(*a, state.owner);
+            for (const Array* a : {&state.vectors, &state.codes, &state.factors, &state.links, &state.levels,
+                                   &state.upper_links, &state.ids, &state.removed})
+                if (*a) tensors[a->name] = numpy_view(*a, state.owner);
             return std::make_pair(tensors, state.entry);
         },
         py::arg("index"));

@@ -56,7 +56,13 @@ POLYVEC_INLINE void compute(const float* query, const unsigned char* const (&row
         for (size_t j = 0; j < J; ++j)
             sum[j][1] = Metric::step(q, value(j, load_elements<Elements>(row[j] + i * bytes, d - i)), sum[j][1]);
     }
-    for (size_t j = 0; j < J; ++j) out[j] = reduce_add(sum[j][0] + sum[j][1]);
+    if constexpr (J == 4) {
+        const Vec<float> sums[] = {sum[0][0] + sum[0][1], sum[1][0] + sum[1][1], sum[2][0] + sum[2][1],
+                                   sum[3][0] + sum[3][1]};
+        *reinterpret_cast<typename VecOf<float, sizeof(float) * J>::unaligned*>(out) = reduce_add(sums);
+    } else {
+        for (size_t j = 0; j < J; ++j) out[j] = reduce_add(sum[j][0] + sum[j][1]);
+    }
 }
 
 template <class Metric, class Elements, class Id>

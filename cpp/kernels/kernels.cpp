@@ -8,6 +8,7 @@ namespace polyvec::POLYVEC_ISA {
 
 extern const HypercomplexKernels hypercomplex_kernels;
 extern const DistanceKernels distance_kernels;
+extern const ByteDistanceKernels byte_distance_kernels;
 extern const MaxsimKernels maxsim_kernels;
 extern const ScanKernels scan_kernels;
 extern const FdeKernels fde_kernels;
@@ -18,6 +19,7 @@ const Kernels table{
     .isa = POLYVEC_TEXT(POLYVEC_ISA),
     .hypercomplex = &hypercomplex_kernels,
     .distance = &distance_kernels,
+    .byte_distance = &byte_distance_kernels,
     .maxsim = &maxsim_kernels,
     .scan = &scan_kernels,
     .fde = &fde_kernels,

@@ -178,7 +178,8 @@ POLYVEC_INLINE V abs(V v) noexcept {
     return (V)((Bits)v & ~(Bits)(-V{}));
 }
 
-// ---- across lanes, by halving: the order of a sum depends on nothing but the lane count
+// ---- across lanes, by halving: the order of a sum depends on nothing but the lane count, and is the same for both
+// forms of reduce_add
 
 template <class V>
 POLYVEC_INLINE auto reduce_add(V v) noexcept {
@@ -188,6 +189,33 @@ POLYVEC_INLINE auto reduce_add(V v) noexcept {
         return reduce_add(lower_half(v) + upper_half(v));
     }
 }
+
+// Of all segments of S lanes of a and b, the lower halves plus the upper halves.
+template <int S, class V, int... K>
+POLYVEC_INLINE auto add_halves(V a, V b, Lanes<K...>) noexcept {
+    constexpr int half = S / 2;
+    return __builtin_shufflevector(a, b, (K / half * S + K % half)...) +
+           __builtin_shufflevector(a, b, (K / half * S + K % half + half)...);
+}
+
+// The sums of four vectors as one of four lanes.
+template <class V>
+POLYVEC_INLINE auto reduce_add(const V (&v)[4]) noexcept {
+    constexpr int L = lanes_of<V>;
+    const auto all = typename LaneRange<0, L>::type{};
+    const V sums = add_halves<L / 2>(add_halves<L>(v[0], v[1], all), add_halves<L>(v[2], v[3], all), all);
+    if constexpr (L == 4) {
+        return sums;
+    } else {
+        const auto pairs = add_halves<L / 4>(sums, sums, typename LaneRange<0, L / 2>::type{});
+        if constexpr (L == 8) {
+            return pairs;
+        } else {
+            return add_halves<L / 8>(pairs, pairs, typename LaneRange<0, L / 4>::type{});
+        }
+    }
+}
+
 template <class V>
 POLYVEC_INLINE auto reduce_min(V v) noexcept {
     if constexpr (lanes_of<V> == 2) {

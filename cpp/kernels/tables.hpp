@@ -83,6 +83,39 @@ struct DistanceKernels {
     NarrowDistanceKernel bf16, f16, i8;
 };
 
+/// Rows of one byte an element: value i of a row is (byte i - 128) * scale. Rows are padded with 128 to a multiple of
+/// byte_row_align, and lie on cache lines.
+constexpr std::size_t byte_row_align = 64;
+constexpr std::size_t byte_width_limit = 1 << 17;  // 127^2 times that fits into 31 bits
+
+struct ByteRows {
+    const std::uint8_t* bytes;
+    const float* factors;  // two a row: scale, and what is added to its distances
+    std::size_t stride;
+};
+
+/// The distance from row i is constant + factors[2 i + 1] + factor * scale of i * (<values, bytes of i> - offset).
+struct ByteQuery {
+    const std::uint8_t* values;  // signed, padded with 0 as rows are
+    std::int32_t offset;         // 128 times their sum
+    float factor, constant;
+};
+
+struct ByteCode {
+    float scale, squares;  // squares: of the decoded values
+    std::int32_t sum;      // of the values before scaling
+};
+
+struct ByteDistanceKernels {
+    /// Writes `stride` bytes: the values of x (d,) over the scale, rounded, plus `bias`: 128 for a row, 0 for a query.
+    ByteCode (*encode)(const float* x, std::size_t d, std::size_t stride, int bias, std::uint8_t* bytes) noexcept;
+    /// The values of a row as those of a query; returns their sum.
+    std::int32_t (*query_of_row)(const std::uint8_t* row, std::size_t stride, std::uint8_t* query) noexcept;
+    /// The distances of the rows that the n `ids` name.
+    void (*distances)(const ByteQuery& query, const ByteRows& rows, const std::uint32_t* ids, std::size_t n,
+                      float* out) noexcept;
+};
+
 /// Query tokens are handed over in panels (pack): transposed, so that a register holds one element of many tokens.
 /// Panels and maxima of n tokens need room for n rounded up to panel_width.
 template <class T>
@@ -227,6 +260,7 @@ struct Kernels {
     const char* isa;
     const HypercomplexKernels* hypercomplex;
     const DistanceKernels* distance;
+    const ByteDistanceKernels* byte_distance;
     const MaxsimKernels* maxsim;
     const ScanKernels* scan;
     const FdeKernels* fde;

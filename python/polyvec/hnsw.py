@@ -17,6 +17,7 @@ from polyvec._progress import Progress, reporting
 __all__ = ["Index"]
 
 Metric = Literal["cosine", "ip", "l2"]
+Storage = Literal["float32", "int8"]
 
 _CHUNK = 1024  # vectors linked between two reports of progress; searches may run in between
 
@@ -34,6 +35,12 @@ class Index:
     metric : {"cosine", "ip", "l2"}
         "cosine": inner product of unit vectors; vectors are stored scaled to norm 1, and a zero vector has cosine 0
         with everything. "ip": inner product, higher is better. "l2": *squared* distance, lower is better.
+    storage : {"float32", "int8"}
+        What searches compare on their way. "int8": codes of one byte an element, each vector with a scale of its own
+        (its largest element is 127); the best candidates are compared again by their float32 vectors, which are kept.
+        It fetches a quarter of the bytes and is twice as fast at the same recall where elements are of one size, as in
+        embeddings; not where a few of them, or an offset common to all vectors, are far larger than what tells vectors
+        apart.
     m : int
         Links of a vector, in [2, 1024]; 2 m at the ground level. More serve high recall and many dimensions.
     ef_construction : int
@@ -43,13 +50,15 @@ class Index:
 
     Notes
     -----
-    Memory: 4 d + 8 m bytes a vector, and about 26 + 4 m / (m - 1) beside; room doubles as it fills up.
+    Memory: 4 d + 8 m bytes a vector ("int8": d, rounded up to a multiple of 64, and 8 more), and about
+    26 + 4 m / (m - 1) beside; room doubles as it fills up.
 
     Threads: any number of searches may run at once, from any threads. A call that changes the index waits for them and
     they for it; `add` lets searches pass now and then.
 
-    The same vectors added in the same order by one thread give the same graph, also over several calls. With more
-    threads the graph depends on their timing; its quality does not.
+    The same calls give the same graph, bit for bit, with any number of threads: vectors are linked in batches (up to
+    3 % of the index) that search the graph of before. `search` advances a few queries in turn on each thread, so that
+    one computes while the vectors of another come from memory: batches are faster than single queries.
 
     "ip" finds true inner products as long as the norms are alike. Where they are not, or where queries come from
     elsewhere than the vectors, such a graph can miss the best (no triangle inequality holds): measure recall against
@@ -58,7 +67,7 @@ class Index:
     References
     ----------
     Malkov and Yashunin 2018: Efficient and robust approximate nearest neighbor search using hierarchical navigable
-    small world graphs, algorithms 1 to 5.
+    small world graphs, algorithms 1 to 5. Manohar et al. 2024: ParlayANN, section 3 (batches).
 
     Examples
     --------
@@ -71,12 +80,20 @@ class Index:
     """
 
     def __init__(
-        self, dim: int, *, metric: Metric = "cosine", m: int = 16, ef_construction: int = 200, seed: int = 0
+        self,
+        dim: int,
+        *,
+        metric: Metric = "cosine",
+        storage: Storage = "float32",
+        m: int = 16,
+        ef_construction: int = 200,
+        seed: int = 0,
     ) -> None:
         op = "hnsw.Index"
         self._params: dict[str, Any] = {
             "dim": as_count(op, "dim", dim),
             "metric": choice(op, "metric", metric, ("cosine", "ip", "l2")),
+            "storage": choice(op, "storage", storage, ("float32", "int8")),
             "m": as_count(op, "m", m, least=2),
             "ef_construction": as_count(op, "ef_construction", ef_construction),
             "seed": as_count(op, "seed", seed, least=0),
@@ -208,9 +225,10 @@ class Index:
 
         Notes
         -----
-        About ef * m comparisons a query, 2 d flops and 4 d bytes each. Same result for any number of threads. A query
-        with NaN finds nothing. Removed vectors are passed through without counting as candidates: after removing most
-        of an index, searches are faster in a new one.
+        About ef * m comparisons a query, 2 d flops and 4 d bytes each (d bytes with "int8", whose best 2 k + 16
+        candidates are then scored in float32). Same result for any number of threads, and for a query alone or among
+        others. A query with NaN finds nothing. Removed vectors are passed through without counting as candidates: after
+        removing most of an index, searches are faster in a new one.
         """
         op = "hnsw.Index.search"
         x: Any = as_array(op, "queries", queries, ndim=2)
@@ -283,7 +301,8 @@ class Index:
 
         Notes
         -----
-        A safetensors file with checksums: tensors `vectors`, `links`, `levels`, `upper_links`, `ids`, `removed`.
+        A safetensors file with checksums: tensors `vectors`, `links`, `levels`, `upper_links`, `ids`, `removed`, and
+        with "int8" `codes` and `factors`.
         """
         _files.save(path, "hnsw.Index", self.state())
 
@@ -295,7 +314,7 @@ class Index:
         ----------
         path : path
         mmap : bool
-            Leave vectors and ground-level links in the file and read what a search touches. The first `add` or
+            Leave vectors, codes and ground-level links in the file and read what a search touches. The first `add` or
             `remove` copies them into memory.
 
         Returns
@@ -311,10 +330,10 @@ class Index:
 
         Notes
         -----
-        Everything is verified before use: checksums, shapes, ids, every link. With mmap only the vectors' own bytes
-        are not: damage there changes scores, and can do no more.
+        Everything is verified before use: checksums, shapes, ids, every link. With mmap only the bytes of vectors and
+        codes are not: damage there changes scores, and can do no more.
         """
-        return _files.load(path, "hnsw.Index", cls.from_state, mmap=mmap, lazy=("vectors",))
+        return _files.load(path, "hnsw.Index", cls.from_state, mmap=mmap, lazy=("vectors", "codes"))
 
     def state(self) -> State:
         """Return what `save` writes.
@@ -348,7 +367,7 @@ class Index:
         params = dict(state.params)
         entry = params.pop("entry")
         index = cls(**params)
-        index._core = _core.hnsw_load(**params, entry=entry, tensors=dict(state.tensors))
+        index._core = _core.hnsw_load(**index._params, entry=entry, tensors=dict(state.tensors))
         return index
 
     def __reduce__(self) -> tuple[Any, ...]:

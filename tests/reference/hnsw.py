@@ -1,4 +1,4 @@
-"""Nearest neighbours by comparing all, in float64."""
+"""Nearest neighbours by comparing all, in float64; the codes of vectors in one byte an element."""
 
 import numpy as np
 
@@ -35,3 +35,15 @@ def search(queries, vectors, k, metric, ids=None):
 def recall(found, truth):
     """Share of the true ids that were found."""
     return np.mean([len(np.intersect1d(a, b)) for a, b in zip(found, truth, strict=True)]) / truth.shape[1]
+
+
+def encode(x):
+    """The bytes (n, width), padded with 128 to a multiple of 64, and the scales (n,) of rows (n, d) of float32.
+
+    float32 operations, so that codes are exact: value = (byte - 128) * scale, the largest of a row is 127 or -127.
+    """
+    size = np.abs(x).max(axis=1, keepdims=True)
+    up = np.divide(np.float32(127), size, out=np.zeros_like(size), where=size > 1e-36)
+    codes = np.full((len(x), -(-x.shape[1] // 64) * 64), 128, np.uint8)
+    codes[:, : x.shape[1]] = np.rint(x * up) + 128
+    return codes, np.where(size > 1e-36, size / np.float32(127), np.float32(0))[:, 0]

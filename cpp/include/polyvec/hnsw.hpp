@@ -11,6 +11,7 @@
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
+#include <string>
 #include <vector>
 
 #include "polyvec/array.hpp"
@@ -20,9 +21,22 @@
 
 namespace polyvec {
 
+/// What walks compare. The float32 vectors are kept beside it, for the scores.
+enum class HnswStorage : std::uint8_t {
+    float32,
+    int8,  // one scale a vector: 127 over its largest element
+};
+
+inline HnswStorage storage_from(const char* op, const std::string& name) {
+    if (name == "float32") return HnswStorage::float32;
+    if (name == "int8") return HnswStorage::int8;
+    fail(op, "storage must be one of 'float32', 'int8', got '", name, "'");
+}
+
 struct HnswParams {
     std::int64_t dim = 0;
     Metric metric = Metric::cosine;
+    HnswStorage storage = HnswStorage::float32;
     std::int64_t m = 16;
     std::int64_t ef_construction = 200;
     std::uint64_t seed = 0;
@@ -31,12 +45,19 @@ struct HnswParams {
         require(dim >= 1, op, "dim must be at least 1, got ", dim);
         require(m >= 2 && m <= 1024, op, "m must be in [2, 1024], got ", m);
         require(ef_construction >= 1, op, "ef_construction must be at least 1, got ", ef_construction);
+        require(storage != HnswStorage::int8 || dim <= 1 << 17, op, "dim must be at most 131072 with int8, got ", dim);
     }
+
+    /// Bytes of a code: dim, rounded up to cache lines.
+    std::int64_t code_width() const { return storage == HnswStorage::int8 ? (dim + 63) / 64 * 64 : 0; }
+    std::int64_t factor_count() const { return storage == HnswStorage::int8 ? 2 : 0; }
 };
 
 /// All of an index: what a file holds.
 struct HnswState {
     Array vectors;            // (n, dim) float32: unit vectors where the metric is cosine
+    Array codes;              // (n, code_width()) uint8, where the storage is int8; else absent
+    Array factors;            // (n, 2) float32: a code's scale, and 0 or (l2) its squared norm; as codes
     Array links;              // (n, 2 m) uint32: a slot's neighbours at level 0, then no_link to the end
     Array levels;             // (n,) uint8
     Array upper_links;        // (sum of levels, m) uint32: a slot's rows for levels 1, 2, ... follow each other
@@ -46,11 +67,22 @@ struct HnswState {
     std::shared_ptr<const void> owner;  // keeps the arrays' memory alive
 };
 
+namespace hnsw {
+
+struct Graph;
+class Walk;
+
+/// Scratch memory of earlier calls.
+struct IdleWalks {
+    std::mutex mutex;
+    std::vector<std::unique_ptr<Walk>> walks;
+};
+
+}  // namespace hnsw
+
 /// Any number of searches may run at once, or one call that changes the index; calls wait for each other.
 class HnswIndex {
 public:
-    static constexpr std::uint32_t no_link = 0xffffffff;
-
     /// Names of the public functions, for messages.
     static constexpr const char *add_op = "hnsw.Index.add", *search_op = "hnsw.Index.search",
                                 *get_op = "hnsw.Index.get", *remove_op = "hnsw.Index.remove",
@@ -58,7 +90,8 @@ public:
 
     explicit HnswIndex(const HnswParams& params);
 
-    /// Uses `vectors` and `links` where they are until the first change; throws FormatError unless all fits together.
+    /// Uses vectors, codes and links where they are until the first change; throws FormatError unless all fits
+    /// together.
     HnswIndex(const HnswParams& params, const HnswState& state);
 
     ~HnswIndex();
@@ -90,10 +123,7 @@ public:
     HnswState state() const;
 
 private:
-    struct Graph;
-    struct Linker;
-    class Walker;
-    class Walkers;
+    using Graph = hnsw::Graph;
 
     std::shared_lock<std::shared_mutex> reading() const;
     std::unique_lock<std::shared_mutex> writing();
@@ -102,11 +132,9 @@ private:
 
     HnswParams params_;
     std::shared_ptr<Graph> graph_;
-    std::vector<std::mutex> locks_;  // of link rows, many slots a lock
-    mutable std::mutex gate_;        // passed on the way to mutex_: keeps searches from starving a writer
+    mutable std::mutex gate_;  // passed on the way to mutex_: keeps searches from starving a writer
     mutable std::shared_mutex mutex_;
-    mutable std::mutex idle_mutex_;
-    mutable std::vector<std::unique_ptr<Walker>> idle_;  // scratch memory of earlier calls
+    mutable hnsw::IdleWalks idle_;
 };
 
 }  // namespace polyvec

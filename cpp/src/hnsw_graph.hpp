@@ -1,0 +1,167 @@
+/// The graph index's memory: slots with vectors, links, ids. No search and no locking here.
+#pragma once
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "polyvec/aligned.hpp"
+#include "polyvec/hnsw.hpp"
+#include "polyvec/random.hpp"
+#include "tables.hpp"
+
+namespace polyvec::hnsw {
+
+/// Rows come from all over memory: with pages of 2 MB the translation of their addresses stays cached.
+template <class T>
+Aligned<T> huge_pages(std::int64_t n) {
+    Aligned<T> memory = aligned<T>(n);
+#if defined(__linux__)
+    constexpr std::uintptr_t page = 1 << 12, large = 1 << 22;
+    const auto begin = (reinterpret_cast<std::uintptr_t>(memory.get()) + page - 1) / page * page;
+    const auto end = reinterpret_cast<std::uintptr_t>(memory.get() + n);
+    if (end > begin + large) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+    return memory;
+}
+
+/// `count` rows of `width`: our own memory, or somebody else's that is only read.
+template <class T>
+class Rows {
+public:
+    explicit Rows(std::int64_t width) : width_(width) {}
+    Rows(std::int64_t count, std::int64_t width)
+        : own_(huge_pages<T>(count * width)), data_(own_.get()), width_(width) {}
+    Rows(T* lent, std::int64_t width) : data_(lent), width_(width) {}
+    /// Room for `capacity` rows, of which the first n are those of `other`.
+    Rows(const Rows& other, std::int64_t n, std::int64_t capacity) : Rows(capacity, other.width_) {
+        std::copy_n(other.data_, n * width_, data_);
+    }
+
+    T* data() const { return data_; }
+    T* operator[](std::int64_t i) const { return data_ + i * width_; }
+    std::int64_t width() const { return width_; }
+
+private:
+    Aligned<T> own_;
+    T* data_ = nullptr;
+    std::int64_t width_ = 0;
+};
+
+constexpr std::uint32_t no_link = 0xffffffff;
+constexpr int max_level = 63;
+
+struct Graph {
+    const HnswParams params;
+    std::int64_t n = 0, live = 0, capacity = 0;
+    std::int64_t largest_id = -1;
+    std::uint32_t entry = no_link;
+    Rows<float> vectors;
+    Rows<std::uint8_t> codes;  // int8: see ByteRows; else width 0
+    Rows<float> factors;
+    Rows<std::uint32_t> links;
+    std::vector<std::uint32_t> upper_links;
+    std::vector<std::uint32_t> first_upper;  // n + 1: where the rows of a slot begin
+    std::vector<std::uint8_t> levels, removed;
+    std::vector<std::int64_t> ids;
+    std::vector<std::uint32_t> table;  // slots by the hash of their id, open addressing; at most half full
+    std::shared_ptr<const void> lender;
+
+    explicit Graph(const HnswParams& params)
+        : params(params),
+          vectors(params.dim),
+          codes(params.code_width()),
+          factors(params.factor_count()),
+          links(2 * params.m),
+          first_upper(1) {}
+
+    Graph(const Graph& other, std::int64_t capacity)
+        : params(other.params),
+          n(other.n),
+          live(other.live),
+          capacity(capacity),
+          largest_id(other.largest_id),
+          entry(other.entry),
+          vectors(other.vectors, n, capacity),
+          codes(other.codes, n, capacity),
+          factors(other.factors, n, capacity),
+          links(other.links, n, capacity),
+          upper_links(other.upper_links),
+          first_upper(other.first_upper),
+          levels(other.levels),
+          removed(other.removed),
+          ids(other.ids) {
+        build_table();
+    }
+
+    std::int64_t width(int level) const { return level ? params.m : 2 * params.m; }
+    const std::uint32_t* row(std::uint32_t slot, int level) const {
+        return level ? upper_links.data() + (std::int64_t(first_upper[slot]) + level - 1) * params.m : links[slot];
+    }
+    std::uint32_t* row(std::uint32_t slot, int level) {
+        return const_cast<std::uint32_t*>(std::as_const(*this).row(slot, level));
+    }
+
+    /// Makes slots [n, n + count), without vectors or links; they belong to the graph when n says so.
+    void append(std::int64_t count, const std::int64_t* new_ids) {
+        ids.insert(ids.end(), new_ids, new_ids + count);
+        removed.resize(n + count, 0);
+        for (std::int64_t slot = n; slot < n + count; ++slot) {
+            levels.push_back(random_level(slot));
+            first_upper.push_back(first_upper.back() + levels.back());
+        }
+        upper_links.resize(std::int64_t(first_upper.back()) * params.m, no_link);
+        std::fill_n(links[n], count * links.width(), no_link);
+    }
+    /// The first `count` of them belong to the graph now.
+    void commit(std::int64_t count) {
+        for (; count > 0; --count, ++n, ++live) enter(n);
+    }
+    /// Forgets those that do not.
+    void drop_rest() noexcept {
+        ids.resize(n);
+        removed.resize(n);
+        levels.resize(n);
+        first_upper.resize(n + 1);
+        upper_links.resize(std::int64_t(first_upper.back()) * params.m);
+    }
+
+    /// The slot of an id that is not removed, or no_link.
+    std::uint32_t find(std::int64_t id) const {
+        if (table.empty()) return no_link;
+        for (std::size_t at = home(id); table[at] != no_link; at = (at + 1) & (table.size() - 1))
+            if (const std::uint32_t slot = table[at]; ids[slot] == id && !removed[slot]) return slot;
+        return no_link;
+    }
+    void build_table() {
+        table.assign(std::bit_ceil(static_cast<std::size_t>(std::max<std::int64_t>(capacity, 4)) * 2), no_link);
+        for (std::int64_t slot = 0; slot < n; ++slot)
+            if (!removed[slot]) enter(slot);
+    }
+
+private:
+    void enter(std::int64_t slot) {
+        std::size_t at = home(ids[slot]);
+        while (table[at] != no_link) at = (at + 1) & (table.size() - 1);
+        table[at] = static_cast<std::uint32_t>(slot);
+        largest_id = std::max(largest_id, ids[slot]);
+    }
+    std::size_t home(std::int64_t id) const {
+        return Random(static_cast<std::uint64_t>(id)).next() & (table.size() - 1);
+    }
+    /// Geometric: one slot in m^l reaches level l. Depends on nothing but the seed and the slot.
+    std::uint8_t random_level(std::int64_t slot) const {
+        const double u = 1 - Random(params.seed, static_cast<std::uint64_t>(slot)).uniform();
+        const double level = -std::log(u) / std::log(static_cast<double>(params.m));
+        return static_cast<std::uint8_t>(std::min<double>(level, max_level));
+    }
+};
+
+}  // namespace polyvec::hnsw

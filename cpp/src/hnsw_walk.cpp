@@ -1,0 +1,221 @@
+#include "hnsw_walk.hpp"
+
+#include <cmath>
+
+namespace polyvec::hnsw {
+
+void unit_vector(float* x, std::int64_t d) {
+    double square = 0;
+    for (std::int64_t i = 0; i < d; ++i) square += static_cast<double>(x[i]) * x[i];
+    const double scale = square > 0 ? 1 / std::sqrt(square) : 0;
+    for (std::int64_t i = 0; i < d; ++i) x[i] = static_cast<float>(x[i] * scale);
+}
+
+void Target::prepare(const Graph& graph) {
+    graph_ = &graph;
+    const auto& kernel = kernels().distance->u32;
+    floats_ = graph.params.metric == Metric::l2 ? kernel.l2 : kernel.dot;
+    unit_.resize(graph.params.dim);
+    bytes_ = graph.params.storage == HnswStorage::int8 ? kernels().byte_distance : nullptr;
+    if (bytes_ && room_ < graph.codes.width()) values_ = aligned<std::uint8_t>(room_ = graph.codes.width());
+}
+
+void Target::set(const float* query) {
+    const HnswParams& p = graph_->params;
+    query_ = query;
+    if (p.metric == Metric::cosine) {
+        std::copy_n(query, p.dim, unit_.data());
+        unit_vector(unit_.data(), p.dim);
+        query_ = unit_.data();
+    }
+    if (!bytes_) return;
+    const ByteCode code = bytes_->encode(query_, p.dim, p.code_width(), 0, values_.get());
+    const bool l2 = p.metric == Metric::l2;
+    code_ = {values_.get(), 128 * code.sum, (l2 ? -2 : -1) * code.scale, l2 ? code.squares : 0};
+}
+
+void Target::set(std::uint32_t slot) {
+    query_ = graph_->vectors[slot];
+    if (!bytes_) return;
+    const std::int32_t sum = bytes_->query_of_row(graph_->codes[slot], graph_->params.code_width(), values_.get());
+    const float* factors = graph_->factors[slot];
+    const bool l2 = graph_->params.metric == Metric::l2;
+    code_ = {values_.get(), 128 * sum, (l2 ? -2 : -1) * factors[0], factors[1]};
+}
+
+void Target::measure(const std::uint32_t* slots, std::size_t count, float* distances) const {
+    if (!bytes_) return measure_exactly(slots, count, distances);
+    const ByteRows rows{graph_->codes.data(), graph_->factors.data(), static_cast<std::size_t>(graph_->codes.width())};
+    bytes_->distances(code_, rows, slots, count, distances);
+}
+
+void Target::measure_exactly(const std::uint32_t* slots, std::size_t count, float* distances) const {
+    floats_(query_, graph_->vectors.data(), slots, count, graph_->params.dim, distances);
+    if (graph_->params.metric == Metric::l2) return;
+    for (std::size_t i = 0; i < count; ++i) distances[i] = 0.0f - distances[i];  // never -0
+}
+
+void Target::fetch(std::uint32_t slot) const {
+    constexpr std::int64_t line = 64, most = 32 * line;
+    const auto lines = [](const void* row, std::int64_t bytes) {
+        for (std::int64_t i = 0; i < bytes; i += line) __builtin_prefetch(static_cast<const char*>(row) + i);
+    };
+    if (bytes_) {
+        __builtin_prefetch(graph_->factors[slot]);
+        lines(graph_->codes[slot], std::min(most, graph_->codes.width()));
+    } else {
+        constexpr std::int64_t first = 4 * line;  // the hardware follows a row from there
+        lines(graph_->vectors[slot], std::min<std::int64_t>(first, graph_->params.dim * sizeof(float)));
+    }
+}
+
+void Walk::prepare(const Graph& graph, std::size_t ef) {
+    graph_ = &graph;
+    target.prepare(graph);
+    pool.reserve(ef);
+    forget();  // of a walk that an exception ended
+    seen_.resize((graph.capacity + 63) / 64, 0);
+    distances_.resize(std::max<std::size_t>(ef, 2 * graph.params.m));
+    upper_found_.resize(max_level + 1);
+}
+
+void Walk::start(std::size_t ef, int wide, bool skip_removed) {
+    ef_ = ef;
+    wide_ = wide;
+    skip_removed_ = skip_removed;
+    level_ = graph_->levels[graph_->entry];
+    float distance;
+    target.measure(&graph_->entry, 1, &distance);
+    begin_level(entry_of(distance, graph_->entry));
+}
+
+void Walk::begin_level(Entry start) {
+    pool.reset(level_ > wide_ ? 1 : ef_);
+    detours_.clear();
+    const std::uint32_t slot = slot_of(start);
+    slots_.assign(1, slot);
+    known_ = 1;
+    seen_[slot / 64] |= std::uint64_t(1) << slot % 64;
+    skip_removed_&& level_ <= wide_ ? take(start) : pool.insert(start);
+    __builtin_prefetch(graph_->row(slot, level_));
+    measuring_ = false;
+}
+
+void Walk::forget() {
+    for (std::size_t i = 0; i < known_ + fresh_; ++i) seen_[slots_[i] / 64] = 0;
+    known_ = fresh_ = 0;
+}
+
+bool Walk::step() {
+    if (measuring_) {
+        measure();
+        measuring_ = false;
+        return true;
+    }
+    measuring_ = look();
+    if (measuring_) return true;
+    forget();
+    if (level_ == 0) return false;
+    if (level_ <= wide_) upper_found_[level_].assign(pool.begin(), pool.begin() + pool.size());
+    --level_;
+    begin_level(*pool.begin() & ~followed);
+    return true;
+}
+
+bool Walk::look() {
+    const std::uint32_t slot = next();
+    if (slot == no_link) return false;
+    const std::uint32_t* const row = graph_->row(slot, level_);
+    const std::int64_t width = graph_->width(level_);
+    if (slots_.size() < known_ + width + 1) slots_.resize(2 * (known_ + width + 1));
+    std::uint32_t* const fresh = slots_.data() + known_;
+    std::size_t count = 0;
+    for (std::int64_t i = 0; i < width && row[i] != no_link; ++i) {
+        std::uint64_t& word = seen_[row[i] / 64];
+        const std::uint64_t bit = std::uint64_t(1) << row[i] % 64;
+        fresh[count] = row[i];
+        count += (word & bit) == 0;
+        word |= bit;
+    }
+    if (const Entry* open = pool.nearest_open()) __builtin_prefetch(graph_->row(slot_of(*open), level_));
+    for (std::size_t i = 0; i < count; ++i) target.fetch(fresh[i]);
+    fresh_ = count;
+    return true;
+}
+
+void Walk::measure() {
+    const std::uint32_t* const fresh = slots_.data() + known_;
+    target.measure(fresh, fresh_, distances_.data());
+    if (skip_removed_ && level_ <= wide_) {
+        for (std::size_t i = 0; i < fresh_; ++i) take(entry_of(distances_[i], fresh[i]));
+    } else {
+        for (std::size_t i = 0; i < fresh_; ++i) pool.insert(entry_of(distances_[i], fresh[i]));
+    }
+    known_ += fresh_;
+    fresh_ = 0;
+    if (const Entry* open = pool.nearest_open()) __builtin_prefetch(graph_->row(slot_of(*open), level_));
+}
+
+void Walk::take(Entry entry) {
+    if (!graph_->removed[slot_of(entry)]) return pool.insert(entry);
+    if (!pool.accepts(entry)) return;
+    detours_.push_back(entry);
+    std::push_heap(detours_.begin(), detours_.end(), std::greater<>());
+}
+
+/// The nearest slot that is yet to be followed, or no_link.
+std::uint32_t Walk::next() {
+    Entry* const open = pool.nearest_open();
+    if (!detours_.empty() && pool.accepts(detours_.front()) && (!open || detours_.front() < *open)) {
+        std::pop_heap(detours_.begin(), detours_.end(), std::greater<>());
+        const Entry detour = detours_.back();
+        detours_.pop_back();
+        return slot_of(detour);
+    }
+    if (!open) return no_link;
+    *open |= followed;
+    return slot_of(*open);
+}
+
+void Walk::scan(std::size_t ef) {
+    constexpr std::size_t batch = 256;
+    std::uint32_t slots[batch];
+    float distances[batch];
+    pool.reset(ef);
+    for (std::int64_t slot = 0; slot < graph_->n;) {
+        std::size_t count = 0;
+        for (; slot < graph_->n && count < batch; ++slot)
+            if (!graph_->removed[slot]) slots[count++] = static_cast<std::uint32_t>(slot);
+        target.measure_exactly(slots, count, distances);
+        for (std::size_t i = 0; i < count; ++i) pool.insert(entry_of(distances[i], slots[i]));
+    }
+}
+
+void Walk::measure_exactly(std::size_t count) {
+    count = std::min(count, pool.size());
+    if (slots_.size() < count) slots_.resize(count);
+    std::transform(pool.begin(), pool.begin() + count, slots_.begin(), slot_of);
+    target.measure_exactly(slots_.data(), count, distances_.data());
+    for (std::size_t i = 0; i < count; ++i) pool.begin()[i] = entry_of(distances_[i], slots_[i]);
+    std::sort(pool.begin(), pool.begin() + count);
+}
+
+Walks::Walks(const Graph& graph, IdleWalks& idle, std::size_t ef, int workers) : idle_(idle) {
+    const std::size_t needed = static_cast<std::size_t>(workers) * together;
+    {
+        const std::lock_guard lock(idle.mutex);
+        while (!idle.walks.empty() && walks_.size() < needed) {
+            walks_.push_back(std::move(idle.walks.back()));
+            idle.walks.pop_back();
+        }
+    }
+    while (walks_.size() < needed) walks_.push_back(std::make_unique<Walk>());
+    for (auto& walk : walks_) walk->prepare(graph, ef);
+}
+
+Walks::~Walks() {
+    const std::lock_guard lock(idle_.mutex);
+    for (auto& walk : walks_) idle_.walks.push_back(std::move(walk));
+}
+
+}  // namespace polyvec::hnsw

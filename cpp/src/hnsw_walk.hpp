@@ -1,0 +1,195 @@
+/// Searches of a graph, several at a time: while the rows that one needs come from memory, others compute.
+///
+/// A walk alternates two steps. `look` takes the nearest slot of its pool whose links it has not followed, collects the
+/// neighbours that it has not seen, and asks for their rows; `measure` computes their distances, puts them into the
+/// pool, and asks for the links of the slot that it will follow next. Each step ends with what the next one has to wait
+/// for, and another walk goes on meanwhile. A walk does not depend on its company.
+#pragma once
+
+#include <bit>
+#include <cstring>
+#include <functional>
+#include <span>
+
+#include "hnsw_graph.hpp"
+
+namespace polyvec::hnsw {
+
+/// A slot and its distance as one integer that orders by distance, then slot.
+using Entry = std::uint64_t;
+constexpr Entry followed = 1;  // bit 0: the slot's links have been
+
+inline Entry entry_of(float distance, std::uint32_t slot) {
+    const auto bits = std::bit_cast<std::uint32_t>(distance);
+    const std::uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return Entry(ordered) << 32 | Entry(slot) << 1;
+}
+inline float distance_of(Entry entry) {
+    const auto ordered = static_cast<std::uint32_t>(entry >> 32);
+    return std::bit_cast<float>(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
+}
+inline std::uint32_t slot_of(Entry entry) {
+    return static_cast<std::uint32_t>(entry) >> 1;
+}
+
+/// The nearest `capacity` entries, sorted, and which of them are yet to be followed.
+class Pool {
+public:
+    void reserve(std::size_t capacity) {
+        if (entries_.size() <= capacity) entries_.resize(capacity + 1);
+    }
+    void reset(std::size_t capacity) {
+        capacity_ = capacity;
+        size_ = cursor_ = 0;
+    }
+
+    bool accepts(Entry entry) const { return size_ < capacity_ || entry < entries_[size_ - 1]; }
+
+    void insert(Entry entry) {
+        if (!accepts(entry)) return;
+        Entry* const begin = entries_.data();
+        Entry* at = begin;
+        for (std::size_t left = size_; left > 0;) {  // a binary search that the compiler makes without jumps
+            const std::size_t half = (left + 1) / 2;
+            at += at[half - 1] < entry ? half : 0;
+            left -= half;
+        }
+        std::memmove(at + 1, at, static_cast<std::size_t>(begin + size_ - at) * sizeof(Entry));
+        *at = entry;
+        size_ += size_ < capacity_;
+        cursor_ = std::min(cursor_, static_cast<std::size_t>(at - begin));
+    }
+
+    /// The nearest entry that is yet to be followed, or null.
+    Entry* nearest_open() {
+        while (cursor_ < size_ && entries_[cursor_] & followed) ++cursor_;
+        return cursor_ < size_ ? &entries_[cursor_] : nullptr;
+    }
+
+    std::size_t size() const { return size_; }
+    Entry* begin() { return entries_.data(); }
+    const Entry* begin() const { return entries_.data(); }
+
+private:
+    std::vector<Entry> entries_;
+    std::size_t size_ = 0, capacity_ = 0, cursor_ = 0;
+};
+
+/// A vector that distances to slots are measured from: lower is nearer.
+class Target {
+public:
+    void prepare(const Graph& graph);
+    /// A copy is scaled to norm 1 where the metric says so.
+    void set(const float* query);
+    void set(std::uint32_t slot);
+
+    /// In the stored form that walks compare.
+    void measure(const std::uint32_t* slots, std::size_t count, float* distances) const;
+    /// In float32.
+    void measure_exactly(const std::uint32_t* slots, std::size_t count, float* distances) const;
+    /// Asks for a slot's row in that form.
+    void fetch(std::uint32_t slot) const;
+
+private:
+    const Graph* graph_ = nullptr;
+    DistanceKernel<std::uint32_t>::Function floats_ = nullptr;
+    const ByteDistanceKernels* bytes_ = nullptr;
+    const float* query_ = nullptr;
+    ByteQuery code_{};
+    std::vector<float> unit_;
+    Aligned<std::uint8_t> values_;
+    std::int64_t room_ = 0;
+};
+
+void unit_vector(float* x, std::int64_t d);
+
+class Walk {
+public:
+    /// Everything that allocates but what grows with the way: pools for `ef` entries.
+    void prepare(const Graph& graph, std::size_t ef);
+
+    /// From the graph's entry down to level 0. At levels above `wide` the nearest slot is kept, at the others `ef`.
+    /// Where `skip_removed`, removed slots are followed as others are, but take no place in the pool.
+    void start(std::size_t ef, int wide, bool skip_removed);
+    /// One step; false: the walk is at its end.
+    bool step();
+
+    /// Fills the pool with the exactly nearest `ef` of all slots that are not removed.
+    void scan(std::size_t ef);
+    /// Replaces the distances of the pool's first `count` entries by exact ones, and sorts them.
+    void measure_exactly(std::size_t count);
+
+    /// What was found at a level that is at most `wide`, nearest first.
+    std::span<const Entry> found(int level) const {
+        return level ? std::span<const Entry>(upper_found_[level]) : std::span<const Entry>(pool.begin(), pool.size());
+    }
+
+    Target target;
+    Pool pool;
+    std::int64_t task = 0;  // the caller's own
+
+private:
+    void begin_level(Entry start);
+    bool look();
+    void measure();
+    void take(Entry entry);
+    std::uint32_t next();
+    void forget();
+
+    const Graph* graph_ = nullptr;
+    std::size_t ef_ = 0;
+    int level_ = 0, wide_ = 0;
+    bool skip_removed_ = false, measuring_ = false;
+    std::vector<std::uint64_t> seen_;   // a bit a slot
+    std::vector<std::uint32_t> slots_;  // those whose bits are set; the last `fresh_` are to be measured
+    std::size_t known_ = 0, fresh_ = 0;
+    std::vector<float> distances_;
+    std::vector<Entry> detours_;  // removed slots to follow, a heap with the nearest first
+    std::vector<std::vector<Entry>> upper_found_;
+};
+
+/// Walks for the workers of one call, `together` of each; they go back to the index afterwards.
+class Walks {
+public:
+    static constexpr int together = 4;
+
+    Walks(const Graph& graph, IdleWalks& idle, std::size_t ef, int workers);
+    ~Walks();
+
+    /// Walks for begin .. end - 1: begin(walk, i) starts one and end(walk, i) takes what it found.
+    template <class Start, class Finish>
+    void run(int worker, std::int64_t begin, std::int64_t end, Start start, Finish finish) {
+        Walk* going[together];
+        int count = 0;
+        const auto begin_next = [&](Walk* walk) {
+            walk->task = begin++;
+            start(*walk, walk->task);
+        };
+        for (; count < together && begin < end; ++count)
+            begin_next(going[count] = walks_[worker * together + count].get());
+        while (count > 0) {
+            for (int i = 0; i < count;) {
+                Walk* const walk = going[i];
+                if (walk->step()) {
+                    ++i;
+                    continue;
+                }
+                finish(*walk, walk->task);
+                if (begin < end) {
+                    begin_next(walk);
+                    ++i;
+                } else {
+                    going[i] = going[--count];
+                }
+            }
+        }
+    }
+
+    Walk& first(int worker) { return *walks_[worker * together]; }
+
+private:
+    IdleWalks& idle_;
+    std::vector<std::unique_ptr<Walk>> walks_;
+};
+
+}  // namespace polyvec::hnsw
