@@ -220,6 +220,7 @@ PUBLIC = {
         "normalize",
         "product",
         "relation_query",
+        "score_pairs",
         "vq_assign",
     ],
 }

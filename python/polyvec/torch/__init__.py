@@ -1,15 +1,17 @@
 """polyvec's operations as differentiable torch functions.
 
-`product`, `normalize`, `relation_query`, `maxsim` and `maxsim_pairs` are those of `polyvec.hypercomplex` and
-`polyvec.maxsim` on tensors that may require grad; `vq_assign` is `polyvec.scan.nearest` with the gradients of learned
-quantisation. Each is a `torch.library` custom op, or torch code around one, which `torch.compile` keeps in its graph.
-Hypercomplex operations have gradients of any order, for each backward is written with the same ops: the gradient of a
-product is a product with another table. MaxSim has first derivatives. Under autocast all of them run in float32.
+`product`, `normalize`, `relation_query`, `maxsim`, `maxsim_pairs` and `score_pairs` are those of
+`polyvec.hypercomplex`, `polyvec.maxsim` and `polyvec.scan` on tensors that may require grad; `vq_assign` is
+`polyvec.scan.nearest` with the gradients of learned quantisation. Each is a `torch.library` custom op, or torch code
+around one, which `torch.compile` keeps in its graph. Hypercomplex operations have gradients of any order, for each
+backward is written with the same ops: the gradient of a product is a product with another table. MaxSim has first
+derivatives, `score_pairs` first and second ones. Under autocast all of them run in float32.
 """
 
 from polyvec.torch._hypercomplex import normalize, product, relation_query
 from polyvec.torch._maxsim import maxsim, maxsim_pairs
 from polyvec.torch._quantize import Assignment, CodebookUsage, codebook_usage, vq_assign
+from polyvec.torch._scan import score_pairs
 
 __all__ = [
     "Assignment",
@@ -20,5 +22,6 @@ __all__ = [
     "normalize",
     "product",
     "relation_query",
+    "score_pairs",
     "vq_assign",
 ]
