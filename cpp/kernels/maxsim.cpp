@@ -125,14 +125,15 @@ void centroid_scores(const float* panels, const uint32_t* narrow_panels, size_t 
     for_each_panel<float>(n, [&]<int R>(size_t first) {
         const uint32_t* panel = narrow_panels + first * panel_words<Format>(d);
         float* out = scores + first * n_centroids;
-        for_each_tile<R>(panels + first * d, Rows<float>{centroids, n_centroids, d}, d,
-                         [&]<int J>(size_t at, const Vec<float>(&product)[J][R]) {
-                             for (int j = 0; j < J; ++j) {
-                                 for (int r = 0; r < R; ++r)
-                                     store(out + ((at + j) * R + r) * lanes<float>,
-                                           product[j][r] / lane_scale<Format, R>(panel, d, r));
-                             }
-                         });
+        Vec<float> scale[R];
+        for (int r = 0; r < R; ++r) scale[r] = lane_scale<Format, R>(panel, d, r);
+        const auto store_scores = [&]<int J>(size_t at,
+                                             const Vec<float>(&product)[J][R]) __attribute__((always_inline)) {
+            for (int j = 0; j < J; ++j) {
+                for (int r = 0; r < R; ++r) store(out + ((at + j) * R + r) * lanes<float>, product[j][r] / scale[r]);
+            }
+        };
+        for_each_tile<R>(panels + first * d, Rows<float>{centroids, n_centroids, d}, d, store_scores);
     });
 }
 

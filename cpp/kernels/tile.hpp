@@ -16,9 +16,10 @@
 // therefore depend on the row and the query alone, never on the tile's shape, the row's place or the number
 // of threads.
 //
-// Each cache line of the rows is prefetched once, one tile ahead: the hardware does not follow a dozen
-// streams read one element at a time, and half the speed is lost on data from memory without it. The
-// prefetches are spread over the steps of a tile; all at once at the start of a line costs 15 %.
+// Each cache line of the rows is prefetched once, 12 to 32 rows ahead: the hardware does not follow a dozen streams
+// read one element at a time, and half the speed is lost on data from memory without it. One tile ahead is too late
+// where a tile is short: at 5 queries x 48 on Zen 5 float32 took 6.2 ms, 4.2 ms with four. The prefetches are spread
+// over the steps of a tile; all at once at the start of a line costs 15 %.
 #pragma once
 
 #include "simd.hpp"
@@ -155,17 +156,22 @@ POLYVEC_INLINE void multiply_tile(const T* panel, const T* const (&row)[J], cons
     }
 }
 
+// How many rows ahead of their use the tiles of `Product` prefetch.
+template <class Product, int R>
+constexpr int rows_ahead = (Product::template rows<R> > 8 ? 1 : 4) * Product::template rows<R>;
+
 // Tiles of J rows from `first` on, then narrower ones for the rows that remain; narrow ones alone when the rows fall
 // into one set of the cache.
 template <int J, int R, class Product, class T, class RowSource, class Epilogue>
 POLYVEC_INLINE void tiles_from(size_t first, const T* panel, RowSource rows, size_t d, Epilogue& epilogue) noexcept {
-    const bool crowded = J > 4 && rows.stride * sizeof(T) % set_stride == 0;
-    for (; !crowded && first + J <= rows.count; first += J) {
+    const bool crowded = rows.stride * sizeof(T) % set_stride == 0;
+    const size_t distance = crowded ? J : rows_ahead<Product, R>;
+    for (; !(crowded && J > 4) && first + J <= rows.count; first += J) {
         const T *row[J], *ahead[J];
 #pragma GCC unroll 1
         for (int j = 0; j < J; ++j) {
             row[j] = rows[first + j];
-            ahead[j] = rows[first + J + j];
+            ahead[j] = rows[first + distance + j];
             asm("" : "+m"(row[j]), "+m"(ahead[j]));
         }
         Vec<typename Product::Sum> acc[J][R];

@@ -43,14 +43,17 @@ using Word = uint32_t;
 
 #if defined(POLYVEC_NARROW_PRODUCTS)
 
-// Shapes measured on Zen4, GCC 12, documents of 180 tokens streamed from memory; d = 48, 128, 768; G operations a
-// second, of 237 possible in pairs of bfloat16 and 473 in bytes:
+// Shapes measured, GCC 12, documents of 180 tokens streamed from memory; d = 48, 128, 768; G operations a second.
+// Zen4, one tile prefetched, of 237 possible in pairs of bfloat16 and 473 in bytes:
 //   pairs   12 x 2: 216 218 214   6 x 2: 230 230 209   4 x 2: 228 231 228   12 x 1: 177 179 183   8 x 1: 199 183 184
 //   bytes   12 x 2: 366 406 413   6 x 2: 415 446 419   4 x 2: 400 441 462   12 x 1: 279 343 300   8 x 1: 334 394 355
+// Zen5, four tiles prefetched, of about 512 and 1024; 8 sums are fewer than two products a cycle keep in flight:
+//   pairs   6 x 2: 475 463 475    4 x 2: 372 350 350    with one tile prefetched   6 x 2: 414 395 466
+//   bytes   6 x 2: 864 938 1050   4 x 2: 819 841 876                               6 x 2: 815 679 1039
 struct Bfloat16Pairs {
     using Sum = float;
     template <int R>
-    static constexpr int rows = R == 1 ? 8 : 4;
+    static constexpr int rows = R == 1 ? 8 : 6;
 
     POLYVEC_INLINE static Vec<float> start(const Word*, int) noexcept { return Vec<float>{}; }
     POLYVEC_INLINE static Vec<float> add(Vec<Word> x, Vec<Word> query, Vec<float> sum) noexcept {
@@ -65,7 +68,7 @@ struct ByteQuads {
     using Sum = int32_t;
     static constexpr size_t elements = 4;
     template <int R>
-    static constexpr int rows = R == 1 ? 8 : 4;
+    static constexpr int rows = R == 1 ? 8 : 6;
 
     POLYVEC_INLINE static Vec<int32_t> start(const Word* panel, int r) noexcept {
         return (Vec<int32_t>)load(panel + r * static_cast<int>(lanes<Word>));
