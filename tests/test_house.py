@@ -208,7 +208,7 @@ PUBLIC = {
         "score_pairs",
         "topk",
     ],
-    "polyvec.quantize": ["KMeansResult", "ProductQuantizer", "kmeans"],
+    "polyvec.quantize": ["KMeansResult", "ProductQuantizer", "RaBitQ", "ScalarQuantizer", "kmeans"],
     "polyvec.retrieve": ["LinkPredictor", "MultiVectorIndex"],
     "polyvec.scan": ["nearest", "rank", "score_pairs", "topk"],
     "polyvec.torch": [

@@ -1,4 +1,5 @@
 /// The table of contents of polyvec._core.
+#include "codes.hpp"
 #include "fde.hpp"
 #include "hnsw.hpp"
 #include "hypercomplex.hpp"
@@ -68,4 +69,5 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
     bind_scan<Cpu>(m);
     bind_fde<Cpu>(m);
     bind_quantize<Cpu>(m);
+    bind_codes<Cpu>(m);
 }

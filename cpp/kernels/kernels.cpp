@@ -13,6 +13,7 @@ extern const MaxsimKernels maxsim_kernels;
 extern const ScanKernels scan_kernels;
 extern const FdeKernels fde_kernels;
 extern const QuantizeKernels quantize_kernels;
+extern const CodesKernels codes_kernels;
 
 extern const Kernels table;
 const Kernels table{
@@ -24,6 +25,7 @@ const Kernels table{
     .scan = &scan_kernels,
     .fde = &fde_kernels,
     .quantize = &quantize_kernels,
+    .codes = &codes_kernels,
 };
 
 }  // namespace polyvec::POLYVEC_ISA

@@ -110,6 +110,11 @@ POLYVEC_INLINE Vec<int32_t> add_byte_quads(Vec<int32_t> sum, Vec<uint32_t> a, Ve
     return (Vec<int32_t>)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
 }
 
+// The first n (at most 64) bytes at p, zeros after them; nothing behind them is touched.
+POLYVEC_INLINE Vec<uint32_t> load_first_bytes(const unsigned char* p, size_t n) noexcept {
+    return (Vec<uint32_t>)_mm512_maskz_loadu_epi8(~__mmask64{} >> (64 - n), p);
+}
+
 // The bytes of a 64-byte table that the first n (at most 64) codes at p select; codes of Bits (4 or 2) bits, the
 // first in the highest bits of a byte. A code's higher neighbours reach into the index, so the table repeats itself
 // every 1 << Bits bytes.

@@ -256,6 +256,49 @@ struct QuantizeKernels {
     PqKernel one, many;
 };
 
+/// Rows of integer codes, `stride` bytes apart: d numbers below 2^bits, then the float32 factors that there are, in
+/// this order. The numbers lie in planes, one a binary digit of `bits`, the highest first: 6 bits are 4 and then 2. A
+/// plane of w bits a number lies in chunks of up to 64 bytes: in a chunk of b bytes, bits k w ... k w + w - 1 of byte t
+/// belong to the chunk's number k b + t.
+struct CodeRows {
+    const std::uint8_t* first;
+    std::size_t n, stride, d;
+    int bits;
+    bool has_scale, has_mean, has_offset;
+};
+
+/// What turns the integer dot products of queries with rows (the sum of query_i * (code_i - 2^(bits - 1))) into values:
+/// (dot * scale + shift) * row scale + mean * row mean + row offset, each product and sum rounded by itself.
+struct CodeQueries {
+    const std::uint32_t* packed;
+    const float *scale, *shift, *mean;
+};
+
+struct CodesKernels {
+    std::size_t panel_width;                  // queries in a panel
+    std::size_t one_at_a_time;                // as many queries, or fewer, are faster one by one
+    std::size_t (*row_words)(std::size_t d);  // of an unpacked row; a panel has as many, and one more, a query
+    /// Rows as `select` takes them.
+    void (*unpack)(const CodeRows&, std::uint32_t* words) noexcept;
+    void (*pack)(const std::int8_t* queries, std::size_t count, std::size_t d, int bits, std::uint32_t* panel) noexcept;
+    /// Writes the pairs whose value is at least floor[lane] to `hits`, which has room for all, and returns their
+    /// number. ScanHit::at is row * panel_width + lane.
+    std::size_t (*select)(const CodeRows&, const std::uint32_t* words, const CodeQueries& panel, const float* floor,
+                          ScanHit* hits) noexcept;
+    std::size_t (*query_words)(std::size_t d, int bits);  // of one query
+    void (*pack_one)(const std::int8_t* query, std::size_t d, int bits, std::uint32_t* out) noexcept;
+    /// The same for one query. Memory of panel_width rows must be readable, and `words` scratch for one unpacked row.
+    std::size_t (*select_one)(const CodeRows&, const CodeQueries& query, std::uint32_t* words, float floor,
+                              ScanHit* hits) noexcept;
+    /// levels[i] = min(floor(t * magnitudes[i]), top), for the t that brings levels + 1/2 closest in angle to the
+    /// magnitudes (each below 2^12). Integers only: the same at every level.
+    void (*fit_levels)(const std::uint16_t* magnitudes, std::size_t d, std::uint32_t top,
+                       std::uint8_t* levels) noexcept;
+    /// n rows of d floats, in place: four times, multiply by a row of `signs` (4, d), then transform the first, or in
+    /// turn the last, 2^floor(log2 d) elements by Hadamard's matrix. The inverse with `inverse`.
+    void (*rotate)(float* rows, std::size_t n, std::size_t d, const float* signs, bool inverse) noexcept;
+};
+
 struct Kernels {
     const char* isa;
     const HypercomplexKernels* hypercomplex;
@@ -265,6 +308,7 @@ struct Kernels {
     const ScanKernels* scan;
     const FdeKernels* fde;
     const QuantizeKernels* quantize;
+    const CodesKernels* codes;
 };
 
 /// The table of the active level. Fetched once an op, not once an element.

@@ -25,10 +25,11 @@ from polyvec._arrays import (
     output,
     outputs,
 )
+from polyvec._codes import RaBitQ, ScalarQuantizer
 from polyvec._files import State
 from polyvec._progress import Progress, reporting
 
-__all__ = ["KMeansResult", "ProductQuantizer", "kmeans"]
+__all__ = ["KMeansResult", "ProductQuantizer", "RaBitQ", "ScalarQuantizer", "kmeans"]
 
 _SEED_ROWS = 64  # k-means++ looks at this many rows a centroid
 _OPQ_ROUNDS = 10

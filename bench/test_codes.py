@@ -1,0 +1,80 @@
+"""Scans of integer codes beside faiss and turbovec: as many bytes a vector, and recall of the 10 nearest compared."""
+
+import lzma
+
+import numpy as np
+import pytest
+
+import polyvec as pv
+
+NQ = 200
+
+
+@pytest.fixture(scope="module")
+def faiss(threads):
+    module = pytest.importorskip("faiss")
+    module.omp_set_num_threads(threads)
+    return module
+
+
+@pytest.fixture(scope="module")
+def glosses(data):
+    """115,659 x 384, normalised, 200 other ones as queries, and the exact 10 nearest of each."""
+    with lzma.open(data / "wordnet-glosses-minilm" / "vectors_i8.npy.xz") as file:
+        x = np.load(file).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    held_out = np.sort(np.random.default_rng(0).choice(len(x), 2000, replace=False))
+    queries, items = x[held_out[::10]].copy(), np.delete(x, held_out, 0)
+    return items, queries, pv.scan.topk(queries, items, 10)[1]
+
+
+def recall(ids, nearest):
+    return np.mean([len(set(a[:10]) & set(b)) / 10 for a, b in zip(ids.tolist(), nearest.tolist(), strict=True)])
+
+
+def run(compare, benchmark, glosses, nq, codec, name, search, slack):
+    """Time both for `nq` queries, once the recall of all queries is no lower than the rival's less `slack`."""
+    items, queries, nearest = glosses
+    codes = codec.encode(items)
+    ours, theirs = (recall(np.asarray(ids), nearest) for _, ids in (codec.search(queries, codes, 100), search(queries)))
+    assert ours >= theirs - slack, (ours, theirs)
+    benchmark.extra_info.update(recall={"polyvec": ours, name: theirs}, code_size=codec.code_size)
+    few = queries[:nq].copy()
+    compare(
+        lambda: codec.search(few, codes, 100),
+        {name: lambda: search(few)},
+        check=lambda result: len(result[1]) == nq or pytest.fail("too few results"),
+        bytes=codes.nbytes * nq,
+    )
+
+
+@pytest.mark.parametrize("nq", [1, NQ])
+@pytest.mark.parametrize("bits", [8, 6, 4])
+def test_scalar(compare, benchmark, faiss, glosses, bits, nq):
+    index = faiss.index_factory(384, f"SQ{bits}", faiss.METRIC_INNER_PRODUCT)
+    index.train(glosses[0])
+    index.add(glosses[0])
+    codec = pv.quantize.ScalarQuantizer(384, bits=bits, ranges="dimension").fit(glosses[0])
+    run(compare, benchmark, glosses, nq, codec, "faiss", lambda q: index.search(q, 100), 0.01)
+
+
+@pytest.mark.parametrize("nq", [1, NQ])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_rabitq(compare, benchmark, faiss, glosses, bits, nq):
+    """Faiss takes 10 s to encode 4 bits and keeps queries in float32; with one bit it scans by in-register tables."""
+    index = faiss.index_factory(384, "RaBitQfs" if bits == 1 else f"RaBitQ{bits}", faiss.METRIC_INNER_PRODUCT)
+    index.train(glosses[0])
+    index.add(glosses[0])
+    codec = pv.quantize.RaBitQ(384, bits=bits).fit(glosses[0])
+    run(compare, benchmark, glosses, nq, codec, "faiss", lambda q: index.search(q, 100), 0.02)
+
+
+@pytest.mark.parametrize("nq", [1, NQ])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_rabitq_beside_turbovec(compare, benchmark, glosses, bits, nq):
+    turbovec = pytest.importorskip("turbovec")
+    index = turbovec.TurboQuantIndex(384, bits)
+    index.add(glosses[0])
+    index.prepare()
+    codec = pv.quantize.RaBitQ(384, bits=bits).fit(glosses[0])
+    run(compare, benchmark, glosses, nq, codec, "turbovec", lambda q: index.search(q, 100), 0.005)

@@ -1,0 +1,677 @@
+"""Codecs of integers: scalar quantisation and RaBitQ. Public as `polyvec.quantize.ScalarQuantizer` and `.RaBitQ`.
+
+A codec turns vectors into rows of uint8. It has `fit`, `encode`, `decode`, `search`, `code_size`, `nbytes`, `save`,
+`load`, `state` and `from_state`; `Refined` builds on these.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from polyvec import _backend, _core, _files
+from polyvec._arrays import (
+    ArrayT,
+    as_array,
+    as_count,
+    as_ids,
+    choice,
+    device_name,
+    dtype_name,
+    empty,
+    is_array,
+    is_torch,
+    output,
+    outputs,
+)
+from polyvec._files import State
+from polyvec._progress import Progress, reporting
+
+Floats = npt.NDArray[np.float32]
+
+_FLOATS = ("float32", "float16", "bfloat16")
+_BLOCK_ROWS = 1 << 14  # rows converted, rotated and encoded at a time
+_MAX_DIM = 32768
+_CodecT = TypeVar("_CodecT", bound="IntegerCodec")
+
+
+class IntegerCodec:
+    """What the codecs of integers have in common."""
+
+    dim: int
+    bits: int
+    metric: str
+    _name: str
+    _params: tuple[str, ...]
+    _tensors: tuple[str, ...]  # attributes: arrays that `fit` sets, all None before
+
+    # ---- what a codec says of itself
+
+    def _parts(self) -> str:
+        """The parts of a code behind its numbers: any of s(cale), m(ean), o(ffset), e(rror)."""
+        raise NotImplementedError
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor."""
+        raise NotImplementedError
+
+    def _encode(self, op: str, rows: Floats, codes: Any, num_threads: int | None) -> None:
+        """Encode prepared rows, which may be overwritten."""
+        raise NotImplementedError
+
+    def _decode(self, op: str, codes: Any, out: Any, num_threads: int | None) -> None:
+        raise NotImplementedError
+
+    def _weights(self, op: str, queries: Floats, num_threads: int | None) -> tuple[Floats, Floats, Floats]:
+        """Return weights, mean weights and constants (CodesSearch) of prepared queries, which may be overwritten."""
+        raise NotImplementedError
+
+    # ---- the codec
+
+    @property
+    def code_size(self) -> int:
+        """Bytes of a code."""
+        return int(_core.code_size(self.dim, self.bits, self._parts()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what `fit` found."""
+        return sum(getattr(self, name).nbytes for name in self._tensors if getattr(self, name) is not None)
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={getattr(self, name)!r}" for name in self._params[1:])
+        return f"{type(self).__name__}({self.dim}, {options}){'' if self._is_fitted() else ', not fitted'}"
+
+    def encode(
+        self, x: ArrayT, *, out: ArrayT | None = None, progress: Progress = None, num_threads: int | None = None
+    ) -> ArrayT:
+        """Return the code of each vector.
+
+        Parameters
+        ----------
+        x : array of shape (n, dim), float32 | float16 | bfloat16
+            A memory map is read block by block.
+        out : array of shape (n, code_size), uint8, optional
+            Written and returned; a memory map is written block by block.
+        progress : None, bool or callable
+            True shows a bar; a callable is called with (done, total) rows.
+        num_threads : int, optional
+            CPU threads; the process setting when None.
+
+        Returns
+        -------
+        array of shape (n, code_size), uint8, x's library and device
+
+        Raises
+        ------
+        RuntimeError
+            Before `fit`.
+        ValueError
+            Rows of another width, NaN or Inf.
+
+        Notes
+        -----
+        Codes have the same bits at every instruction-set level and for any number of threads. Beside x and the codes it
+        needs 4 * 16,384 * dim bytes.
+        """
+        op = f"{self._name}.encode"
+        self._require_fitted(op)
+        rows = self._vectors(op, "x", x)
+        out = output(op, out, x if is_array(x) else rows, (len(rows), self.code_size), "uint8")
+        codes = np.asarray(out)
+        with reporting(op, progress, len(rows), "rows") as report:
+            for begin in range(0, len(rows), _BLOCK_ROWS):
+                block = self._prepared(op, "x", rows, begin, num_threads)
+                self._encode(op, block, codes[begin : begin + len(block)], num_threads)
+                report(len(block))
+        return out
+
+    def decode(self, codes: ArrayT, *, out: ArrayT | None = None, num_threads: int | None = None) -> ArrayT:
+        """Return the vectors that codes stand for.
+
+        Parameters
+        ----------
+        codes : array of shape (n, code_size), uint8
+        out : array of shape (n, dim), float32, optional
+        num_threads : int, optional
+
+        Returns
+        -------
+        array of shape (n, dim), float32, codes' library and device
+            With metric "cosine" they stand for the directions of what was encoded.
+
+        Raises
+        ------
+        RuntimeError
+            Before `fit`.
+        ValueError
+            Codes of another size.
+        """
+        op = f"{self._name}.decode"
+        self._require_fitted(op)
+        table = self._codes(op, codes)
+        out = output(op, out, codes if is_array(codes) else table, (len(table), self.dim), "float32")
+        self._decode(op, table, np.asarray(out), num_threads)
+        return out
+
+    def search(
+        self,
+        queries: ArrayT,
+        codes: Any,
+        k: int,
+        *,
+        include: Any = None,
+        out: tuple[ArrayT, ArrayT] | None = None,
+        num_threads: int | None = None,
+    ) -> tuple[ArrayT, ArrayT]:
+        """Return the k codes that score best against each query, without decoding them.
+
+        Parameters
+        ----------
+        queries : array of shape (nq, dim), float32 | float16 | bfloat16
+        codes : array of shape (n, code_size), uint8
+            A memory map is read once for 512 queries.
+        k : int
+        include : bool array of shape (n,) or integer array of shape (m,), optional
+            Which codes take part: a mask, or their rows. All when None.
+        out : pair of arrays of shape (nq, k), float32 and int64, optional
+        num_threads : int, optional
+            CPU threads; the process setting when None.
+
+        Returns
+        -------
+        scores : array of shape (nq, k), float32, queries' library and device
+            Best first, equal scores by smaller id. "ip", "cosine": higher is better; "l2": squared distances.
+        ids : array of shape (nq, k), int64
+            Rows of `codes`. Where fewer than k take part: id -1 with score -inf ("l2": inf).
+
+        Raises
+        ------
+        RuntimeError
+            Before `fit`.
+        ValueError
+            Queries or codes of another width, k below 1, a mask of another length.
+        IndexError
+            A row in `include` outside the codes.
+
+        Notes
+        -----
+        A query is rounded to 127 steps of its largest element (in the codec's scale); its products with the numbers of
+        a code are exact integers. dim multiply-adds of bytes a pair of query and code; for one query the scan reads
+        code_size bytes a code. A query's result does not depend on the other queries, the instruction-set level or
+        num_threads, and one with NaN or Inf finds nothing. Reads its arguments only; several threads may call it at
+        once.
+        """
+        op = f"{self._name}.search"
+        self._require_fitted(op)
+        rows = self._vectors(op, "queries", queries)
+        table = self._codes(op, codes)
+        k = as_count(op, "k", k)
+        mask = _mask(op, include, len(table))
+        out = outputs(op, out, queries if is_array(queries) else rows, (len(rows), k), ("float32", "int64"),
+                      ("scores", "ids"))  # fmt: skip
+        prepared = _as_float32(rows, copy=True)
+        if self.metric == "cosine":
+            _backend.run(op, "codes_unit_rows", prepared, prepared, num_threads=num_threads)
+        weights = self._weights(op, prepared, num_threads)
+        _backend.run(
+            op, "codes_search", prepared,
+            *weights, table, mask, *out, self.bits, self._parts(), self.metric == "l2",
+            num_threads=num_threads,
+        )  # fmt: skip
+        return out
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the fitted codec to one file, which replaces an existing one only when it is complete.
+
+        Parameters
+        ----------
+        path : path
+
+        Raises
+        ------
+        RuntimeError
+            Before `fit`.
+        OSError
+            The system's own: a missing folder, no permission, a full disk. An existing file is untouched then.
+        """
+        _files.save(path, self._name, self.state())
+
+    @classmethod
+    def load(cls: type[_CodecT], path: str | os.PathLike[str]) -> _CodecT:
+        """Read a codec that `save` wrote.
+
+        Parameters
+        ----------
+        path : path
+
+        Returns
+        -------
+        Self
+            A codec of the class.
+
+        Raises
+        ------
+        FormatError
+            The file is damaged, truncated, of another kind or of a newer format.
+        OSError
+            The system's own.
+        """
+        return _files.load(path, cls._name, cls.from_state)
+
+    def state(self) -> State:
+        """Return what `save` writes.
+
+        Returns
+        -------
+        State
+            The tensors, shared with the codec, and the parameters.
+
+        Raises
+        ------
+        RuntimeError
+            Before `fit`.
+        """
+        self._require_fitted(f"{self._name}.state")
+        tensors = {name: getattr(self, name) for name in self._tensors}
+        return State(tensors, {name: getattr(self, name) for name in self._params})
+
+    @classmethod
+    def from_state(cls: type[_CodecT], state: State) -> _CodecT:
+        """Build a codec from a state.
+
+        Parameters
+        ----------
+        state : State
+            As `state` returned it. The tensors are used in place.
+
+        Returns
+        -------
+        Self
+            A codec of the class.
+
+        Raises
+        ------
+        ValueError, TypeError, LookupError
+            A state that does not fit together.
+        """
+        self = cls(**state.params)
+        for name, shape in self._shapes().items():
+            tensor = state.tensors[name]
+            if tensor.shape != shape or tensor.dtype != np.float32:
+                raise ValueError(f"{name} must be float32 of shape {shape}, got {tensor.dtype} of shape {tensor.shape}")
+            setattr(self, name, tensor)
+        return self
+
+    # ---- arguments
+
+    def _set_form(self, dim: int, bits: int, choices: tuple[int, ...], metric: str) -> None:
+        op = self._name
+        self.dim = as_count(op, "dim", dim)
+        if self.dim > _MAX_DIM:
+            raise ValueError(f"{op}: dim must be at most {_MAX_DIM}, got {self.dim}")
+        self.bits = choice(op, "bits", bits, choices)
+        self.metric = choice(op, "metric", metric, ("ip", "l2", "cosine"))
+        for name in self._tensors:
+            setattr(self, name, None)
+
+    def _is_fitted(self) -> bool:
+        return all(getattr(self, name) is not None for name in self._tensors)
+
+    def _require_fitted(self, op: str) -> None:
+        if not self._is_fitted():
+            raise RuntimeError(f"{op}: the quantizer must be fitted before; call fit(x)")
+
+    def _vectors(self, op: str, name: str, x: Any) -> Any:
+        """Return `x` in its library: conversion waits until a block of it is needed."""
+        rows = as_array(op, name, x, dtypes=_FLOATS, ndim=2, dense=False)
+        if device_name(rows) != "cpu":
+            raise TypeError(f"{op}: {name} must be on cpu, got {device_name(rows)}; this function has no CUDA form yet")
+        if rows.shape[1] != self.dim:
+            raise ValueError(f"{op}: {name} must have d = {self.dim}, got {rows.shape[1]}")
+        return rows
+
+    def _codes(self, op: str, codes: Any) -> Any:
+        table = as_array(op, "codes", codes, dtypes=("uint8",), ndim=2)
+        if device_name(table) != "cpu":
+            raise TypeError(f"{op}: codes must be on cpu, got {device_name(table)}; this function has no CUDA form yet")
+        if table.shape[1] != self.code_size:
+            raise ValueError(f"{op}: codes must have {self.code_size} bytes a row, got {table.shape[1]}")
+        return np.asarray(table)
+
+    def _prepared(self, op: str, name: str, rows: Any, begin: int, num_threads: int | None) -> Floats:
+        """Return a block of rows as float32, finite and, for "cosine", of norm 1; a copy."""
+        block = _as_float32(rows[begin : begin + _BLOCK_ROWS], copy=True)
+        bad = _backend.run(op, "first_nonfinite_row", block, block, num_threads=num_threads)
+        if bad >= 0:
+            raise ValueError(f"{op}: {name} must be finite, got NaN or Inf in row {begin + bad}")
+        if self.metric == "cosine":
+            _backend.run(op, "codes_unit_rows", block, block, num_threads=num_threads)
+        return block
+
+
+def _as_float32(x: Any, *, copy: bool = False) -> Floats:
+    """Return a C-contiguous numpy array."""
+    if is_torch(x):
+        x = x.float().numpy() if dtype_name(x) != "float32" else x.numpy()
+    return np.array(x, np.float32, order="C") if copy else np.ascontiguousarray(x, np.float32)
+
+
+def _mask(op: str, include: Any, n: int) -> npt.NDArray[np.bool_] | None:
+    """Return which of n codes take part."""
+    if include is None:
+        return None
+    if not is_array(include):
+        include = np.asarray(include)
+    if dtype_name(include) == "bool":
+        mask = np.asarray(as_array(op, "include", include, dtypes=("bool",), ndim=1))
+        if len(mask) != n:
+            raise ValueError(f"{op}: include must have one entry a code ({n}), got {len(mask)}")
+        return mask
+    rows = np.asarray(as_ids(op, "include", include))
+    outside = np.flatnonzero((rows < 0) | (rows >= n))
+    if len(outside):
+        raise IndexError(f"{op}: include must be in [0, {n}), got {rows[outside[0]]} at position {outside[0]}")
+    mask = np.zeros(n, np.bool_)
+    mask[rows] = True
+    return mask
+
+
+class ScalarQuantizer(IntegerCodec):
+    """Codes of one number a dimension: c_j = round((x_j - low) / step), of 8, 6 or 4 bits.
+
+    `search` compares queries, rounded to 8 bits, with codes directly. The score of a code is that of the vector it
+    decodes to.
+
+    Parameters
+    ----------
+    dim : int
+        Width d of the vectors.
+    bits : {8, 6, 4}
+        Bits of a number.
+    ranges : {"all", "dimension", "vector"}
+        What a range of values is fitted to: all values, those of each dimension, or those of each vector, which keeps
+        its range in 8 bytes of its code.
+    metric : {"ip", "l2", "cosine"}
+        What `search` ranks by: inner products or cosines, higher is better; or squared distances, lower is better.
+        Codes of "l2" have 4 bytes more, for the norm; those of "cosine" forget the norm.
+
+    Attributes
+    ----------
+    mid, step : numpy arrays of shape (dim,), float32
+        A number c stands for mid + step * (c - (2^bits - 1) / 2). None before `fit`; not used with ranges="vector".
+    code_size : int
+        Bytes of a code: dim * bits / 8, rounded up, and what ranges and metric add.
+    nbytes : int
+        Bytes of what `fit` found.
+
+    References
+    ----------
+    Aguerrebere et al. (2023): Similarity search in the blink of an eye with compressed indices, section 3 (a range a
+    vector).
+
+    Examples
+    --------
+    >>> import numpy as np, polyvec as pv
+    >>> x = np.random.default_rng(0).standard_normal((1000, 32), np.float32)
+    >>> codec = pv.quantize.ScalarQuantizer(32, bits=6, metric="cosine").fit(x)
+    >>> codes = codec.encode(x)
+    >>> codes.shape, codes.dtype
+    ((1000, 24), dtype('uint8'))
+    >>> scores, ids = codec.search(x[:2], codes, 10)
+    >>> ids[:, 0].tolist()
+    [0, 1]
+    """
+
+    _name = "quantize.ScalarQuantizer"
+    _params = ("dim", "bits", "ranges", "metric")
+    _tensors = ("mid", "step")
+    mid: Any  # float32 or, before `fit`, None; so are the others
+    step: Any
+
+    def __init__(self, dim: int, *, bits: int = 8, ranges: str = "all", metric: str = "ip") -> None:
+        self._set_form(dim, bits, (8, 6, 4), metric)
+        self.ranges: str = choice(self._name, "ranges", ranges, ("all", "dimension", "vector"))
+
+    def fit(self, x: Any, *, train_size: int = 16384, num_threads: int | None = None) -> ScalarQuantizer:
+        """Find the ranges for vectors like these: from the smallest to the largest value, shrunk where that loses less.
+
+        Parameters
+        ----------
+        x : array of shape (n, dim), float32 | float16 | bfloat16
+            At least one row.
+        train_size : int
+            Look at this many rows at most, evenly spaced.
+        num_threads : int, optional
+
+        Returns
+        -------
+        ScalarQuantizer
+            Itself.
+
+        Raises
+        ------
+        ValueError
+            No rows, rows of another width, NaN or Inf.
+
+        Notes
+        -----
+        Of 15 ranges, all about the same middle, the one whose codes have the least squared error. Values outside a
+        range become its end.
+        """
+        op = f"{self._name}.fit"
+        rows = self._vectors(op, "x", x)
+        train_size = as_count(op, "train_size", train_size)
+        if len(rows) == 0:
+            raise ValueError(f"{op}: x must have at least 1 row, got 0")
+        sample = rows[:: -(-len(rows) // train_size)]
+        blocks = [self._prepared(op, "x", sample, b, num_threads) for b in range(0, len(sample), _BLOCK_ROWS)]
+        values = np.concatenate(blocks)
+        axis = None if self.ranges == "all" else 0
+        low, high = values.min(axis), values.max(axis)
+        mid = np.broadcast_to(low / 2 + high / 2, (self.dim,)).astype(np.float32)
+        step = np.broadcast_to((high / 2 - low / 2) / ((2**self.bits - 1) / 2), (self.dim,)).astype(np.float32)
+        if self.ranges == "vector":
+            self.mid, self.step = np.zeros_like(mid), np.ones_like(step)
+            return self
+        codes = np.empty((len(values), _core.code_size(self.dim, self.bits, "")), np.uint8)
+        decoded = np.empty_like(values)
+        errors = []
+        shrunk = [step * np.float32(share) for share in np.linspace(1, 0.3, 15)]
+        for candidate in shrunk:
+            _backend.run(op, "codes_scalar_encode", values, values, mid, candidate, codes, self.bits, "",
+                         num_threads=num_threads)  # fmt: skip
+            _backend.run(op, "codes_decode", values, codes, mid, candidate, decoded, self.bits, "",
+                         num_threads=num_threads)  # fmt: skip
+            errors.append(np.square(decoded - values).sum(dtype=np.float64))
+        self.mid, self.step = mid, shrunk[int(np.argmin(errors))]
+        return self
+
+    def _parts(self) -> str:
+        return ("sm" if self.ranges == "vector" else "") + ("o" if self.metric == "l2" else "")
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"mid": (self.dim,), "step": (self.dim,)}
+
+    def _table(self) -> tuple[Floats | None, Floats | None]:
+        return (None, None) if self.ranges == "vector" else (self.mid, self.step)
+
+    def _encode(self, op: str, rows: Floats, codes: Any, num_threads: int | None) -> None:
+        _backend.run(
+            op, "codes_scalar_encode", rows,
+            rows, *self._table(), codes, self.bits, self._parts(),
+            num_threads=num_threads,
+        )  # fmt: skip
+
+    def _decode(self, op: str, codes: Any, out: Any, num_threads: int | None) -> None:
+        _backend.run(
+            op, "codes_decode", codes, codes, *self._table(), out, self.bits, self._parts(), num_threads=num_threads
+        )
+
+    def _weights(self, op: str, queries: Floats, num_threads: int | None) -> tuple[Floats, Floats, Floats]:
+        mid, step = self._table()
+        with np.errstate(invalid="ignore", over="ignore"):  # what is not a number finds nothing
+            sums = queries.sum(1, dtype=np.float64)
+            middle = np.zeros_like(sums) if mid is None else (queries * mid.astype(np.float64)).sum(1)
+            if self.metric == "l2":
+                middle = np.square(queries, dtype=np.float64).sum(1) - 2 * middle
+            weights = queries if step is None else queries * step
+            return weights, sums.astype(np.float32), middle.astype(np.float32)
+
+
+class RaBitQ(IntegerCodec):
+    """Codes of 1 to 8 bits a dimension of randomly rotated vectors, with unbiased scores and a bound on their error.
+
+    A vector less the mean of the data is rotated, and replaced by the grid point closest to it in angle; a factor makes
+    up for the angle that is left, so that over the choice of the rotation the expected score is the exact one.
+
+    Parameters
+    ----------
+    dim : int
+        Width d of the vectors.
+    bits : int
+        Bits of a number, 1 to 8.
+    metric : {"ip", "l2", "cosine"}
+        What `search` ranks by: inner products or cosines, higher is better; or squared distances, lower is better.
+        Codes of "l2" have 4 bytes more, for the norm; those of "cosine" forget the norm.
+    seed : int
+        The same seed gives the same rotation.
+
+    Attributes
+    ----------
+    centroid : numpy array of shape (dim,), float32
+        The mean of the vectors given to `fit`; None before.
+    signs : numpy array of shape (4, dim), float32
+        The rotation: four times, multiply by a row and transform the first, or in turn the last, 2^floor(log2 dim)
+        elements by Hadamard's matrix.
+    code_size : int
+        Bytes of a code: dim * bits / 8, rounded up, and 6 (a factor and the error; "l2": 10).
+    nbytes : int
+        Bytes of what `fit` found.
+
+    References
+    ----------
+    Gao and Long (2024): RaBitQ, sections 3.1 to 3.3. Gao et al. (2025): Practical and asymptotically optimal
+    quantization of high-dimensional vectors, section 3 (more than one bit).
+
+    Examples
+    --------
+    >>> import numpy as np, polyvec as pv
+    >>> x = np.random.default_rng(0).standard_normal((1000, 64), np.float32)
+    >>> codec = pv.quantize.RaBitQ(64, bits=2, metric="l2").fit(x)
+    >>> codes = codec.encode(x)
+    >>> codes.shape
+    (1000, 26)
+    >>> scores, ids = codec.search(x[:2], codes, 10)
+    >>> ids[:, 0].tolist()
+    [0, 1]
+    """
+
+    _name = "quantize.RaBitQ"
+    _params = ("dim", "bits", "metric", "seed")
+    _tensors = ("centroid", "signs")
+    centroid: Any
+    signs: Any
+
+    def __init__(self, dim: int, *, bits: int = 4, metric: str = "ip", seed: int = 0) -> None:
+        self._set_form(dim, bits, tuple(range(1, 9)), metric)
+        self.seed = as_count(self._name, "seed", seed, least=0)
+
+    def fit(self, x: Any, *, train_size: int = 65536, num_threads: int | None = None) -> RaBitQ:
+        """Find the mean of vectors like these.
+
+        Parameters
+        ----------
+        x : array of shape (n, dim), float32 | float16 | bfloat16
+            At least one row.
+        train_size : int
+            Look at this many rows at most, evenly spaced.
+        num_threads : int, optional
+
+        Returns
+        -------
+        RaBitQ
+            Itself.
+
+        Raises
+        ------
+        ValueError
+            No rows, rows of another width, NaN or Inf.
+        """
+        op = f"{self._name}.fit"
+        rows = self._vectors(op, "x", x)
+        train_size = as_count(op, "train_size", train_size)
+        if len(rows) == 0:
+            raise ValueError(f"{op}: x must have at least 1 row, got 0")
+        sample = rows[:: -(-len(rows) // train_size)]
+        total = np.zeros(self.dim)
+        for begin in range(0, len(sample), _BLOCK_ROWS):
+            total += self._prepared(op, "x", sample, begin, num_threads).sum(0, dtype=np.float64)
+        self.centroid = (total / len(sample)).astype(np.float32)
+        power = 1 << (self.dim.bit_length() - 1)
+        signs = np.random.default_rng(self.seed).choice(np.array([-1, 1], np.float32), (4, self.dim))
+        signs[0::2, :power] *= np.float32(power**-0.5)
+        signs[1::2, self.dim - power :] *= np.float32(power**-0.5)
+        self.signs = signs
+        return self
+
+    def errors(self, codes: ArrayT) -> ArrayT:
+        """Return how far the scores of codes can be off: the error that `encode` measured, rounded up.
+
+        The score of query q and a code is off by at most eps |q - centroid| errors for "l2" twice that, and
+        eps |q| errors for "ip" and "cosine", with a probability of at least 1 - 2 exp(-c eps^2) over the choice of the
+        rotation. eps = 1.9 holds in nearly all cases; the error has the standard deviation of eps = 1.
+
+        Parameters
+        ----------
+        codes : array of shape (n, code_size), uint8
+
+        Returns
+        -------
+        array of shape (n,), float32, codes' library and device
+            |r| sqrt((1 - cos^2) / (cos^2 (dim - 1))): r is the vector less the centroid, cos its cosine with the code.
+
+        Raises
+        ------
+        ValueError
+            Codes of another size.
+
+        References
+        ----------
+        Gao and Long (2024): RaBitQ, theorem 3.2.
+        """
+        op = f"{self._name}.errors"
+        table = self._codes(op, codes)
+        out = empty(codes if is_array(codes) else table, (len(table),), "float32")
+        np.asarray(out)[:] = np.ascontiguousarray(table[:, -2:]).view(np.float16)[:, 0]
+        return out  # type: ignore[no-any-return]
+
+    def _parts(self) -> str:
+        return "soe" if self.metric == "l2" else "se"
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"centroid": (self.dim,), "signs": (4, self.dim)}
+
+    def _encode(self, op: str, rows: Floats, codes: Any, num_threads: int | None) -> None:
+        rows -= self.centroid
+        _backend.run(op, "codes_rotate", rows, self.signs, rows, False, num_threads=num_threads)
+        _backend.run(op, "codes_rabitq_encode", rows, rows, codes, self.bits, self._parts(), num_threads=num_threads)
+
+    def _decode(self, op: str, codes: Any, out: Any, num_threads: int | None) -> None:
+        _backend.run(op, "codes_decode", codes, codes, None, None, out, self.bits, self._parts(),
+                     num_threads=num_threads)  # fmt: skip
+        _backend.run(op, "codes_rotate", out, self.signs, out, True, num_threads=num_threads)
+        out += self.centroid
+
+    def _weights(self, op: str, queries: Floats, num_threads: int | None) -> tuple[Floats, Floats, Floats]:
+        with np.errstate(invalid="ignore", over="ignore"):  # what is not a number finds nothing
+            if self.metric == "l2":
+                queries -= self.centroid
+                constants = np.square(queries, dtype=np.float64).sum(1)
+            else:
+                constants = (queries * self.centroid.astype(np.float64)).sum(1)
+        _backend.run(op, "codes_rotate", queries, self.signs, queries, False, num_threads=num_threads)
+        return queries, np.zeros(len(queries), np.float32), constants.astype(np.float32)
