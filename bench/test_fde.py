@@ -72,7 +72,7 @@ def close_to(expected):
 @pytest.mark.parametrize("tokens", [TOKENS, 30])
 def test_docs(compare, rng, tokens, threads):
     sets = unit_tokens(rng, 32, tokens)
-    encoder = pv.fde.Encoder(D, fill_ties="first_bucket")
+    encoder = pv.fde.Encoder(D, dialect="fastembed")
     rival, numpy = muvera(encoder), InNumpy(encoder)
     out = np.empty((len(sets), encoder.output_dim), np.float32)
     compare(
@@ -105,7 +105,7 @@ def test_docs_with_a_final_sketch(compare, rng, threads):
     """(40, 6, 128) to 10240: the 327,680 columns before the sketch are never stored."""
     sets = unit_tokens(rng, 16, TOKENS)
     encoder = pv.fde.Encoder(
-        D, repetitions=40, simhash_bits=6, projection_dim=None, final_dim=10240, fill_ties="first_bucket"
+        D, repetitions=40, simhash_bits=6, projection_dim=None, final_dim=10240, dialect="fastembed"
     )
     numpy = InNumpy(encoder)
     out = np.empty((len(sets), encoder.output_dim), np.float32)

@@ -11,6 +11,7 @@ import ranking
 from accuracy import assert_exact, assert_reduction
 from reference import fde as ref
 
+DIALECTS = ["paper", "google", "fastembed", "weaviate", "opensearch", "muvera-py"]
 SIZES = [0, 1, 2, 7, 40, 0, 200]
 
 
@@ -37,7 +38,7 @@ def both(encoder, sets, **options):
 # The definition
 
 
-@pytest.mark.parametrize("ties", ["first_token", "first_bucket"])
+@pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize(
     ("d", "repetitions", "bits", "projection_dim"),
     [
@@ -58,9 +59,9 @@ def both(encoder, sets, **options):
         (80, 2, 2, 65),
     ],
 )
-def test_encodings_equal_the_definition(rng, isa, d, repetitions, bits, projection_dim, ties):
+def test_encodings_equal_the_definition(rng, isa, d, repetitions, bits, projection_dim, dialect):
     encoder = pv.fde.Encoder(
-        d, repetitions=repetitions, simhash_bits=bits, projection_dim=projection_dim, fill_ties=ties
+        d, repetitions=repetitions, simhash_bits=bits, projection_dim=projection_dim, dialect=dialect
     )
     sets = sample(rng, SIZES, d)
     docs, queries = both(encoder, sets)
@@ -84,7 +85,7 @@ def test_any_shape(sizes, d, repetitions, bits, fill, final_dim, seed):
     projection_dim = int(rng.integers(1, d + 1))
     encoder = pv.fde.Encoder(
         d, repetitions=repetitions, simhash_bits=bits, projection_dim=projection_dim, final_dim=final_dim,
-        fill_empty=fill, seed=seed, fill_ties=["first_token", "first_bucket"][seed % 2],
+        fill_empty=fill, seed=seed, dialect=DIALECTS[seed % 6],
     )  # fmt: skip
     sets = sample(rng, sizes, d)
     given_sets = sets if sets else pv.Ragged(np.zeros((0, d), np.float32), [0])
@@ -124,16 +125,17 @@ def test_a_token_on_a_plane_is_not_above_it(isa):
     assert_exact(encoder.partition(tokens), [[0], [0], [0], [7]])
 
 
-@pytest.mark.parametrize("ties", ["first_token", "first_bucket"])
+@pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 9, 30])
-def test_empty_buckets_take_the_very_token_of_the_definition(rng, isa, n, ties):
-    encoder = pv.fde.Encoder(24, repetitions=9, simhash_bits=6, projection_dim=None, fill_ties=ties)
+def test_empty_buckets_take_the_very_token_of_the_definition(rng, isa, n, dialect):
+    encoder = pv.fde.Encoder(24, repetitions=9, simhash_bits=6, projection_dim=None, dialect=dialect)
     tokens = rng.standard_normal((n, 24)).astype(np.float32)
-    ids = encoder.partition(tokens)
+    ids, bits = encoder.partition(tokens), ref.sign_bits(tokens, encoder.hyperplanes)
+    assert_exact(ids, ref.bucket_ids(tokens, encoder.hyperplanes, dialect))
     blocks = encoder.encode_docs([tokens]).reshape(9, 64, 24)
     for r in range(9):
         for bucket in sorted(set(range(64)) - set(ids[:, r].tolist())):
-            assert_exact(blocks[r, bucket], tokens[ref.fill_token(ids[:, r], bucket, ties)])
+            assert_exact(blocks[r, bucket], tokens[ref.fill_token(bits[:, r], bucket, dialect)])
 
 
 @pytest.mark.parametrize("projection_dim", [None, 8])
@@ -156,7 +158,7 @@ def test_values_of_fastembed():
     draw = np.random.default_rng(42)
     planes = np.stack([draw.normal(size=(128, 5)) for _ in range(20)]).astype(np.float32)
     projections = (draw.choice([-1, 1], size=(20, 128, 16)) / 4).astype(np.float32)
-    given_matrices = pv.fde.Encoder(128, fill_ties="first_bucket", hyperplanes=planes, projections=projections)
+    given_matrices = pv.fde.Encoder(128, dialect="fastembed", hyperplanes=planes, projections=projections)
     tokens = np.random.default_rng(42).random((10, 128)).astype(np.float32)
     doc, query = (x[0] for x in both(given_matrices, tokens[None]))
     _, size = ref.encode(tokens, given_matrices, docs=True)
@@ -164,7 +166,7 @@ def test_values_of_fastembed():
     first = np.flatnonzero(query)[:3]
     _, size = ref.encode(tokens, given_matrices, docs=False)
     assert_reduction(query[first], [-0.85783903, 1.1077204, -0.09522747], size[first], length=138)
-    drawn = pv.fde.Encoder(128, fill_ties="first_bucket", seed=42)
+    drawn = pv.fde.Encoder(128, dialect="fastembed", seed=42)
     assert_exact(drawn.encode_docs(tokens[None])[0], doc)
     assert_exact(drawn.encode_queries(tokens[None])[0], query)
 
@@ -184,6 +186,97 @@ def test_matrices_are_drawn_as_documented():
         assert (encoder.projections, encoder.projection_dim, encoder.output_dim) == (None, None, 20 * 32 * 6)
 
 
+LIBSTDCXX_NORMALS = """
+    -0x1.621002p-1 0x1.11bd36p+0 0x1.8307bp-2 -0x1.8ec48p-5 -0x1.61f38p-2 0x1.bd3532p+0 -0x1.b1d9f6p+0 0x1.1aebe2p-2
+    -0x1.befa82p-1 0x1.363d98p-9 -0x1.19e332p-3 -0x1.760b4ep-1 0x1.b34234p+1 -0x1.d79878p-7 0x1.9a2b4cp-1 0x1.8eaaeap-2
+    -0x1.2c558ap-1 0x1.0da278p+0"""
+JAVA_NORMALS = """
+    1.1419053154730547 0.9194079489827879 -0.9498666368908959 -1.1069902863993377 0.2809776380727795 0.6846227956326554
+    -0.8172214073987268 -1.3966434026780434 -0.19094451307087512 1.4862133923906502"""
+JAVA_SIGNS = [-1, -1, 1, 1, 1, 1, -1, -1, 1, -1, -1, -1, 1, -1, 1, -1, 1, -1, -1, -1, 1, -1, 1, -1, -1, -1, 1, -1, 1, 1]
+
+
+def test_google_draws_what_libstdcxx_does():
+    """Figures of a C++ program, GCC 12: std::mt19937(7) through std::normal_distribution<float>; through
+    std::uniform_int_distribution(0, 2) and std::bernoulli_distribution(0.5) in turns; and the same of 10,240 columns,
+    whose indices are rejected now and then."""
+    encoder = pv.fde.Encoder(9, repetitions=1, simhash_bits=2, projection_dim=3, seed=7, dialect="google")
+    assert_exact(encoder.hyperplanes[0].T.ravel(), [np.float32(float.fromhex(x)) for x in LIBSTDCXX_NORMALS.split()])
+    column, sign = np.abs(encoder.projections[0]).argmax(1), encoder.projections[0].sum(1)
+    assert_exact(column, [0, 0, 2, 0, 1, 1, 1, 2, 1])
+    assert_exact(sign, [-1, -1, -1, 1, 1, 1, -1, 1, 1])
+    assert (np.count_nonzero(encoder.projections[0], axis=1) == 1).all()
+    index, sign = pv._fde_dialects._libstdcxx_sketch(7, 400_000, 10240)
+    digest = 0
+    for word in (2 * index + (sign > 0)).tolist():
+        digest = (digest * 31 + word) % 1_000_000_007
+    assert digest == 813450327
+    assert_exact(index[:5], [781, 3266, 7408, 3154, 5131])
+
+
+def test_opensearch_draws_what_java_does():
+    """Figures of a Java program: java.util.Random(42).nextGaussian() 45 times, then nextBoolean() 30 times."""
+    encoder = pv.fde.Encoder(5, repetitions=3, simhash_bits=3, projection_dim=2, seed=42, dialect="opensearch")
+    planes = encoder.hyperplanes.swapaxes(1, 2).ravel()
+    assert_exact(planes[:10], np.array(JAVA_NORMALS.split(), float).astype(np.float32))
+    assert_exact(np.sign(encoder.projections).swapaxes(1, 2).ravel(), JAVA_SIGNS)
+    assert_exact(np.abs(encoder.projections), np.full((3, 5, 2), np.float32(np.sqrt(0.5))))
+
+
+def test_weaviate_draws_from_the_generator_of_go():
+    """The first words of Go's own TestPCG; then the documented formulas."""
+    words = pv._fde_dialects._go_pcg(1, 2, 3)
+    assert_exact(words, np.array([0xC4F5A58656EEF510, 0x9DCEC3AD077DEC6C, 0xC8D04605312F8088], np.uint64))
+    encoder = pv.fde.Encoder(4, repetitions=2, simhash_bits=3, projection_dim=5, dialect="weaviate")
+    words = pv._fde_dialects._go_pcg(0x532CA5105169B1DF, 0x385AB5285169B1AC, 88).reshape(2, 44)
+    uniform = (words[:, :24] % np.uint64(2**53)) / 2**53
+    planes = np.sqrt(-2 * np.log(uniform[:, ::2])) * np.cos(2 * np.pi * uniform[:, 1::2])
+    assert_exact(encoder.hyperplanes.swapaxes(1, 2).reshape(2, 12), planes.astype(np.float32))
+    signs = np.where(words[:, 24:] % np.uint64(2), 1, -1)
+    assert_exact(np.sign(encoder.projections).swapaxes(1, 2).reshape(2, 20), signs)
+
+
+def test_muvera_py_draws_a_generator_a_matrix():
+    encoder = pv.fde.Encoder(
+        6, repetitions=2, simhash_bits=3, projection_dim=4, final_dim=7, seed=42, dialect="muvera-py"
+    )
+    for r in range(2):
+        planes = np.random.default_rng(42 + r).normal(size=(6, 3)).astype(np.float32)
+        assert_exact(encoder.hyperplanes[r], planes)
+        draw = np.random.default_rng(42 + r)
+        column, sign = draw.integers(0, 4, size=6), draw.choice([-1.0, 1.0], size=6)
+        assert_exact(encoder.projections[r][np.arange(6), column], sign)
+        assert np.count_nonzero(encoder.projections[r]) == 6
+    draw = np.random.default_rng(42)
+    assert_exact(encoder.final_projection[0], draw.integers(0, 7, size=64))
+    assert_exact(encoder.final_projection[1], draw.choice([-1.0, 1.0], size=64))
+
+
+@pytest.mark.parametrize(("bits", "wrong"), [(2, 0), (3, 4), (4, 12), (5, 28), (6, 60), (7, 124)])
+def test_how_many_buckets_muvera_py_fills_from_elsewhere(bits, wrong):
+    words, sources = pv._fde_dialects.sign_words(bits, pv._fde_dialects.DIALECTS["muvera-py"])
+    assert (words != sources).sum() == wrong
+    google = pv._fde_dialects.sign_words(bits, pv._fde_dialects.DIALECTS["google"])
+    assert_exact(google, [words, words])
+
+
+def test_only_some_dialects_project_to_more_columns(rng):
+    (tokens,) = sample(rng, [20], 6)
+    for dialect in DIALECTS:
+        encoder = pv.fde.Encoder(6, repetitions=2, simhash_bits=2, projection_dim=9, dialect=dialect)
+        assert encoder.output_dim == 2 * 4 * (6 if dialect in ("paper", "fastembed") else 9)
+        assert_encodings(encoder.encode_docs([tokens]), [tokens], encoder, docs=True)
+
+
+def test_the_hash_names_the_matrices():
+    def hash_of(**options):
+        return pv.fde.Encoder(6, **{"repetitions": 2, "projection_dim": 3, **options}).matrices_hash
+
+    assert hash_of() == hash_of(fill_empty=False)
+    others = [{"seed": 1}, {"dialect": "fastembed"}, {"projection_dim": 2}, {"final_dim": 4}, {"projection_dim": None}]
+    assert len({hash_of(), *(hash_of(**other) for other in others)}) == 6
+
+
 def test_the_inner_product_is_right_in_the_mean(rng):
     """<query, doc> / R converges to the sum over query tokens of their mean product with the document tokens of their
     bucket: exactly so without a projection, in the mean over seeds with one."""
@@ -197,8 +290,8 @@ def test_the_inner_product_is_right_in_the_mean(rng):
             float(e.encode_queries([query])[0] @ e.encode_docs([doc])[0]) / 40 for e in (plain, projected)
         )
         if seed == 0:
-            ids, doc_ids = plain.partition(query), plain.partition(doc)
-            means = [ref.blocks(doc.astype(np.float64), doc_ids[:, r], plain, docs=True)[ids[:, r]] for r in range(40)]
+            ids, bits = plain.partition(query), ref.sign_bits(doc, plain.hyperplanes)
+            means = [ref.blocks(doc.astype(np.float64), bits[:, r], plain, docs=True)[ids[:, r]] for r in range(40)]
             np.testing.assert_allclose(value, np.mean([(query * block).sum() for block in means]), rtol=1e-4)
         errors.append(estimate - value)
     assert abs(np.mean(errors)) < 4 * np.std(errors) / np.sqrt(len(errors))
@@ -284,7 +377,7 @@ def test_nan_and_inf_stay_in_their_set(rng, isa):
             assert (~np.isfinite(damaged[1].reshape(20, -1))).any(1).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"final_dim": 33, "fill_ties": "first_bucket"}, {"projection_dim": None}])
+@pytest.mark.parametrize("options", [{}, {"final_dim": 33, "dialect": "google"}, {"projection_dim": None}])
 def test_save_and_load(rng, tmp_path, options):
     encoder = pv.fde.Encoder(16, **{"projection_dim": 8, "repetitions": 4, "seed": 3, **options})
     encoder.save(tmp_path / "encoder")
@@ -297,7 +390,15 @@ def test_save_and_load(rng, tmp_path, options):
 
 def test_a_state_that_does_not_fit_together_is_refused(tmp_path):
     encoder = pv.fde.Encoder(16, repetitions=4, final_dim=9)
-    for change in ({"repetitions": 5}, {"final_dim": 8}, {"simhash_bits": 40}, {"fill_ties": "any"}, {"other": 1}):
+    for change in (
+        {"repetitions": 5},
+        {"final_dim": 8},
+        {"simhash_bits": 40},
+        {"dialect": "google"},
+        {"dialect": "any"},
+        {"matrices": "0"},
+        {"other": 1},
+    ):
         state = encoder.state()
         state.params.update(change)
         pv._files.save(tmp_path / "encoder", "fde.Encoder", state)
@@ -308,16 +409,17 @@ def test_a_state_that_does_not_fit_together_is_refused(tmp_path):
 # Real tokens
 
 
-def recall_of_candidates(docs, queries, k, candidates):
+def recall_of_candidates(docs, queries, k, candidates, **options):
     """Mean share of the exact MaxSim top k among the candidates that the encodings' inner products name."""
-    encoder = pv.fde.Encoder(docs.dim)
+    encoder = pv.fde.Encoder(docs.dim, **options)
     _, found = pv.scan.topk(encoder.encode_queries(queries), encoder.encode_docs(docs), candidates)
     return ranking.recall(found, pv.maxsim.topk(queries, docs, k)[1])
 
 
-def test_candidates_of_cranfield_hold_the_exact_best(data):
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_candidates_of_cranfield_hold_the_exact_best(data, dialect):
     sets = ranking.read(data / "cranfield")
-    assert recall_of_candidates(sets.docs, sets.queries, 10, 100) >= 0.94
+    assert recall_of_candidates(sets.docs, sets.queries, 10, 100, dialect=dialect) >= 0.94
 
 
 def test_candidates_of_colbert_tokens_hold_the_exact_best(data):
@@ -348,9 +450,10 @@ def zeros(*shape, dtype=np.float32):
         (lambda: encoder(final_dim=2**31), ValueError, "fde.Encoder: final_dim must be below 2^31, got 2147483648"),
         (lambda: encoder(seed=-1), ValueError, "fde.Encoder: seed must be at least 0, got -1"),
         (
-            lambda: encoder(fill_ties="any"),
+            lambda: encoder(dialect="any"),
             ValueError,
-            "fde.Encoder: fill_ties must be one of 'first_token', 'first_bucket', got 'any'",
+            "fde.Encoder: dialect must be one of 'paper', 'google', 'fastembed', 'weaviate', 'opensearch', "
+            "'muvera-py', got 'any'",
         ),
         (
             lambda: encoder(hyperplanes=zeros(2, 4, 2)),

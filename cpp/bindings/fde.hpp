@@ -9,14 +9,16 @@ template <class Exec>
 void bind_fde(py::module_& m) {
     py::class_<FdeMatrices>(m, "FdeMatrices")
         .def(py::init([](const py::object& hyperplanes, const py::object& projections, const py::object& sketch_index,
-                         const py::object& sketch_sign, std::int64_t final_dim) {
+                         const py::object& sketch_sign, std::int64_t final_dim, const py::object& words,
+                         const py::object& sources) {
                  Args args = args_for<Cpu>(FdeMatrices::op, 0);
                  return FdeMatrices(args.in("hyperplanes", hyperplanes), args.in("projections", projections),
                                     args.in("final_projection index", sketch_index),
-                                    args.in("final_projection sign", sketch_sign), final_dim);
+                                    args.in("final_projection sign", sketch_sign), final_dim, args.in("words", words),
+                                    args.in("sources", sources));
              }),
              py::arg("hyperplanes"), py::arg("projections"), py::arg("sketch_index"), py::arg("sketch_sign"),
-             py::arg("final_dim"))
+             py::arg("final_dim"), py::arg("words"), py::arg("sources"))
         .def_readonly("output_dim", &FdeMatrices::output_dim);
     m.def(
         "fde_encode",

@@ -56,10 +56,10 @@ public:
     auto buckets(std::int64_t first, std::int64_t r) const {
         const std::int64_t bit = r * m_.bits;
         return [row = rows_.get() + first * stride_ + bit / 8, stride = stride_, shift = bit % 8,
-                mask = (1u << m_.bits) - 1](std::int64_t token) {
+                mask = (1u << m_.bits) - 1, bucket_of = m_.bucket_of.get()](std::int64_t token) {
             std::uint32_t word;  // holds up to 16 bits at any shift
             std::memcpy(&word, row + token * stride, sizeof word);
-            return word >> shift & mask;
+            return bucket_of[word >> shift & mask];
         };
     }
 
@@ -83,6 +83,7 @@ public:
           first_(aligned<std::uint32_t>(buckets_)),
           filled_(aligned<std::uint32_t>(buckets_)),
           nearest_(aligned<std::uint64_t>(buckets_)),
+          fill_(aligned<std::uint32_t>(buckets_)),
           rows_(aligned<const float*>(buckets_ + 3)),
           blocks_(aligned<std::uint32_t>(buckets_ + 3)),
           empty_(aligned<std::uint32_t>(buckets_)),
@@ -173,25 +174,26 @@ private:
     ///
     /// That token is the first of a bucket: of the buckets at the least Hamming distance, the one whose first token,
     /// or whose id, is lowest. All these minima of (distance, token or id) come from one round a bit over the
-    /// hypercube, since a Hamming distance is a sum over bits.
+    /// hypercube of sign words, since a Hamming distance is a sum over bits.
     template <class BucketOf>
     std::int64_t choose_fill(const float* tokens, std::int64_t rows, std::int64_t empty, BucketOf bucket_of) {
         constexpr std::uint64_t farther = std::uint64_t(1) << 40, nothing = ~std::uint64_t(0) >> 1;
         for (std::int64_t b = 0; b < buckets_; ++b)
-            nearest_[b] = first_[b] == fde_end ? nothing : op_.lowest_bucket ? std::uint64_t(b) : first_[b];
+            nearest_[m_.words[b]] = first_[b] == fde_end ? nothing : op_.lowest_bucket ? std::uint64_t(b) : first_[b];
         for (std::int64_t bit = 1; bit < buckets_; bit *= 2) {
             for (std::int64_t first = 0; first < buckets_; first += 2 * bit) {
-                for (std::int64_t b = first; b < first + bit; ++b) {
-                    const std::uint64_t low = nearest_[b], high = nearest_[b + bit];
-                    nearest_[b] = std::min(low, high + farther);
-                    nearest_[b + bit] = std::min(high, low + farther);
+                for (std::int64_t w = first; w < first + bit; ++w) {
+                    const std::uint64_t low = nearest_[w], high = nearest_[w + bit];
+                    nearest_[w] = std::min(low, high + farther);
+                    nearest_[w + bit] = std::min(high, low + farther);
                 }
             }
         }
         for (std::int64_t e = 0; e < empty; ++e) {
-            const std::uint64_t source = nearest_[empty_[e]] % farther;
-            const std::uint64_t bucket = op_.lowest_bucket ? source : bucket_of(static_cast<std::int64_t>(source));
-            nearest_[empty_[e]] = bucket;
+            const std::uint64_t found = nearest_[m_.sources[empty_[e]]] % farther;
+            const auto bucket =
+                static_cast<std::uint32_t>(op_.lowest_bucket ? found : bucket_of(static_cast<std::int64_t>(found)));
+            fill_[e] = bucket;
             if (filled_[bucket] != fde_end) continue;
             filled_[bucket] = blocks_[rows] = empty_[e];
             rows_[rows++] = tokens + first_[bucket] * m_.d;
@@ -202,7 +204,7 @@ private:
     /// A token that fills several buckets, or is alone in its own, was projected once.
     void copy_filled(std::int64_t empty, float* blocks) {
         for (std::int64_t e = 0; e < empty; ++e) {
-            const std::int64_t to = empty_[e], from = filled_[nearest_[to]];
+            const std::int64_t to = empty_[e], from = filled_[fill_[e]];
             if (from != to) std::copy_n(blocks + from * m_.width, m_.width, blocks + to * m_.width);
         }
     }
@@ -224,7 +226,8 @@ private:
     Signs signs_;
     Aligned<std::uint32_t> next_, first_;  // a token's successor in its bucket, a bucket's first token
     Aligned<std::uint32_t> filled_;        // the block that holds the projection of a bucket's first token
-    Aligned<std::uint64_t> nearest_;       // the bucket that fills an empty one
+    Aligned<std::uint64_t> nearest_;       // of a sign word: the distance to a token, and which it is
+    Aligned<std::uint32_t> fill_;          // of each empty bucket: the one whose first token fills it
     Aligned<const float*> rows_;           // what is projected, or copied ...
     Aligned<std::uint32_t> blocks_;        // ... to which block
     Aligned<std::uint32_t> empty_;         // the empty buckets
@@ -243,7 +246,7 @@ std::vector<std::int64_t> cut(const TokenSets& sets) {
 }  // namespace
 
 FdeMatrices::FdeMatrices(const Array& planes_in, const Array& projections_in, const Array& index_in,
-                         const Array& sign_in, std::int64_t final_dim) {
+                         const Array& sign_in, std::int64_t final_dim, const Array& words_in, const Array& sources_in) {
     for (const Array* a : {&planes_in, &projections_in, &sign_in}) {
         if (!*a) continue;
         require_dtype(op, *a, DType::f32);
@@ -277,6 +280,18 @@ FdeMatrices::FdeMatrices(const Array& planes_in, const Array& projections_in, co
                 pack(projections.get() + r * size, packed_columns(width), c,
                      projections_in.as<const float>() + r * d * width + c, width, d);
     }
+
+    bucket_of = aligned<std::uint32_t>(buckets());
+    for (const Array* a : {&words_in, &sources_in}) {
+        require_dtype(op, *a, DType::i64);
+        require_contiguous(op, *a);
+        require_ndim(op, *a, 1);
+        require_dim(op, *a, 0, buckets(), "one entry a bucket");
+        require_ids(op, *a, buckets());
+    }
+    words = copy_of<std::uint32_t>(words_in.as<const std::int64_t>(), buckets());
+    sources = copy_of<std::uint32_t>(sources_in.as<const std::int64_t>(), buckets());
+    for (std::int64_t b = 0; b < buckets(); ++b) bucket_of[words[b]] = static_cast<std::uint32_t>(b);
 
     output_dim = repetitions * buckets() * width;
     if (index_in) {

@@ -19,6 +19,8 @@ class FdeMatrices:
         sketch_index: typing.Any,
         sketch_sign: typing.Any,
         final_dim: int,
+        words: typing.Any,
+        sources: typing.Any,
     ) -> None: ...
     @property
     def output_dim(self) -> int: ...

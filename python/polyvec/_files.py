@@ -226,5 +226,12 @@ def _digest(x: str | npt.NDArray[Any]) -> str:
     return xxhash.xxh3_64_hexdigest(x.encode() if isinstance(x, str) else _bytes_of(x).data)
 
 
+def digest_of_all(*parts: str | npt.NDArray[Any] | None) -> str:
+    """Return one checksum of texts and contiguous arrays, their shapes and order; None counts as a part, too."""
+    shapes = [None if part is None else part if isinstance(part, str) else list(part.shape) for part in parts]
+    digests = [_digest(part) for part in parts if part is not None]
+    return _digest(_canonical([shapes, digests]))
+
+
 def _canonical(content: Any) -> str:
     return json.dumps(content, sort_keys=True, separators=(",", ":"))

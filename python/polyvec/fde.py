@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from polyvec import _backend, _core, _files
+from polyvec import _backend, _core, _fde_dialects, _files
 from polyvec._arrays import as_array, as_count, as_ids, choice, output
 from polyvec._progress import Progress, reporting
 from polyvec._ragged import as_ragged
@@ -21,7 +21,6 @@ from polyvec._ragged import as_ragged
 __all__ = ["Encoder"]
 
 _KIND = "fde.Encoder"
-_TIES = ("first_token", "first_bucket")
 _SETS_PER_REPORT = 1024  # a tenth of a second of work
 
 Floats = npt.NDArray[np.float32]
@@ -30,11 +29,11 @@ Floats = npt.NDArray[np.float32]
 class Encoder:
     """Encodes token sets as vectors whose inner product approximates MaxSim, times `repetitions`.
 
-    In each repetition r, hyperplanes cut the space into 2^simhash_bits buckets: bit j of a token's bucket id is 1 where
+    In each repetition r, hyperplanes cut the space into 2^simhash_bits buckets, by the bits j of a token where
     `<token, hyperplanes[r, :, j]> > 0`. Each bucket becomes one block of the encoding::
 
         query block     = sum of the bucket's tokens, 0 when there are none
-        document block  = mean of the bucket's tokens; of an empty bucket the token whose id differs in the fewest bits
+        document block  = mean of the bucket's tokens; of an empty bucket the token that differs in the fewest bits
         encoding        = the blocks times projections[r], in the order [repetition][bucket][column]
 
     With `final_dim`, a count sketch shortens it: `out[index[i]] += sign[i] * encoding[i]`.
@@ -48,18 +47,16 @@ class Encoder:
     simhash_bits : int
         Hyperplanes a repetition, 0 to 16.
     projection_dim : int or None
-        Columns that a block is projected to. None, dim or more: blocks keep the tokens' dim columns.
+        Columns that a block is projected to. None: blocks keep the tokens' dim columns; so do dim or more with the
+        dialects "paper" and "fastembed".
     final_dim : int, optional
         Width of the encoding after the count sketch; none when None.
     fill_empty : bool
         Fill the empty buckets of documents; they are 0 otherwise.
     seed : int
-        Draws, in this order and from one `numpy.random.default_rng(seed)`, the matrices that are not given:
-        `standard_normal((R, dim, simhash_bits))`, `choice([-1, 1], (R, dim, projection_dim)) / sqrt(projection_dim)`,
-        then index `integers(0, final_dim, n)` and sign `choice([-1, 1], n)`, n the length before the sketch.
-    fill_ties : {"first_token", "first_bucket"}
-        Among tokens at the same distance, an empty bucket takes the one of lowest index, or the first one of the bucket
-        of lowest id.
+        Draws the matrices that are not given, as the dialect says.
+    dialect : {"paper", "google", "fastembed", "weaviate", "opensearch", "muvera-py"}
+        Whose bucket ids, ties and matrices: see Notes. Encodings of different dialects do not go together.
     hyperplanes : array of shape (R, dim, simhash_bits), float32, optional
     projections : array of shape (R, dim, projection_dim), float32, optional
         Used as they are: any scale is the caller's.
@@ -76,7 +73,7 @@ class Encoder:
     Raises
     ------
     ValueError
-        A size out of range, a matrix of another shape or with NaN or Inf, an unknown fill_ties.
+        A size out of range, a matrix of another shape or with NaN or Inf, an unknown dialect.
     IndexError
         An entry of final_projection's index outside [0, final_dim).
     TypeError
@@ -88,8 +85,35 @@ class Encoder:
     the same. Bucket ids are those of float64 arithmetic: signs too close to 0 for float32 are decided there. All else
     is summed in float32. Immutable, so that threads may share an encoder.
 
-    `Encoder(dim, seed=s, fill_ties="first_bucket")` draws the matrices of fastembed's `Muvera(dim, random_seed=s)`,
-    and encodes as it does up to float32 rounding.
+    In every dialect values are summed in float32, a token set without tokens is 0, and `fill_empty` and given matrices
+    are as above; the dialects say the rest, and equal their originals up to float32 rounding:
+
+    "paper"
+        Bit j of a bucket's id is the sign at plane j. Of tokens equally near, an empty bucket takes the first. One
+        `numpy.random.default_rng(seed)` draws `standard_normal((R, dim, simhash_bits))`, then
+        `choice([-1, 1], (R, dim, projection_dim)) / sqrt(projection_dim)`, then the sketch: index
+        `integers(0, final_dim, n)` and sign `choice([-1, 1], n)`, n the length before it.
+    "google"
+        google/graph-mining: buckets in Gray-code order; projections without scale that add each input dimension, with
+        a sign, to one column. Repetition r draws its matrices from `std::mt19937(seed + r)` with the distributions of
+        libstdc++ (GCC 11 or newer), the sketch from `std::mt19937(seed)`: equal to those compiled here, entry by entry.
+        The original's logarithms may differ in the last bit on other C libraries.
+    "fastembed"
+        `Muvera(dim, random_seed=seed)`: as "paper", but of tokens equally near, an empty bucket takes the first one of
+        the bucket of lowest id. The hyperplanes are rounded to float32, which fastembed keeps in float64.
+    "weaviate"
+        Ids and ties as "paper", always projected. Weaviate's one seed is `seed=0`. The generator equals Go's published
+        values; not compared with a running Weaviate, nor is its overflow at 65,536 tokens a bucket reproduced.
+    "opensearch"
+        Ties as "fastembed", always projected, drawn from `java.util.Random(seed)`: equal to Java's, but which draw is
+        which entry changed between revisions of k-NN's proposed encoder; this is the latest one read, [R][row][dim].
+    "muvera-py"
+        sionic-ai/muvera-py, and its ports: as "google", from `numpy.random.default_rng(seed + r)`. It reproduces their
+        bug: to fill an empty bucket, its Gray code is inverted by applying it once more, and the token nearest to that
+        other bucket is taken (28 of 32 buckets differ at 5 bits). To compare with them only.
+
+    Google's, Weaviate's, OpenSearch's and muvera-py's own form of the final sketch is the count sketch, or none: where
+    there is none, `default_rng(seed)` draws it as in "paper".
 
     References
     ----------
@@ -102,7 +126,7 @@ class Encoder:
     >>> import numpy as np, polyvec as pv
     >>> encoder = pv.fde.Encoder(4, repetitions=3, simhash_bits=2, projection_dim=2)
     >>> encoder
-    Encoder(dim=4, repetitions=3, simhash_bits=2, projection_dim=2, output_dim=24)
+    Encoder(dim=4, repetitions=3, simhash_bits=2, projection_dim=2, output_dim=24, dialect='paper')
     >>> tokens = np.eye(4, dtype=np.float32)
     >>> encoder.encode_docs([tokens, tokens[:1]]).shape
     (2, 24)
@@ -118,7 +142,7 @@ class Encoder:
         final_dim: int | None = None,
         fill_empty: bool = True,
         seed: int = 0,
-        fill_ties: str = "first_token",
+        dialect: str = "paper",
         hyperplanes: Any = None,
         projections: Any = None,
         final_projection: tuple[Any, Any] | None = None,
@@ -127,13 +151,15 @@ class Encoder:
         self.dim = as_count(op, "dim", dim)
         self.repetitions = as_count(op, "repetitions", repetitions)
         self.simhash_bits = as_count(op, "simhash_bits", simhash_bits, least=0)
-        width = self.dim if projection_dim is None else min(as_count(op, "projection_dim", projection_dim), self.dim)
+        self.dialect = str(choice(op, "dialect", dialect, tuple(_fde_dialects.DIALECTS)))
+        self._rules = _fde_dialects.DIALECTS[self.dialect]
+        self.projection_dim = None if projection_dim is None else as_count(op, "projection_dim", projection_dim)
+        if self.projection_dim is not None and self.projection_dim >= self.dim and not self._rules.wide:
+            self.projection_dim = None
         if self.simhash_bits > 16:
             raise ValueError(f"{op}: simhash_bits must be at most 16, got {simhash_bits}")
-        self.projection_dim = None if width == self.dim else width
         self.final_dim = None if final_dim is None else as_count(op, "final_dim", final_dim)
         self.fill_empty = bool(fill_empty)
-        self.fill_ties = str(choice(op, "fill_ties", fill_ties, _TIES))
         if projections is not None and self.projection_dim is None:
             raise ValueError(
                 f"{op}: projections must be None without a projection_dim below dim ({self.dim}), "
@@ -144,26 +170,28 @@ class Encoder:
                 f"{op}: final_projection must be None without a final_dim, got {type(final_projection).__name__}"
             )
 
-        rng = np.random.default_rng(as_count(op, "seed", seed, least=0))
-        r, d, bits = self.repetitions, self.dim, self.simhash_bits
-        if hyperplanes is None:
-            hyperplanes = rng.standard_normal((r, d, bits)).astype(np.float32)
-        self.hyperplanes = _matrix("hyperplanes", hyperplanes, (r, d, bits))
+        seed = as_count(op, "seed", seed, least=0)
+        shape = _fde_dialects.Shape(self.repetitions, self.dim, self.simhash_bits, self.projection_dim, self.final_dim)
+        missing = (
+            hyperplanes is None
+            or (projections is None and self.projection_dim is not None)
+            or (final_projection is None and self.final_dim is not None)
+        )
+        drawn = self._rules.draw(seed, shape) if missing else (None, None, None)
+        self.hyperplanes = _matrix("hyperplanes", hyperplanes, drawn[0], shape[:3])
         self.projections: Floats | None = None
         if self.projection_dim is not None:
-            if projections is None:
-                signs = rng.choice([-1, 1], (r, d, width))
-                projections = (signs / np.sqrt(width)).astype(np.float32)
-            self.projections = _matrix("projections", projections, (r, d, width))
+            wanted = self.repetitions, self.dim, self.projection_dim
+            self.projections = _matrix("projections", projections, drawn[1], wanted)
         self.final_projection: tuple[npt.NDArray[np.int32], Floats] | None = None
         index: Any = None
         sign: Any = None
         if self.final_dim is not None:
-            n = r * 2**bits * width
-            if final_projection is None:
-                final_projection = rng.integers(0, self.final_dim, n), rng.choice([-1, 1], n).astype(np.float32)
-            index, sign = _sketch(final_projection, n)
-        self._matrices = _core.FdeMatrices(self.hyperplanes, self.projections, index, sign, self.final_dim or 0)
+            index, sign = _sketch(final_projection, drawn[2], shape.long_dim)
+        words, sources = _fde_dialects.sign_words(self.simhash_bits, self._rules)
+        self._matrices = _core.FdeMatrices(
+            self.hyperplanes, self.projections, index, sign, self.final_dim or 0, words, sources
+        )
         if self.final_dim is not None:
             self.final_projection = _frozen(index.astype(np.int32)), sign
         self.output_dim: int = self._matrices.output_dim
@@ -265,7 +293,7 @@ class Encoder:
     ) -> Any:
         sets = as_ragged(op, "tokens", tokens, dim=self.dim)
         out = output(op, out, sets.values, (len(sets), self.output_dim), "float32")
-        fill, lowest_bucket = docs and self.fill_empty, self.fill_ties == "first_bucket"
+        fill, lowest_bucket = docs and self.fill_empty, self._rules.lowest_bucket
         step = _SETS_PER_REPORT if progress else max(1, len(sets))
         with reporting(op, progress, len(sets), "documents" if docs else "queries") as report:
             for first in range(0, len(sets), step):
@@ -293,7 +321,8 @@ class Encoder:
         Returns
         -------
         array of shape (T, R), int32; the tokens' library and device
-            Bucket ids in [0, 2^simhash_bits): bit j is 1 where `<token, hyperplanes[r, :, j]> > 0` in float64.
+            Bucket ids in [0, 2^simhash_bits). Bit j is 1 where `<token, hyperplanes[r, :, j]> > 0` in float64; in the
+            dialects "google" and "muvera-py", these bits, the first plane's the highest, are the id's Gray code.
 
         Raises
         ------
@@ -338,8 +367,13 @@ class Encoder:
             tensors["projections"] = self.projections
         if self.final_projection is not None:
             tensors["sketch_index"], tensors["sketch_sign"] = self.final_projection
-        names = ("dim", "repetitions", "simhash_bits", "projection_dim", "final_dim", "fill_empty", "fill_ties")
-        return _files.State(tensors, {name: getattr(self, name) for name in names})
+        names = ("dim", "repetitions", "simhash_bits", "projection_dim", "final_dim", "fill_empty", "dialect")
+        return _files.State(tensors, {**{name: getattr(self, name) for name in names}, "matrices": self.matrices_hash})
+
+    @property
+    def matrices_hash(self) -> str:
+        """XXH3 of the dialect and all matrices: encoders of one hash and one `fill_empty` encode to the same bits."""
+        return _files.digest_of_all(self.dialect, self.hyperplanes, self.projections, *(self.final_projection or ()))
 
     @classmethod
     def from_state(cls, state: _files.State) -> Encoder:
@@ -359,7 +393,11 @@ class Encoder:
             matrices["projections"] = state.tensors["projections"]
         if state.params["final_dim"] is not None:
             matrices["final_projection"] = state.tensors["sketch_index"], state.tensors["sketch_sign"]
-        return cls(**state.params, **matrices)
+        options = {name: value for name, value in state.params.items() if name != "matrices"}
+        encoder = cls(**options, **matrices)
+        if encoder.matrices_hash != state.params["matrices"]:
+            raise ValueError(f"matrices_hash must be {state.params['matrices']}, got {encoder.matrices_hash}")
+        return encoder
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the encoder as one safetensors file, whole or not at all.
@@ -395,7 +433,7 @@ class Encoder:
 
     def __repr__(self) -> str:
         names = ("dim", "repetitions", "simhash_bits", "projection_dim", "output_dim")
-        return f"Encoder({', '.join(f'{name}={getattr(self, name)}' for name in names)})"
+        return f"Encoder({', '.join(f'{name}={getattr(self, name)}' for name in names)}, dialect={self.dialect!r})"
 
 
 def _frozen(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -403,21 +441,23 @@ def _frozen(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return x
 
 
-def _matrix(name: str, x: Any, shape: tuple[int, ...]) -> Floats:
-    """Return a read-only copy of a matrix after checking its shape, and that it is finite."""
-    matrix: Floats = np.asarray(as_array(_KIND, name, x)).copy()
+def _matrix(name: str, given: Any, drawn: Any, shape: tuple[int, ...]) -> Floats:
+    """Return a read-only copy of the given matrix after checking its shape, and that it is finite; or the drawn one."""
+    if given is None:
+        return _frozen(np.ascontiguousarray(drawn, np.float32))
+    matrix: Floats = np.asarray(as_array(_KIND, name, given)).copy()
     if matrix.shape != shape:
         raise ValueError(f"{_KIND}: {name} must have shape {shape}, got {matrix.shape}")
     _backend.require_finite(_KIND, name, matrix)
     return _frozen(matrix)
 
 
-def _sketch(final_projection: Any, n: int) -> tuple[npt.NDArray[np.int64], Floats]:
-    if not (isinstance(final_projection, tuple) and len(final_projection) == 2):
-        raise TypeError(
-            f"{_KIND}: final_projection must be a pair (index, sign), got {type(final_projection).__name__}"
-        )
-    index = np.asarray(as_ids(_KIND, "final_projection index", final_projection[0]))
+def _sketch(given: Any, drawn: Any, n: int) -> tuple[npt.NDArray[np.int64], Floats]:
+    if given is None:
+        return drawn[0], _matrix("", None, drawn[1], (n,))
+    if not (isinstance(given, tuple) and len(given) == 2):
+        raise TypeError(f"{_KIND}: final_projection must be a pair (index, sign), got {type(given).__name__}")
+    index = np.asarray(as_ids(_KIND, "final_projection index", given[0]))
     if index.shape != (n,):
         raise ValueError(f"{_KIND}: final_projection index must have shape {(n,)}, got {index.shape}")
-    return index, _matrix("final_projection sign", final_projection[1], (n,))
+    return index, _matrix("final_projection sign", given[1], None, (n,))

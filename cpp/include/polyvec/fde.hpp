@@ -1,11 +1,11 @@
 /// Fixed dimensional encodings: a set of vectors becomes one vector, such that the inner product of a query's and a
 /// document's encoding approximates the sum over query tokens of their best inner product with a document token.
 ///
-/// For each of R repetitions, `bits` hyperplanes cut the space into B = 2^bits buckets: bit j of a token's bucket id is
-/// [<token, plane j> > 0]. A bucket's block is the sum (queries) or the mean (documents) of its tokens, projected to
-/// `width` columns. The blocks, in the order [repetition][bucket][column], are the encoding, or go through a count
-/// sketch into a shorter one.
-/// Paper: MUVERA: Multi-Vector Retrieval via Fixed Dimensional Encodings (Dhulipala et al. 2024), section 2.
+/// For each of R repetitions, `bits` hyperplanes cut the space into B = 2^bits buckets: bit j of a token's sign word is
+/// [<token, plane j> > 0], and each word has its bucket. A bucket's block is the sum (queries) or the mean (documents)
+/// of its tokens, projected to `width` columns. The blocks, in the order [repetition][bucket][column], are the
+/// encoding, or go through a count sketch into a shorter one. Paper: MUVERA: Multi-Vector Retrieval via Fixed
+/// Dimensional Encodings (Dhulipala et al. 2024), section 2.
 #pragma once
 
 #include <cstdint>
@@ -25,15 +25,18 @@ struct FdeMatrices {
 
     /// hyperplanes (R, d, bits); projections (R, d, width), or absent: blocks then keep the tokens' d columns;
     /// sketch_index int64 and sketch_sign (R * B * width,), or absent: entry i of the long encoding is added, times
-    /// its sign, to entry index[i] of the final one.
+    /// its sign, to entry index[i] of the final one. words, sources (B,) int64: the sign word of each bucket, and the
+    /// one whose nearest token fills the bucket when it is empty: the same, unless a dialect gets it wrong.
     FdeMatrices(const Array& hyperplanes, const Array& projections, const Array& sketch_index, const Array& sketch_sign,
-                std::int64_t final_dim);
+                std::int64_t final_dim, const Array& words, const Array& sources);
 
     std::int64_t repetitions, d, bits, width, output_dim;
     Aligned<float> planes, slack;
     Aligned<float> projections;          // null when absent
     Aligned<std::int32_t> sketch_index;  // null when absent
     Aligned<float> sketch_sign;
+    Aligned<std::uint32_t> bucket_of;  // a sign word
+    Aligned<std::uint32_t> words, sources;
 
     std::int64_t buckets() const { return std::int64_t(1) << bits; }
 };
@@ -45,7 +48,7 @@ struct FdeEncode {
     TokenSets sets;
     Array out;           // (n, output_dim)
     bool mean;           // documents: means rather than sums
-    bool fill;           // an empty bucket holds the token whose id differs from the bucket's in the fewest bits
+    bool fill;           // an empty bucket holds the token whose sign word differs from its source in the fewest bits
     bool lowest_bucket;  // ties: the first token of the lowest bucket, rather than the lowest token
 
     void validate() const {
