@@ -48,3 +48,35 @@ def test_vq_assign(compare, benchmark, normal, threads):
         check=lambda ids: torch.equal(ids, expected) or pytest.fail("other codewords"),
         flops=2 * n * k * d,
     )
+
+
+@pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])
+def test_soft_assign_and_gradients(compare, benchmark, normal, threads, hard):
+    """A step of learning the codebooks of a product quantizer: 64 x 256 codewords."""
+    torch.set_num_threads(threads)
+    n, m, k, d = 256, 64, 256, 768
+    x, codebooks, weights = normal(n, d), normal(m, k, d // m), normal(n, d).detach()
+
+    def in_bmm():
+        pieces = x.view(n, m, -1).transpose(0, 1)
+        logits = torch.baddbmm(-codebooks.square().sum(-1)[:, None], pieces, codebooks.transpose(1, 2), alpha=2)
+        p = logits.softmax(-1)
+        if hard:
+            p = torch.zeros_like(p).scatter_(-1, p.argmax(-1, keepdim=True), 1.0) - p.detach() + p
+        return torch.bmm(p, codebooks).transpose(0, 1).reshape(n, d)
+
+    def step(quantize):
+        return torch.autograd.grad((quantize() * weights).sum(), (x, codebooks))
+
+    def ours():
+        return step(lambda: pvt.soft_assign(x, codebooks, hard=hard).quantized)
+
+    expected = step(in_bmm)
+
+    def check(result):
+        for gradient, same in zip(result, expected, strict=True):
+            torch.testing.assert_close(gradient, same, rtol=1e-4, atol=1e-4)
+
+    memory = {"polyvec": peak_megabytes(ours), "torch": peak_megabytes(lambda: step(in_bmm))}
+    benchmark.extra_info["megabytes"] = memory
+    compare(ours, {"torch bmm": lambda: step(in_bmm)}, check=check, flops=10 * n * k * d)

@@ -221,6 +221,7 @@ PUBLIC = {
         "product",
         "relation_query",
         "score_pairs",
+        "soft_assign",
         "vq_assign",
     ],
 }

@@ -12,6 +12,7 @@ CALLS = {  # name -> a call of a (3, 4, 8) tensor
     "relation_query": lambda x: pvt.relation_query(x, x, IDS, IDS),
     "maxsim": lambda x: pvt.maxsim(x, x),
     "maxsim_pairs": lambda x: pvt.maxsim_pairs(x, x),
+    "soft_assign": lambda x: pvt.soft_assign(x.flatten(0, 1), x.view(1, 12, 8), hard=False).quantized,
     "vq_assign": lambda x: pvt.vq_assign(x, x.flatten(0, 1)).quantized,
 }
 

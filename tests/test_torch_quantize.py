@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
+import polyvec as pv
+from accuracy import assert_exact, assert_reduction
 from reference import scan as ref
+from reference.soft_assign import soft_assign
 
 torch = pytest.importorskip("torch")
 pvt = pytest.importorskip("polyvec.torch")
@@ -46,6 +49,81 @@ def test_a_reparameterised_codebook_learns_through_its_factors(tensor):
     torch.testing.assert_close(dw, expected)
 
 
+SHAPES = [(1, 1, 1, 1), (5, 3, 16, 4), (7, 2, 33, 3), (70, 4, 256, 12), (0, 2, 16, 4), (3, 1, 5, 130), (1100, 1, 17, 2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("hard", [True, False])
+@pytest.mark.parametrize(("n", "m", "k", "dsub"), SHAPES)
+def test_soft_assign_equals_the_definition(rng, isa, n, m, k, dsub, hard, dtype):
+    temperature = dsub / 2
+    x, grad = (torch.from_numpy(rng.standard_normal((n, m * dsub))).to(dtype) for _ in range(2))
+    codebooks = torch.from_numpy(rng.standard_normal((m, k, dsub))).to(dtype)
+    inputs = x.requires_grad_(), codebooks.requires_grad_()
+    quantized, ids = pvt.soft_assign(*inputs, temperature=temperature, hard=hard)
+    dx, dcodebooks = torch.autograd.grad(quantized, inputs, grad)
+    g = grad.double().numpy().reshape(n, m, dsub)
+    arrays = [a.detach().double().numpy() for a in inputs]
+    expected, nearest, expected_dx, expected_dcodebooks = soft_assign(*arrays, temperature, hard, g)
+    assert_exact(ids, nearest)
+    # A probability is off by the rounding of its logit; everything is a sum of products with probabilities.
+    size = np.abs(arrays[0]).max(initial=1) + np.abs(arrays[1]).max()
+    logit = 1 + dsub * size**2 / temperature
+    most = np.abs(g).max(initial=1)
+    assert_reduction(quantized.detach(), expected.reshape(x.shape), size * logit, length=dsub)
+    assert_reduction(dx, expected_dx.reshape(x.shape), dsub * most * size**2 / temperature * logit, length=k)
+    scale = n / min(k, 4) * dsub * most * size**2 / temperature * logit + most
+    assert_reduction(dcodebooks, expected_dcodebooks, scale, length=n)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 2.0])
+def test_gradcheck_of_soft_assign(rng, temperature):
+    x, codebooks = (torch.from_numpy(rng.standard_normal(s)).requires_grad_() for s in [(2, 3, 8), (4, 5, 2)])
+    assert torch.autograd.gradcheck(
+        lambda x, c: pvt.soft_assign(x, c, temperature=temperature, hard=False).quantized, (x, codebooks)
+    )
+
+
+def test_hard_and_soft_agree_at_a_low_temperature(tensor):
+    x, codebooks = tensor(2, 9, 8), tensor(4, 5, 2)
+    hard = pvt.soft_assign(x, codebooks)
+    soft = pvt.soft_assign(x, codebooks, temperature=1e-6, hard=False)
+    assert hard.ids.shape == (2, 9, 4)
+    assert torch.equal(hard.ids, soft.ids)
+    assert torch.equal(hard.quantized, torch.cat([codebooks[s][hard.ids[..., s]] for s in range(4)], -1))
+    torch.testing.assert_close(hard.quantized, soft.quantized)
+
+
+def test_of_equally_likely_codewords_the_first_is_chosen():
+    assert pvt.soft_assign(torch.ones(1, 2), torch.ones(1, 40, 2)).ids.tolist() == [[0]]
+
+
+def test_only_what_requires_grad_gets_a_gradient_of_soft_assign(tensor):
+    x, codebooks = tensor(9, 8), tensor(4, 5, 2)
+    both = torch.autograd.grad(pvt.soft_assign(x, codebooks).quantized.sum(), (x, codebooks))
+    pvt.soft_assign(x, codebooks.detach()).quantized.sum().backward()
+    assert_exact(x.grad, both[0])
+    pvt.soft_assign(x.detach(), codebooks).quantized.sum().backward()
+    assert_exact(codebooks.grad, both[1])
+    saved = torch.ops.polyvec.soft_assign(x, codebooks, 1.0, True)[0].grad_fn.saved_tensors
+    assert [a.shape for a in saved] == [x.shape, codebooks.shape]
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_bits_do_not_depend_on_the_number_of_threads(tensor, hard):
+    x, codebooks = tensor(3000, 6), tensor(2, 50, 3)
+
+    def results(threads):
+        with pv.num_threads(threads):
+            quantized, ids = pvt.soft_assign(x, codebooks, hard=hard)
+            return quantized.detach(), ids, *torch.autograd.grad(quantized.sin().sum(), (x, codebooks))
+
+    one = results(1)
+    for threads in (2, 7):
+        for a, b in zip(one, results(threads), strict=True):
+            assert_exact(a, b)
+
+
 @pytest.mark.parametrize(
     ("ids", "utilization", "perplexity"),
     [([[0, 1], [2, 3]], 1.0, 4.0), ([3, 3, 3], 0.25, 1.0), ([0, 0, 2, 2], 0.5, 2.0), ([], 0.0, 1.0)],
@@ -59,6 +137,12 @@ def test_codebook_usage(ids, utilization, perplexity):
 def test_torch_accepts_the_registration(tensor):
     for metric in ("l2", "ip", "cosine"):
         torch.library.opcheck(torch.ops.polyvec.nearest, (tensor(9, 5).detach(), tensor(4, 5).detach(), metric))
+    x, codebooks, grad = tensor(9, 6), tensor(3, 5, 2), tensor(9, 6)
+    for hard in (False, True):
+        torch.library.opcheck(torch.ops.polyvec.soft_assign, (x, codebooks, 0.5, hard))
+        for of in ((True, True), (False, True), (True, False)):
+            fixed = x.detach(), codebooks.detach(), grad.detach()
+            torch.library.opcheck(torch.ops.polyvec.soft_assign_gradient, (*fixed, 0.5, hard, *of))
 
 
 def test_compile_keeps_the_ops_in_one_graph(tensor):
@@ -66,7 +150,8 @@ def test_compile_keeps_the_ops_in_one_graph(tensor):
 
     def loss(x, codebook):
         quantized, ids = pvt.vq_assign(x, codebook)
-        return (quantized - x.detach()).square().sum() + pvt.codebook_usage(ids, 4).perplexity
+        soft = pvt.soft_assign(x, codebook[None], hard=False).quantized
+        return (quantized - x.detach()).square().sum() + soft.sin().sum() + pvt.codebook_usage(ids, 4).perplexity
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for a, b in zip(
@@ -90,6 +175,22 @@ def test_compile_keeps_the_ops_in_one_graph(tensor):
          "scan.nearest: centroids must have at least 1 row, got 0"),
         (lambda x: pvt.vq_assign(x / 0, x), ValueError,
          "scan.nearest: x must be finite, got NaN or Inf in row 0"),
+        (lambda x: pvt.soft_assign(x, [1.0]), TypeError,
+         "torch.soft_assign: codebooks must be a torch tensor, got list"),
+        (lambda x: pvt.soft_assign(x.sum(), x[None]), ValueError,
+         "torch.soft_assign: x must have shape (..., m * dsub), got ()"),
+        (lambda x: pvt.soft_assign(x, x), ValueError,
+         "quantize.soft_assign: codebooks must have 3 axes, got shape (3, 4)"),
+        (lambda x: pvt.soft_assign(x, x[None].double()), TypeError,
+         "quantize.soft_assign: codebooks must be float32, got float64"),
+        (lambda x: pvt.soft_assign(x, x[:, None]), ValueError,
+         "quantize.soft_assign: x must have the width of the codebooks (12), got 4"),
+        (lambda x: pvt.soft_assign(x, x[None, :0]), ValueError,
+         "quantize.soft_assign: codebooks must have at least 1 codeword, got 0"),
+        (lambda x: pvt.soft_assign(x, x[None], temperature=0), ValueError,
+         "quantize.soft_assign: temperature must be above 0, got 0"),
+        (lambda x: pvt.soft_assign(x, x[None] / 0), ValueError,
+         "quantize.soft_assign: codebooks must be finite, got NaN or Inf in row 0"),
     ],
 )  # fmt: skip
 def test_errors(tensor, call, error, text):

@@ -10,6 +10,7 @@
 #include "quantize.hpp"
 #include "run_op.hpp"
 #include "scan.hpp"
+#include "soft_assign.hpp"
 
 // The names that threadpoolctl looks up in this library.
 extern "C" {
@@ -70,4 +71,5 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
     bind_fde<Cpu>(m);
     bind_quantize<Cpu>(m);
     bind_codes<Cpu>(m);
+    bind_soft_assign<Cpu>(m);
 }

@@ -14,6 +14,7 @@ extern const ScanKernels scan_kernels;
 extern const FdeKernels fde_kernels;
 extern const QuantizeKernels quantize_kernels;
 extern const CodesKernels codes_kernels;
+extern const SoftAssignKernels soft_assign_kernels;
 
 extern const Kernels table;
 const Kernels table{
@@ -26,6 +27,7 @@ const Kernels table{
     .fde = &fde_kernels,
     .quantize = &quantize_kernels,
     .codes = &codes_kernels,
+    .soft_assign = &soft_assign_kernels,
 };
 
 }  // namespace polyvec::POLYVEC_ISA

@@ -299,6 +299,34 @@ struct CodesKernels {
     void (*rotate)(float* rows, std::size_t n, std::size_t d, const float* signs, bool inverse) noexcept;
 };
 
+/// The codewords of one subspace, transposed. The logit of a codeword is scale * <u, c> + offset.
+template <class T>
+struct SoftCodebook {
+    const T* panel;   // (dsub, width), zeros beyond the last codeword
+    const T* offset;  // (width,): -|c|^2 / temperature, and -inf beyond the last codeword
+    std::size_t width, dsub;
+    T scale;  // 2 / temperature
+    bool hard;
+};
+
+/// Rows are `stride` elements apart, in x and in what is written alike; `zeros` is a row of them.
+template <class T>
+struct SoftAssignKernel {
+    std::size_t step;          // a codebook's width is a multiple of it
+    std::size_t scratch_rows;  // scratch holds this many rows of its width
+    void (*assign)(const SoftCodebook<T>&, const T* x, std::size_t n, std::size_t stride, T* out, std::int64_t* ids,
+                   std::size_t ids_stride, T* scratch, const T* zeros) noexcept;
+    /// Writes dx unless it is null. Adds to dpanel (dsub + 1, width) unless it is null: the gradient of a codeword is
+    /// its column's first dsub numbers less the codeword times the last.
+    void (*gradient)(const SoftCodebook<T>&, const T* x, const T* grad, std::size_t n, std::size_t stride, T* dx,
+                     T* dpanel, T* scratch, const T* zeros) noexcept;
+};
+
+struct SoftAssignKernels {
+    SoftAssignKernel<float> f32;
+    SoftAssignKernel<double> f64;
+};
+
 struct Kernels {
     const char* isa;
     const HypercomplexKernels* hypercomplex;
@@ -309,6 +337,7 @@ struct Kernels {
     const FdeKernels* fde;
     const QuantizeKernels* quantize;
     const CodesKernels* codes;
+    const SoftAssignKernels* soft_assign;
 };
 
 /// The table of the active level. Fetched once an op, not once an element.

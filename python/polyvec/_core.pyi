@@ -271,3 +271,16 @@ def scan_topk(
     where: int,
 ) -> None: ...
 def set_num_threads(n: int) -> None: ...
+def soft_assign(
+    x: typing.Any, codebooks: typing.Any, out: typing.Any, ids: typing.Any, temperature: float, hard: bool, where: int
+) -> None: ...
+def soft_assign_gradient(
+    x: typing.Any,
+    codebooks: typing.Any,
+    grad: typing.Any,
+    dx: typing.Any,
+    dcodebooks: typing.Any,
+    temperature: float,
+    hard: bool,
+    where: int,
+) -> None: ...

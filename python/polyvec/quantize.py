@@ -28,6 +28,8 @@ from polyvec._arrays import (
 from polyvec._codes import RaBitQ, ScalarQuantizer
 from polyvec._files import State
 from polyvec._progress import Progress, reporting
+from polyvec._soft_assign import soft_assign as soft_assign
+from polyvec._soft_assign import soft_assign_gradient as soft_assign_gradient
 
 __all__ = ["KMeansResult", "ProductQuantizer", "RaBitQ", "ScalarQuantizer", "kmeans"]
 

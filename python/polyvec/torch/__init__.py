@@ -1,16 +1,16 @@
 """polyvec's operations as differentiable torch functions.
 
 `product`, `normalize`, `relation_query`, `maxsim`, `maxsim_pairs` and `score_pairs` are those of
-`polyvec.hypercomplex`, `polyvec.maxsim` and `polyvec.scan` on tensors that may require grad; `vq_assign` is
-`polyvec.scan.nearest` with the gradients of learned quantisation. Each is a `torch.library` custom op, or torch code
-around one, which `torch.compile` keeps in its graph. Hypercomplex operations have gradients of any order, for each
-backward is written with the same ops: the gradient of a product is a product with another table. MaxSim has first
+`polyvec.hypercomplex`, `polyvec.maxsim` and `polyvec.scan` on tensors that may require grad; `vq_assign` and
+`soft_assign` are learned quantisation. Each is a `torch.library` custom op, or torch code around one, which
+`torch.compile` keeps in its graph. Hypercomplex operations have gradients of any order, for each backward is written
+with the same ops: the gradient of a product is a product with another table. MaxSim and soft assignment have first
 derivatives, `score_pairs` first and second ones. Under autocast all of them run in float32.
 """
 
 from polyvec.torch._hypercomplex import normalize, product, relation_query
 from polyvec.torch._maxsim import maxsim, maxsim_pairs
-from polyvec.torch._quantize import Assignment, CodebookUsage, codebook_usage, vq_assign
+from polyvec.torch._quantize import Assignment, CodebookUsage, codebook_usage, soft_assign, vq_assign
 from polyvec.torch._scan import score_pairs
 
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "product",
     "relation_query",
     "score_pairs",
+    "soft_assign",
     "vq_assign",
 ]
