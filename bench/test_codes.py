@@ -78,3 +78,18 @@ def test_rabitq_beside_turbovec(compare, benchmark, glosses, bits, nq):
     index.prepare()
     codec = pv.quantize.RaBitQ(384, bits=bits).fit(glosses[0])
     run(compare, benchmark, glosses, nq, codec, "turbovec", lambda q: index.search(q, 100), 0.005)
+
+
+@pytest.mark.parametrize("nq", [1, NQ])
+def test_certified(compare, benchmark, glosses, nq):
+    """The exact 10 nearest by way of 8-bit codes, against comparing float32 with float32."""
+    items, queries, nearest = glosses
+    codec = pv.quantize.Refined(pv.quantize.ScalarQuantizer(384)).fit(items)
+    encoded, few = codec.encode(items), queries[:nq].copy()
+    benchmark.extra_info["rescored"] = float(codec.search(queries, encoded, 10, certified=True).rescored.mean())
+    compare(
+        lambda: codec.search(few, encoded, 10, certified=True),
+        {"scan.topk": lambda: pv.scan.topk(few, items, 10)},
+        check=lambda result: np.testing.assert_array_equal(result[1], nearest[:nq]),
+        flops=2 * items.size * nq,
+    )

@@ -208,7 +208,16 @@ PUBLIC = {
         "score_pairs",
         "topk",
     ],
-    "polyvec.quantize": ["KMeansResult", "ProductQuantizer", "RaBitQ", "ScalarQuantizer", "kmeans"],
+    "polyvec.quantize": [
+        "CertifiedResult",
+        "KMeansResult",
+        "ProductQuantizer",
+        "RaBitQ",
+        "Refined",
+        "RefinedCodes",
+        "ScalarQuantizer",
+        "kmeans",
+    ],
     "polyvec.retrieve": ["LinkPredictor", "MultiVectorIndex"],
     "polyvec.scan": ["nearest", "rank", "score_pairs", "topk"],
     "polyvec.torch": [

@@ -69,6 +69,20 @@ class IntegerCodec:
         """Return weights, mean weights and constants (CodesSearch) of prepared queries, which may be overwritten."""
         raise NotImplementedError
 
+    # ---- how far its scores may be off, for `Refined`; all in float64
+
+    def _reach(self, decoded: npt.NDArray[np.float64]) -> Any:
+        """Return the norms of what a query's weights are multiplied with (CodesSearch)."""
+        raise NotImplementedError
+
+    def _rounding(self, queries: npt.NDArray[np.float64]) -> Any:
+        """Return the norms that the rounding of the weights may have: half a step of 127 of the largest, each."""
+        raise NotImplementedError
+
+    def _least_distance(self, queries: npt.NDArray[np.float64], scores: npt.NDArray[np.float64], lost: float) -> Any:
+        """Return the least squared distance of a vector that scores so, of which the code lost so much."""
+        raise NotImplementedError
+
     # ---- the codec
 
     @property
@@ -213,7 +227,7 @@ class IntegerCodec:
         mask = _mask(op, include, len(table))
         out = outputs(op, out, queries if is_array(queries) else rows, (len(rows), k), ("float32", "int64"),
                       ("scores", "ids"))  # fmt: skip
-        prepared = _as_float32(rows, copy=True)
+        prepared = as_float32(rows, copy=True)
         if self.metric == "cosine":
             _backend.run(op, "codes_unit_rows", prepared, prepared, num_threads=num_threads)
         weights = self._weights(op, prepared, num_threads)
@@ -344,7 +358,7 @@ class IntegerCodec:
 
     def _prepared(self, op: str, name: str, rows: Any, begin: int, num_threads: int | None) -> Floats:
         """Return a block of rows as float32, finite and, for "cosine", of norm 1; a copy."""
-        block = _as_float32(rows[begin : begin + _BLOCK_ROWS], copy=True)
+        block = as_float32(rows[begin : begin + _BLOCK_ROWS], copy=True)
         bad = _backend.run(op, "first_nonfinite_row", block, block, num_threads=num_threads)
         if bad >= 0:
             raise ValueError(f"{op}: {name} must be finite, got NaN or Inf in row {begin + bad}")
@@ -353,7 +367,7 @@ class IntegerCodec:
         return block
 
 
-def _as_float32(x: Any, *, copy: bool = False) -> Floats:
+def as_float32(x: Any, *, copy: bool = False) -> Floats:
     """Return a C-contiguous numpy array."""
     if is_torch(x):
         x = x.float().numpy() if dtype_name(x) != "float32" else x.numpy()
@@ -521,6 +535,22 @@ class ScalarQuantizer(IntegerCodec):
             weights = queries if step is None else queries * step
             return weights, sums.astype(np.float32), middle.astype(np.float32)
 
+    def _reach(self, decoded: npt.NDArray[np.float64]) -> Any:
+        """Of the numbers less their middle."""
+        if self.ranges == "vector":  # the middle of a range is within it
+            return np.asarray(np.sqrt(self.dim) * np.ptp(decoded, axis=1))
+        steps = np.float64(self.step)
+        return np.linalg.norm(np.divide(decoded - self.mid, steps, out=np.zeros_like(decoded), where=steps > 0), axis=1)
+
+    def _rounding(self, queries: npt.NDArray[np.float64]) -> Any:
+        """Weights are queries times steps."""
+        weights = queries if self.ranges == "vector" else queries * self.step
+        return np.abs(weights).max(1) / 254 * np.sqrt(self.dim)
+
+    def _least_distance(self, queries: npt.NDArray[np.float64], scores: npt.NDArray[np.float64], lost: float) -> Any:
+        """Scores are distances from decoded vectors."""
+        return np.maximum(np.sqrt(np.maximum(scores, 0)) - lost, 0) ** 2
+
 
 class RaBitQ(IntegerCodec):
     """Codes of 1 to 8 bits a dimension of randomly rotated vectors, with unbiased scores and a bound on their error.
@@ -675,3 +705,17 @@ class RaBitQ(IntegerCodec):
                 constants = (queries * self.centroid.astype(np.float64)).sum(1)
         _backend.run(op, "codes_rotate", queries, self.signs, queries, False, num_threads=num_threads)
         return queries, np.zeros(len(queries), np.float32), constants.astype(np.float32)
+
+    def _reach(self, decoded: npt.NDArray[np.float64]) -> Any:
+        """Of what the rotation turned."""
+        return np.linalg.norm(decoded - self.centroid, axis=1)
+
+    def _rounding(self, queries: npt.NDArray[np.float64]) -> Any:
+        """Weights are rotated queries, less the centroid for "l2"."""
+        weights = np.array(queries - self.centroid if self.metric == "l2" else queries, np.float32)
+        _backend.run("quantize.RaBitQ", "codes_rotate", weights, self.signs, weights, False)
+        return 1.001 * np.abs(np.float64(weights)).max(1) / 254 * np.sqrt(self.dim)
+
+    def _least_distance(self, queries: npt.NDArray[np.float64], scores: npt.NDArray[np.float64], lost: float) -> Any:
+        """Scores know the norm, and the inner product but for what the code lost."""
+        return scores - 2 * np.linalg.norm(queries - self.centroid, axis=1) * lost

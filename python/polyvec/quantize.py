@@ -28,10 +28,20 @@ from polyvec._arrays import (
 from polyvec._codes import RaBitQ, ScalarQuantizer
 from polyvec._files import State
 from polyvec._progress import Progress, reporting
+from polyvec._refined import CertifiedResult, Refined, RefinedCodes
 from polyvec._soft_assign import soft_assign as soft_assign
 from polyvec._soft_assign import soft_assign_gradient as soft_assign_gradient
 
-__all__ = ["KMeansResult", "ProductQuantizer", "RaBitQ", "ScalarQuantizer", "kmeans"]
+__all__ = [
+    "CertifiedResult",
+    "KMeansResult",
+    "ProductQuantizer",
+    "RaBitQ",
+    "Refined",
+    "RefinedCodes",
+    "ScalarQuantizer",
+    "kmeans",
+]
 
 _SEED_ROWS = 64  # k-means++ looks at this many rows a centroid
 _OPQ_ROUNDS = 10
