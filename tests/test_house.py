@@ -223,6 +223,9 @@ PUBLIC = {
     "polyvec.torch": [
         "Assignment",
         "CodebookUsage",
+        "MaxSimLoss",
+        "RelationScorer",
+        "VectorQuantizer",
         "codebook_usage",
         "maxsim",
         "maxsim_pairs",
@@ -261,7 +264,7 @@ def public_callables():
 
 CALLABLES = dict(public_callables())
 SECTIONS = ["Parameters", "Attributes", "Returns", "Yields", "Raises", "Notes", "References", "Examples"]
-POSITIONAL_OPTIONS = {"ids", "lengths", "dtype"}  # optional data; pack(docs, "float32")
+POSITIONAL_OPTIONS = {"ids", "lengths", "dtype", "negatives", "tail_ids"}  # optional data; pack(docs, "float32")
 
 
 def parameters_of(value):

@@ -5,17 +5,22 @@
 `soft_assign` are learned quantisation. Each is a `torch.library` custom op, or torch code around one, which
 `torch.compile` keeps in its graph. Hypercomplex operations have gradients of any order, for each backward is written
 with the same ops: the gradient of a product is a product with another table. MaxSim and soft assignment have first
-derivatives, `score_pairs` first and second ones. Under autocast all of them run in float32.
+derivatives, `score_pairs` first and second ones. Under autocast all of them run in float32. `VectorQuantizer`,
+`MaxSimLoss` and `RelationScorer` are modules around them.
 """
 
 from polyvec.torch._hypercomplex import normalize, product, relation_query
 from polyvec.torch._maxsim import maxsim, maxsim_pairs
+from polyvec.torch._modules import MaxSimLoss, RelationScorer, VectorQuantizer
 from polyvec.torch._quantize import Assignment, CodebookUsage, codebook_usage, soft_assign, vq_assign
 from polyvec.torch._scan import score_pairs
 
 __all__ = [
     "Assignment",
     "CodebookUsage",
+    "MaxSimLoss",
+    "RelationScorer",
+    "VectorQuantizer",
     "codebook_usage",
     "maxsim",
     "maxsim_pairs",

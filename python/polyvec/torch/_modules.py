@@ -1,0 +1,340 @@
+"""Modules around the ops: quantizers, losses and scorers that hold what is trained."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from polyvec.hypercomplex import Algebra, sign_table
+from polyvec.torch._hypercomplex import relation_query
+from polyvec.torch._maxsim import maxsim, maxsim_pairs
+from polyvec.torch._quantize import vq_assign
+from polyvec.torch._scan import score_pairs
+from polyvec.torch._tensors import widened
+
+
+def _one_of(op: str, name: str, value: str, options: tuple[str, ...]) -> str:
+    if value not in options:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+    return value
+
+
+class VectorQuantizer(nn.Module):
+    """Replace vectors by codewords that are learned with the rest of a network.
+
+    Parameters
+    ----------
+    dim : int
+        Width d of the vectors.
+    codebook_size : int
+        Number K of codewords.
+    metric : {"l2", "cosine"}
+        By what the nearest codeword is chosen.
+    update : {"ema", "gradient", "simvq"}
+        How the codewords learn. "ema": each moves towards the mean of its vectors in every training step, without an
+        optimizer. "gradient": they are parameters, drawn to their vectors by the loss. "simvq": they are C W^T with C
+        fixed and normal, and W (d, d) the parameter, so that one vector moves all of them: large codebooks do not
+        collapse.
+    rank : int, optional
+        With "gradient": the codebook is the product of two parameters (K, rank) and (rank, d).
+    decay : float
+        Of the moving averages of "ema".
+    epsilon : float
+        Added to the averaged counts of "ema", so that a codeword without vectors divides by no zero.
+    commitment : float
+        Weight of the part of the loss that draws vectors to codewords.
+
+    Attributes
+    ----------
+    codebook : tensor of shape (codebook_size, dim)
+        The codewords as they are now.
+
+    Notes
+    -----
+    loss = commitment |x - sg(q)|^2 + |sg(x) - q|^2, means over all elements, sg: no gradient; the second part is absent
+    with "ema". Averages are of one process: they are not synchronised among several. Runs in float32 under autocast.
+
+    A drop-in for vector-quantize-pytorch, which returns (quantized, indices, commit_loss), too:
+    `VectorQuantize(d, K, rotation_trick=False)` gives the values, gradients and codewords of `VectorQuantizer(d, K)`,
+    and `SimVQ(d, K, rotation_trick=False)` those of update="simvq" with commitment=0.25, from the same codewords. Here
+    the loss is a scalar, not zero in evaluation, and codewords keep their lengths with metric="cosine".
+
+    References
+    ----------
+    van den Oord, Vinyals and Kavukcuoglu (2017): Neural discrete representation learning, section 3 and appendix A.1
+    ("ema"). Zhu et al. (2024): Addressing representation collapse in vector quantized models with one linear layer,
+    section 3 ("simvq").
+
+    Examples
+    --------
+    >>> import torch, polyvec.torch as pvt
+    >>> quantizer = pvt.VectorQuantizer(8, 32)
+    >>> quantized, ids, loss = quantizer(torch.randn(4, 10, 8))
+    >>> quantized.shape, ids.shape, loss.shape
+    (torch.Size([4, 10, 8]), torch.Size([4, 10]), torch.Size([]))
+    """
+
+    sums: Tensor
+    counts: Tensor
+    basis: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int,
+        *,
+        metric: str = "l2",
+        update: str = "ema",
+        rank: int | None = None,
+        decay: float = 0.8,
+        epsilon: float = 1e-5,
+        commitment: float = 1.0,
+    ) -> None:
+        super().__init__()
+        op = "torch.VectorQuantizer"
+        self.metric = _one_of(op, "metric", metric, ("l2", "cosine"))
+        self.update = _one_of(op, "update", update, ("ema", "gradient", "simvq"))
+        if rank is not None and update != "gradient":
+            raise ValueError(f"{op}: rank must be None unless update is 'gradient', got {rank}")
+        if not 0 <= decay < 1:
+            raise ValueError(f"{op}: decay must be in [0, 1), got {decay}")
+        self.decay, self.epsilon, self.commitment = decay, epsilon, commitment
+        normal = torch.randn(codebook_size, rank or dim) * (rank or dim) ** -0.5
+        self.weight: Tensor | None = None
+        if update == "ema":
+            self.register_buffer("basis", normal)
+            self.register_buffer("sums", normal.clone())
+            self.register_buffer("counts", torch.ones(codebook_size))
+        elif update == "simvq":
+            self.register_buffer("basis", normal)
+            self.weight = nn.Linear(dim, dim, bias=False).weight
+        else:
+            self.basis = nn.Parameter(normal)
+            if rank is not None:
+                self.weight = nn.Linear(rank, dim, bias=False).weight
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codewords as they are now, (codebook_size, dim)."""
+        return self.basis if self.weight is None else widened(self.basis) @ widened(self.weight).T
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantise vectors; in training with "ema", then move the codewords.
+
+        Parameters
+        ----------
+        x : tensor of shape (..., dim), float32
+
+        Returns
+        -------
+        quantized : tensor of x's shape
+            Codewords; the gradient passes straight through to x.
+        ids : tensor of shape (...), int64
+        loss : scalar tensor
+            To be added to the loss of the network.
+        """
+        x, codebook = widened(x), self.codebook
+        quantized, ids = vq_assign(x, codebook.detach(), metric=self.metric)
+        loss = self.commitment * functional.mse_loss(x, quantized.detach())
+        if self.update != "ema":
+            loss = loss + functional.mse_loss(functional.embedding(ids, codebook), x.detach())
+        elif self.training:
+            self._average(x.detach().reshape(-1, x.shape[-1]), ids.flatten())
+        return quantized, ids, loss
+
+    @torch.no_grad()
+    def _average(self, x: Tensor, ids: Tensor) -> None:
+        counts = torch.zeros_like(self.counts).index_add_(0, ids, torch.ones_like(x[:, 0]))
+        self.counts.lerp_(counts, 1 - self.decay)
+        self.sums.lerp_(torch.zeros_like(self.sums).index_add_(0, ids, x), 1 - self.decay)
+        total = self.counts.sum()
+        smoothed = (self.counts + self.epsilon) / (total + len(self.counts) * self.epsilon) * total
+        self.basis.copy_(self.sums / smoothed[:, None])
+
+
+class MaxSimLoss(nn.Module):
+    """Contrastive loss of late-interaction models: -log of the softmax of a query's MaxSim scores at its document.
+
+    Parameters
+    ----------
+    temperature : float
+        Scores are divided by it.
+
+    Notes
+    -----
+    Beside the tokens a step keeps the scores, and an int32 for each query token and document.
+
+    References
+    ----------
+    ColBERT (Khattab and Zaharia 2020), section 3.3 (pairwise); ColBERTv2 (Santhanam et al. 2022), section 3.2
+    (in-batch negatives).
+
+    Examples
+    --------
+    >>> import torch, polyvec.torch as pvt
+    >>> queries, docs = torch.eye(4)[:2, None], torch.eye(4)[:3, None]  # one token each; the third is a negative
+    >>> pvt.MaxSimLoss()(queries, docs)  # log(e + 1 + 1) - 1
+    tensor(0.5514)
+    """
+
+    def __init__(self, *, temperature: float = 1.0) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise ValueError(f"torch.MaxSimLoss: temperature must be above 0, got {temperature}")
+        self.temperature = temperature
+
+    def forward(
+        self,
+        queries: Any,
+        docs: Any,
+        negatives: Any = None,
+        *,
+        query_mask: Any = None,
+        doc_mask: Any = None,
+        negative_mask: Any = None,
+    ) -> Tensor:
+        """Return the mean loss of the queries.
+
+        Parameters
+        ----------
+        queries : n token sets
+            As `polyvec.torch.maxsim` takes them: padded, alone or with lengths, or (values, offsets).
+        docs : at least n token sets
+            Document i is the right one for query i; all others are its negatives.
+        negatives : n token sets, optional
+            The pairwise loss instead: document i against negative i alone, for n documents.
+        query_mask, doc_mask, negative_mask : bool tensor of shape (n, t), optional
+            Which tokens of padded sets count.
+
+        Returns
+        -------
+        scalar tensor
+        """
+        if negatives is not None:
+            right = maxsim_pairs(queries, docs, query_mask=query_mask, doc_mask=doc_mask)
+            wrong = maxsim_pairs(queries, negatives, query_mask=query_mask, doc_mask=negative_mask)
+            return functional.softplus((wrong - right) / self.temperature).mean()
+        scores = maxsim(queries, docs, query_mask=query_mask, doc_mask=doc_mask)
+        n, documents = scores.shape
+        if documents < n:
+            raise ValueError(f"torch.MaxSimLoss: docs must have a document for each query ({n}), got {documents}")
+        return functional.cross_entropy(scores / self.temperature, torch.arange(n, device=scores.device))
+
+
+class RelationScorer(nn.Module):
+    """Embeddings of a knowledge graph in a hypercomplex algebra, and the scores of its triples.
+
+    score(h, r, t) = <q, t> + bias_t, or -|q - t|^2 + bias_t, with q = h (*) r / |r| (+ translation_r).
+
+    Parameters
+    ----------
+    num_entities, num_relations : int
+        Count reciprocals as relations of their own.
+    dim : int
+        Numbers in an embedding: 4 dim components for quaternions.
+    algebra : {"quaternion", "dihedron", "complex", "octonion"}, (a, b), or a C x C table
+    metric : {"ip", "l2"}
+    translate : bool
+        Learn a translation a relation.
+    bias : bool
+        Learn a number an entity.
+    dropout : float
+        Of the elements of q, in training.
+
+    Attributes
+    ----------
+    entities : parameter of shape (num_entities, C, dim)
+    relations : parameter of shape (num_relations, C, dim)
+    translations : parameter of shape (num_relations, C, dim), or None
+    biases : parameter of shape (num_entities,), or None
+
+    Notes
+    -----
+    `polyvec.retrieve.LinkPredictor` takes these parameters and ranks triples by the same scores. Runs in float32 under
+    autocast, except that the product of scores of all entities obeys autocast.
+
+    References
+    ----------
+    QuatE (Zhang et al. 2019), section 4. Lacroix, Usunier and Obozinski (2018): Canonical tensor decomposition for
+    knowledge base completion, section 3 (the loss over all entities, reciprocals).
+
+    Examples
+    --------
+    >>> import torch, polyvec.torch as pvt
+    >>> scorer = pvt.RelationScorer(100, 6, 16)
+    >>> heads, relations, tails = torch.tensor([[3, 4], [0, 5], [7, 99]])
+    >>> scorer(heads, relations).shape, scorer(heads, relations, tails[:, None]).shape
+    (torch.Size([2, 100]), torch.Size([2, 1]))
+    >>> scorer.loss(heads, relations, tails, negatives=8).backward()
+    """
+
+    def __init__(
+        self,
+        num_entities: int,
+        num_relations: int,
+        dim: int,
+        *,
+        algebra: Algebra = "quaternion",
+        metric: str = "ip",
+        translate: bool = False,
+        bias: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.algebra, self.dropout = algebra, dropout
+        self.metric = _one_of("torch.RelationScorer", "metric", metric, ("ip", "l2"))
+        components = len(sign_table(algebra))
+        self.entities = nn.Parameter(0.1 * torch.randn(num_entities, components, dim))
+        self.relations = nn.Parameter(torch.randn(num_relations, components, dim))
+        self.translations = nn.Parameter(torch.zeros(num_relations, components, dim)) if translate else None
+        self.biases = nn.Parameter(torch.zeros(num_entities)) if bias else None
+
+    def forward(self, head_ids: Tensor, relation_ids: Tensor, tail_ids: Tensor | None = None) -> Tensor:
+        """Score tails: all of them (1-vs-all), or some for each pair.
+
+        Parameters
+        ----------
+        head_ids, relation_ids : integer tensors of shape (n,)
+        tail_ids : integer tensor of shape (n, m), optional
+
+        Returns
+        -------
+        tensor of shape (n, num_entities), or (n, m) with `tail_ids`
+            Higher is better.
+        """
+        queries = relation_query(
+            self.entities, self.relations, head_ids, relation_ids, algebra=self.algebra, translations=self.translations
+        )
+        queries = functional.dropout(queries, self.dropout, self.training)
+        entities = self.entities.flatten(1)
+        if tail_ids is not None:
+            scores = score_pairs(queries, entities, tail_ids, metric=self.metric, bias=self.biases)
+            return -scores if self.metric == "l2" else scores
+        scores = queries @ entities.T
+        if self.metric == "l2":
+            scores = 2 * scores - queries.square().sum(1, keepdim=True) - entities.square().sum(1)
+        return scores if self.biases is None else scores + self.biases
+
+    def loss(
+        self, head_ids: Tensor, relation_ids: Tensor, tail_ids: Tensor, *, negatives: int | Tensor | None = None
+    ) -> Tensor:
+        """Return the mean -log softmax of the right tails, among all entities or among sampled ones.
+
+        Parameters
+        ----------
+        head_ids, relation_ids, tail_ids : integer tensors of shape (n,)
+        negatives : int or integer tensor of shape (n, m), optional
+            Wrong tails for each triple, or how many to draw uniformly; all entities when None.
+
+        Returns
+        -------
+        scalar tensor
+        """
+        if negatives is None:
+            return functional.cross_entropy(self(head_ids, relation_ids), tail_ids)
+        if isinstance(negatives, int):
+            shape = len(tail_ids), negatives
+            negatives = torch.randint(len(self.entities), shape, device=tail_ids.device)
+        scores = self(head_ids, relation_ids, torch.cat([tail_ids[:, None], negatives], 1))
+        return functional.cross_entropy(scores, torch.zeros_like(tail_ids))

@@ -1,0 +1,178 @@
+"""Modules: what they return equals the expressions of their papers, they learn, and torch can save and compile them."""
+
+import numpy as np
+import pytest
+
+import polyvec as pv
+
+torch = pytest.importorskip("torch")
+functional = torch.nn.functional
+pvt = pytest.importorskip("polyvec.torch")
+
+
+@pytest.fixture
+def tensor(rng):
+    """Makes a float32 tensor of a shape that requires grad."""
+    return lambda *shape: torch.from_numpy(rng.standard_normal(shape).astype(np.float32)).requires_grad_()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"update": "gradient"}, {"update": "gradient", "rank": 3}, {"update": "simvq"}], ids=str
+)
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_vector_quantizer_returns_codewords_and_the_losses_of_the_papers(tensor, options, metric):
+    quantizer = pvt.VectorQuantizer(6, 20, metric=metric, commitment=0.25, **options)
+    codebook, x, weights = quantizer.codebook.detach().clone(), tensor(4, 9, 6), tensor(4, 9, 6).detach()
+    quantized, ids, loss = quantizer(x)
+    assert torch.equal(ids, pvt.vq_assign(x, codebook, metric=metric).ids)
+    assert torch.equal(quantized, codebook[ids])
+    error = (x - codebook[ids]).square().mean()
+    torch.testing.assert_close(loss, error * (1.25 if options else 0.25))
+    (dx,) = torch.autograd.grad((quantized * weights).sum(), x, retain_graph=True)
+    assert torch.equal(dx, weights)
+    (dx,) = torch.autograd.grad(loss, x, retain_graph=True)
+    torch.testing.assert_close(dx, 0.25 * 2 * (x - codebook[ids]).detach() / x.numel())
+    learned = list(quantizer.parameters())
+    assert len(learned) == {0: 0, 1: 1, 2: 2}[len(options)]
+    if learned:
+        same = functional.mse_loss(quantizer.codebook[ids], x.detach())
+        for a, b in zip(torch.autograd.grad(loss, learned), torch.autograd.grad(same, learned), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_moving_averages(tensor):
+    quantizer, x = pvt.VectorQuantizer(2, 3, decay=0.5, epsilon=0.0), torch.tensor([[1.0, 0], [3, 0], [0, 5]])
+    quantizer.basis.copy_(torch.tensor([[1.0, 0], [0, 4], [-9, -9]]))
+    quantizer.sums.copy_(quantizer.basis)
+    assert quantizer(x)[1].tolist() == [0, 0, 1]
+    # counts 0.5 * 1 + 0.5 * (2, 1, 0); sums 0.5 * old + 0.5 * ((4, 0), (0, 5), 0)
+    assert quantizer.counts.tolist() == [1.5, 1.0, 0.5]
+    torch.testing.assert_close(quantizer.codebook, torch.tensor([[2.5 / 1.5, 0], [0, 4.5], [-9, -9]]))
+    before = quantizer.codebook.clone()
+    quantizer.eval()(x)
+    assert torch.equal(quantizer.codebook, before)
+
+
+def test_simvq_uses_a_codebook_that_collapses_otherwise(rng):
+    """On normal vectors far from the codewords the few nearest ones win everything, unless one step moves all."""
+    torch.manual_seed(0)
+    x = torch.from_numpy(rng.standard_normal((2048, 8)).astype(np.float32)) + 4
+
+    def utilization(update):
+        quantizer = pvt.VectorQuantizer(8, 128, update=update)
+        optimizer = torch.optim.Adam(quantizer.parameters(), 0.02)
+        for _ in range(150):
+            _, ids, loss = quantizer(x)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return pvt.codebook_usage(ids, 128).utilization.item()
+
+    assert utilization("simvq") > 2 * utilization("gradient")
+
+
+def test_max_sim_loss(tensor):
+    queries, docs, negatives = tensor(3, 4, 8), tensor(5, 6, 8), tensor(3, 2, 8)
+    mask = torch.ones(5, 6, dtype=torch.bool)
+    mask[1, 2:] = False
+    scores = torch.einsum("qid,ntd->qnit", queries, docs).masked_fill(~mask[None, :, None], -torch.inf).amax(3).sum(2)
+    loss = pvt.MaxSimLoss(temperature=0.5)
+    value = loss(queries, docs, doc_mask=mask)
+    expected = functional.cross_entropy(scores / 0.5, torch.arange(3))
+    torch.testing.assert_close(value, expected)
+    for a, b in zip(
+        torch.autograd.grad(value, (queries, docs)), torch.autograd.grad(expected, (queries, docs)), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    right = torch.einsum("qid,qtd->qit", queries, docs[2:]).amax(2).sum(1)
+    wrong = torch.einsum("qid,qtd->qit", queries, negatives).amax(2).sum(1)
+    pairwise = functional.cross_entropy(torch.stack([right, wrong], 1) / 0.5, torch.zeros(3, dtype=torch.int64))
+    torch.testing.assert_close(loss(queries, docs[2:], negatives), pairwise)
+
+
+@pytest.mark.parametrize("algebra", ["quaternion", "dihedron"])
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_relation_scorer_agrees_with_the_link_predictor(rng, algebra, metric):
+    scorer = pvt.RelationScorer(30, 3, 5, algebra=algebra, metric=metric, translate=True, bias=True)
+    with torch.no_grad():
+        scorer.translations.normal_()
+        scorer.biases.normal_()
+    heads, relations, tails = (torch.from_numpy(rng.integers(0, n, 8)) for n in (30, 3, 30))
+    scores = scorer(heads, relations)
+    some = torch.from_numpy(rng.integers(0, 30, (8, 4)))
+    torch.testing.assert_close(scorer(heads, relations, some), scores.gather(1, some), rtol=1e-4, atol=1e-4)
+    predictor = pv.retrieve.LinkPredictor(
+        scorer.entities.detach(),
+        scorer.relations.detach(),
+        algebra=algebra,
+        metric=metric,
+        translations=scorer.translations.detach(),
+        bias=scorer.biases.detach(),
+    )
+    best, ids = (torch.as_tensor(a) for a in predictor.predict_tails(heads, relations, k=5))
+    expected = scores.topk(5)
+    assert torch.equal(ids, expected.indices)
+    torch.testing.assert_close(best.abs(), expected.values.abs(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scorer.loss(heads, relations, tails), functional.cross_entropy(scores, tails))
+    sampled = torch.cat([scores.gather(1, tails[:, None]), scores.gather(1, some)], 1)
+    expected = functional.cross_entropy(sampled, torch.zeros(8, dtype=torch.int64))
+    torch.testing.assert_close(scorer.loss(heads, relations, tails, negatives=some), expected, rtol=1e-4, atol=1e-4)
+    scorer.loss(heads, relations, tails, negatives=7).backward()
+    assert all(p.grad is not None for p in scorer.parameters())
+
+
+MODULES = {
+    "ema": lambda: pvt.VectorQuantizer(8, 16).eval(),
+    "simvq": lambda: pvt.VectorQuantizer(8, 16, update="simvq"),
+    "MaxSimLoss": pvt.MaxSimLoss,
+    "RelationScorer": lambda: pvt.RelationScorer(20, 4, 8, dropout=0.5).eval(),
+}
+
+
+def arguments_of(name, tensor):
+    if name == "MaxSimLoss":
+        return tensor(3, 4, 8), tensor(3, 5, 8)
+    ids = torch.arange(4)
+    return (ids, ids) if name == "RelationScorer" else (tensor(5, 8),)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_compile_save_and_obey_autocast(tensor, name):
+    module, arguments = MODULES[name](), arguments_of(name, tensor)
+    last = (lambda result: result[-1] if isinstance(result, tuple) else result)(module(*arguments))
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")(*arguments)
+    torch.testing.assert_close(compiled[-1] if isinstance(compiled, tuple) else compiled, last)
+    copy = MODULES[name]()
+    copy.load_state_dict(module.state_dict())
+    again = copy(*arguments)
+    torch.testing.assert_close(again[-1] if isinstance(again, tuple) else again, last)
+    narrow = [a.detach().bfloat16() if a.is_floating_point() else a for a in arguments]
+    with torch.autocast("cpu", torch.bfloat16):
+        result = module(*narrow)
+    result = result[-1] if isinstance(result, tuple) else result
+    torch.testing.assert_close(result.float(), last, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: pvt.VectorQuantizer(4, 8, metric="ip"), ValueError,
+         "torch.VectorQuantizer: metric must be one of 'l2', 'cosine', got 'ip'"),
+        (lambda: pvt.VectorQuantizer(4, 8, update="sgd"), ValueError,
+         "torch.VectorQuantizer: update must be one of 'ema', 'gradient', 'simvq', got 'sgd'"),
+        (lambda: pvt.VectorQuantizer(4, 8, rank=2), ValueError,
+         "torch.VectorQuantizer: rank must be None unless update is 'gradient', got 2"),
+        (lambda: pvt.VectorQuantizer(4, 8, decay=1.0), ValueError,
+         "torch.VectorQuantizer: decay must be in [0, 1), got 1.0"),
+        (lambda: pvt.MaxSimLoss(temperature=0), ValueError,
+         "torch.MaxSimLoss: temperature must be above 0, got 0"),
+        (lambda: pvt.MaxSimLoss()(torch.ones(3, 1, 2), torch.ones(2, 1, 2)), ValueError,
+         "torch.MaxSimLoss: docs must have a document for each query (3), got 2"),
+        (lambda: pvt.RelationScorer(4, 2, 3, metric="cosine"), ValueError,
+         "torch.RelationScorer: metric must be one of 'ip', 'l2', got 'cosine'"),
+    ],
+)  # fmt: skip
+def test_errors(call, error, text):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == text
