@@ -127,6 +127,30 @@ def test_build(compare, data, threads):
     )
 
 
+def test_knn_graph(compare, data, threads):
+    """15 neighbours of 15,000 of the 384-d sentences."""
+    pynndescent = pytest.importorskip("pynndescent")
+    x = glosses(data)[0][:15_000]
+    truth = pv.scan.topk(x, x, 16, metric="ip")[1][:, 1:]
+
+    def ours(storage):
+        graph = pv.hnsw.knn_graph(x, 15, metric="cosine", storage=storage, ef_construction=40, num_threads=threads)
+        return graph[1].reshape(-1, 15)
+
+    def rival():
+        index = pynndescent.NNDescent(x, metric="cosine", n_neighbors=16, n_jobs=threads, random_state=0)
+        return index.neighbor_graph[0][:, 1:]
+
+    def check(ids):
+        assert np.mean([len(np.intersect1d(a, b)) for a, b in zip(ids, truth, strict=True)]) / 15 > 0.95
+
+    compare(
+        lambda: ours("int8"),
+        {"polyvec, float32": lambda: ours("float32"), "pynndescent": rival},
+        check=check,
+    )
+
+
 def test_load(compare, data, tmp_path):
     """A file of 5 MB, checksums verified, and opened in place."""
     x, _, metric = sift(data)

@@ -236,6 +236,45 @@ def test_more_threads_build_a_graph_as_good(rng):
     assert ref.recall(again.search(queries, 10)[1], ref.search(queries, x, 10, "l2")[1]) > 0.98
 
 
+# The neighbours of every row
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_knn_graph(rng, isa, metric, storage):
+    x = sample(rng, 1500, 12)
+    indptr, indices, distances = pv.hnsw.knn_graph(x, 9, metric=metric, storage=storage)
+    assert (indptr.dtype, indices.dtype, distances.dtype) == (np.int64, np.int64, np.float32)
+    assert_exact(indptr, np.arange(0, 1500 * 9 + 1, 9))
+    found, distances = indices.reshape(1500, 9), distances.reshape(1500, 9)
+    assert np.all(found != np.arange(1500)[:, None])
+    assert np.all(np.diff(distances, axis=1) >= 0)
+    assert ref.recall(found, ref.neighbors(x, 9, metric)[1]) > 0.98
+    exact = np.take_along_axis(ref.score(x, x, metric), found, 1)
+    size = np.take_along_axis(scale(x, x, metric), found, 1) + 1
+    assert_reduction(distances, exact if metric == "l2" else 1 - exact, size, length=12)
+    again = pv.hnsw.knn_graph(x, 9, metric=metric, storage=storage, num_threads=7)
+    assert_exact(again[1], indices)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 5, 6])
+def test_knn_graph_of_few_rows_has_all_of_them(rng, n):
+    x = sample(rng, n, 3)
+    indptr, indices, distances = pv.hnsw.knn_graph(x, 5)
+    expected, order = ref.neighbors(x, min(5, max(n - 1, 0)), "l2")
+    assert_exact(indptr, np.arange(n + 1) * max(min(n - 1, 5), 0))
+    assert_exact(indices, order.ravel())
+    assert_reduction(distances, expected.ravel(), expected.ravel() + 1, length=3)
+
+
+def test_knn_graph_counts_copies_as_neighbours(rng):
+    x = np.repeat(sample(rng, 100, 4), 3, axis=0)
+    _, indices, distances = pv.hnsw.knn_graph(x, 2)
+    copies = indices // 3 == np.repeat(np.arange(300) // 3, 2)
+    assert copies.mean() > 0.98
+    assert_exact(distances == 0, copies)
+
+
 # Ids, removal, growth
 
 
@@ -688,6 +727,17 @@ def index():
             lambda i: i.search(zeros(2, 4), 1, out=(zeros(2, 1), zeros(2, 2, dtype=np.int64))),
             ValueError,
             "hnsw.Index.search: out ids must have shape (2, 1), got (2, 2)",
+        ),
+        (lambda _: pv.hnsw.knn_graph(zeros(3, 4), 0), ValueError, "hnsw.knn_graph: k must be at least 1, got 0"),
+        (
+            lambda _: pv.hnsw.knn_graph(zeros(3, 4), 1, metric="ip"),
+            ValueError,
+            "hnsw.knn_graph: metric must be one of 'l2', 'cosine', got 'ip'",
+        ),
+        (
+            lambda _: pv.hnsw.knn_graph(bad_row(), 1),
+            ValueError,
+            "hnsw.knn_graph: x must be finite, got NaN or Inf in row 1",
         ),
         (lambda i: i.get([5, 9]), IndexError, "hnsw.Index.get: ids must be in the index, got 9"),
         (lambda i: i.remove([5, 9]), IndexError, "hnsw.Index.remove: ids must be in the index, got 9"),

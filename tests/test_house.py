@@ -194,7 +194,7 @@ PUBLIC = {
         "set_num_threads",
     ],
     "polyvec.fde": ["Encoder"],
-    "polyvec.hnsw": ["Index"],
+    "polyvec.hnsw": ["Index", "knn_graph"],
     "polyvec.hypercomplex": ["conjugate", "flow_keys", "flow_query", "norm", "normalize", "product", "relation_query"],
     "polyvec.maxsim": [
         "CertifiedTopk",

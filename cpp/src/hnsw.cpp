@@ -194,37 +194,42 @@ void HnswIndex::remove(const Array& ids) {
     graph_->live -= count;
 }
 
-void HnswIndex::search(const Array& queries, std::int64_t ef, const Array& scores, const Array& ids, Cpu cpu) const {
-    constexpr const char* op = search_op;
-    const auto lock = reading();
-    const Graph& graph = *graph_;
-    require_vectors(op, queries, params_.dim);
+namespace {
+
+/// Returns k.
+std::int64_t require_results(const char* op, const Array& scores, const Array& ids, std::int64_t rows,
+                             std::int64_t ef) {
     require_out(op, scores, DType::f32);
     require_out(op, ids, DType::i64);
     for (const Array* out : {&scores, &ids}) {
         require_ndim(op, *out, 2);
-        require_dim(op, *out, 0, queries.dim(0), "one row a query");
+        require_dim(op, *out, 0, rows, "one row a query");
     }
     const std::int64_t k = scores.dim(1);
     require_dim(op, ids, 1, k, "the same k as scores");
     require(k >= 1 && ef >= 1, op, "k and ef must be at least 1");
-    ef = std::min(std::max(ef, k), graph.live);
+    return k;
+}
+
+/// Answers query i with the k best of `ef` candidates: aim(walk, i) sets a walk's target, start(walk, i, ef) starts it,
+/// own(i) is left out of the answer.
+template <class Aim, class Start, class Own>
+void answer(const Graph& graph, IdleWalks& idle, std::int64_t ef, const Array& scores, const Array& ids, Cpu cpu,
+            Aim aim, Start start, Own own) {
+    const std::int64_t nq = scores.dim(0), k = scores.dim(1);
+    const std::int64_t grain = std::clamp<std::int64_t>(nq / 16, Walks::together, 64);
     // Among many removed slots a walk takes n / live steps for one that counts; past this it costs more than a scan.
     const bool scan = static_cast<double>(graph.live) * graph.live <= static_cast<double>(ef) * graph.n;
-    const bool negate = params_.metric != Metric::l2;
+    const bool coarse = graph.params.storage != HnswStorage::float32, negate = graph.params.metric != Metric::l2;
     const float worst = negate ? -std::numeric_limits<float>::infinity() : std::numeric_limits<float>::infinity();
-
-    const std::int64_t nq = queries.dim(0), grain = std::clamp<std::int64_t>(nq / 16, Walks::together, 64);
-    const bool coarse = params_.storage != HnswStorage::float32;
-    Walks walks(graph, idle_, ef, workers_for(nq, grain, cpu.num_threads));
-    const auto aim = [&](Walk& walk, std::int64_t i) { walk.target.set(queries.as<const float>() + i * params_.dim); };
+    Walks walks(graph, idle, ef, workers_for(nq, grain, cpu.num_threads));
     const auto keep = [&](Walk& walk, std::int64_t i) {
         float* score = scores.as<float>() + i * k;
         std::int64_t* id = ids.as<std::int64_t>() + i * k;
         std::int64_t found = 0;
         for (const Entry entry : walk.found(0)) {
             if (found == k) break;
-            if (std::isnan(distance_of(entry))) continue;
+            if (std::isnan(distance_of(entry)) || slot_of(entry) == own(i)) continue;
             score[found] = negate ? 0.0f - distance_of(entry) : distance_of(entry);
             id[found++] = graph.ids[slot_of(entry)];
         }
@@ -244,13 +249,38 @@ void HnswIndex::search(const Array& queries, std::int64_t ef, const Array& score
             worker, begin, end,
             [&](Walk& walk, std::int64_t i) {
                 aim(walk, i);
-                walk.start(ef, 0, graph.live < graph.n);
+                start(walk, i);
             },
             [&](Walk& walk, std::int64_t i) {
                 if (coarse) walk.measure_exactly(2 * k + 16);
                 keep(walk, i);
             });
     });
+}
+
+}  // namespace
+
+void HnswIndex::search(const Array& queries, std::int64_t ef, const Array& scores, const Array& ids, Cpu cpu) const {
+    const auto lock = reading();
+    const Graph& graph = *graph_;
+    require_vectors(search_op, queries, params_.dim);
+    const std::int64_t k = require_results(search_op, scores, ids, queries.dim(0), ef);
+    ef = std::min(std::max(ef, k), graph.live);
+    const auto aim = [&](Walk& walk, std::int64_t i) { walk.target.set(queries.as<const float>() + i * params_.dim); };
+    const auto start = [&](Walk& walk, std::int64_t) { walk.start(ef, 0, graph.live < graph.n); };
+    answer(graph, idle_, ef, scores, ids, cpu, aim, start, [](std::int64_t) { return no_link; });
+}
+
+void HnswIndex::neighbors(std::int64_t ef, const Array& scores, const Array& ids, Cpu cpu) const {
+    const auto lock = reading();
+    const Graph& graph = *graph_;
+    require(graph.live == graph.n, neighbors_op, "no vector of the index may have been removed");
+    const std::int64_t k = require_results(neighbors_op, scores, ids, graph.n, ef);
+    ef = std::min(std::max(ef, k) + 1, graph.live);
+    const auto slot = [](std::int64_t i) { return static_cast<std::uint32_t>(i); };
+    const auto aim = [&](Walk& walk, std::int64_t i) { walk.target.set(slot(i)); };
+    const auto start = [&](Walk& walk, std::int64_t i) { walk.start_at(slot(i), ef); };
+    answer(graph, idle_, ef, scores, ids, cpu, aim, start, slot);
 }
 
 }  // namespace polyvec

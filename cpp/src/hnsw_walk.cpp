@@ -83,10 +83,21 @@ void Walk::start(std::size_t ef, int wide, bool skip_removed) {
     ef_ = ef;
     wide_ = wide;
     skip_removed_ = skip_removed;
-    level_ = graph_->levels[graph_->entry];
+    start_from(graph_->entry, graph_->levels[graph_->entry]);
+}
+
+void Walk::start_at(std::uint32_t slot, std::size_t ef) {
+    ef_ = ef;
+    wide_ = 0;
+    skip_removed_ = false;
+    start_from(slot, 0);
+}
+
+void Walk::start_from(std::uint32_t slot, int level) {
+    level_ = level;
     float distance;
-    target.measure(&graph_->entry, 1, &distance);
-    begin_level(entry_of(distance, graph_->entry));
+    target.measure(&slot, 1, &distance);
+    begin_level(entry_of(distance, slot));
 }
 
 void Walk::begin_level(Entry start) {

@@ -32,6 +32,14 @@ def search(queries, vectors, k, metric, ids=None):
     return best, names
 
 
+def neighbors(x, k, metric):
+    """The k nearest other rows of every row, and their distances: squared, or 1 - cosine."""
+    distances = score(x, x, metric) if metric == "l2" else 1 - score(x, x, metric)
+    np.fill_diagonal(distances, np.inf)
+    order = np.argsort(distances, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(distances, order, 1), order
+
+
 def recall(found, truth):
     """Share of the true ids that were found."""
     return np.mean([len(np.intersect1d(a, b)) for a, b in zip(found, truth, strict=True)]) / truth.shape[1]
