@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+from elsewhere import Elsewhere, load_cuda_on_host
 from evaluation_sets import data  # noqa: F401 (a fixture)
 from polyvec import _backend, _core
 
@@ -27,29 +28,36 @@ else:
 def pytest_addoption(parser):
     parser.addoption(
         "--device",
-        choices=["cpu", "cuda"],
+        choices=["cpu", "cuda", "cuda-on-host"],
         default="cpu",
-        help="cuda: run the tests whose arrays can lie on a GPU, put them there, and run no other test",
+        help="cuda: run the tests whose arrays can lie on a GPU, put them there, and run no other test; "
+        "cuda-on-host: the same without a GPU, by the kernels' code built for the CPU",
     )
 
 
 def _on_gpu(config):
-    return config.getoption("device") == "cuda"
+    return config.getoption("device") != "cpu"
 
 
 def pytest_configure(config):
-    if not _on_gpu(config):
-        return
-    module = _backend.cuda_module()
-    error = "polyvec was built without CUDA" if module is None else module.info()["error"]
-    if error:
-        raise pytest.UsageError(f"--device cuda: {error}")
+    device = config.getoption("device")
+    if device == "cuda-on-host" and load_cuda_on_host() is None:
+        raise pytest.UsageError("--device cuda-on-host: needs a build with -DPOLYVEC_CUDA_ON_HOST=ON")
+    if device == "cuda":
+        module = _backend.cuda_module()
+        error = "polyvec was built without CUDA" if module is None else module.info()["error"]
+        if error:
+            raise pytest.UsageError(f"--device cuda: {error}")
 
 
 def pytest_generate_tests(metafunc):
     on_gpu = _on_gpu(metafunc.config)
     if "lib" in metafunc.fixturenames:
-        modules = {"torch-cuda": "torch", "cupy": "cupy"} if on_gpu else {"numpy": "numpy", "torch": "torch"}
+        modules = {
+            "cpu": {"numpy": "numpy", "torch": "torch"},
+            "cuda": {"torch-cuda": "torch", "cupy": "cupy"},
+            "cuda-on-host": {"elsewhere": "numpy"},
+        }[metafunc.config.getoption("device")]
         libraries = [name for name, module in modules.items() if importlib.util.find_spec(module)]
         metafunc.parametrize("lib", libraries, indirect=True)
     if "isa" in metafunc.fixturenames:
@@ -82,6 +90,8 @@ def isa(request):
 def _to(library):
     if library == "numpy":
         return np.asarray
+    if library == "elsewhere":
+        return Elsewhere
     if library == "cupy":
         import cupy
 
@@ -94,6 +104,8 @@ def _to(library):
 def _require_cuda_form(request):
     """Skip tests of what no GPU serves yet: by the file's name, test_<stem>.py."""
     stem = request.path.stem.removeprefix("test_")
+    if stem.startswith("torch") and request.config.getoption("device") == "cuda-on-host":
+        pytest.skip("torch has no arrays that pretend to lie on a GPU")
     served = {"cuda", "torch", *(name.partition("_")[0] for name in dir(_backend.cuda_module()))}
     if stem not in served:
         pytest.skip(f"{stem} has no CUDA form yet")
@@ -113,13 +125,13 @@ def on_device(request):
     if not _on_gpu(request.config):
         return np.asarray
     _require_cuda_form(request)
-    return _to("torch-cuda")
+    return _to("torch-cuda" if request.config.getoption("device") == "cuda" else "elsewhere")
 
 
 @pytest.fixture
 def gpu(request):
     """Torch, for tests of what only a GPU has (streams, graphs)."""
-    if not _on_gpu(request.config):
+    if request.config.getoption("device") != "cuda":
         pytest.skip("needs a GPU: pytest tests --device cuda")
     return pytest.importorskip("torch")
 

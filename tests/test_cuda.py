@@ -1,47 +1,17 @@
 """The CUDA module: what it refuses and reports without a GPU, and what only a GPU can show."""
 
-import ctypes
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import polyvec as pv
 from accuracy import assert_elementwise, assert_exact, on_host
+from elsewhere import Elsewhere
 from polyvec import _backend, _core
 from reference import hypercomplex as ref
 
 cuda = pytest.importorskip("polyvec._cuda", reason="polyvec was built without CUDA")
-
-
-class Elsewhere:
-    """A numpy array that says it lies on a GPU: what a call does before it touches the data needs no GPU."""
-
-    def __init__(self, array, device=2, index=0):
-        self.array, self.place, self.streams = array, (device, index), []
-        self.shape, self.dtype = array.shape, array.dtype
-
-    def __dlpack_device__(self):
-        return self.place
-
-    def __dlpack__(self, stream=None):
-        self.streams.append(stream)
-        capsule = self.array.__dlpack__()
-        pointer = ctypes.pythonapi.PyCapsule_GetPointer
-        pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
-        tensor = pointer(capsule, b"dltensor")
-        device = (ctypes.c_int32 * 2).from_address(tensor + ctypes.sizeof(ctypes.c_void_p))  # after the data pointer
-        device[:] = self.place
-        return capsule
-
-    def __array_namespace__(self):
-        return SimpleNamespace(
-            float32="float32",
-            int64="int64",
-            empty=lambda shape, dtype: Elsewhere(np.empty(shape, dtype)),
-            asarray=Elsewhere,
-        )
 
 
 def elsewhere(*shape, dtype=np.float32, **place):
@@ -159,7 +129,13 @@ def test_the_default_stream_has_the_name_that_dlpack_takes():
     assert _backend._stream_of(elsewhere(4, 3)) == 1
 
 
-# What follows runs on a GPU only: pytest tests --device cuda.
+# What follows runs on a GPU with --device cuda; what does not name `gpu`, without one with --device cuda-on-host.
+
+
+@pytest.fixture
+def kernels(request):
+    if request.config.getoption("device") == "cpu":
+        pytest.skip("needs --device cuda or --device cuda-on-host")
 
 
 def sample(rng, *shape, dtype=np.float32):
@@ -167,7 +143,7 @@ def sample(rng, *shape, dtype=np.float32):
 
 
 @pytest.mark.parametrize("shapes", [((4, 3), (5, 4, 3)), ((2, 1, 4, 33), (3, 4, 33)), ((7, 4, 1), (4, 300))], ids=str)
-def test_leading_axes_broadcast(rng, on_device, gpu, shapes):
+def test_leading_axes_broadcast(rng, on_device, kernels, shapes):
     x, y = (sample(rng, *shape) for shape in shapes)
     wide = np.broadcast_arrays(x, y)
     scale = ref.norm(wide[0]) * ref.norm(wide[1])
@@ -177,7 +153,7 @@ def test_leading_axes_broadcast(rng, on_device, gpu, shapes):
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 257, 4099])
 @pytest.mark.parametrize("d", [0, 1, 31, 32, 33, 127, 129, 1000])
-def test_every_entry_is_written(rng, on_device, gpu, rows, d):
+def test_every_entry_is_written(rng, on_device, kernels, rows, d):
     x = on_device(sample(rng, rows, 4, d))
     ids = on_device(rng.integers(0, max(1, rows), rows))
     outs = [on_device(np.full(shape, np.nan, np.float32)) for shape in ((rows, 4, d), (rows, d), (rows, 4 * d))]
@@ -188,7 +164,7 @@ def test_every_entry_is_written(rng, on_device, gpu, rows, d):
         assert np.isfinite(on_host(out)).all()
 
 
-def test_rows_of_ids_outside_the_tables_are_nan(rng, on_device, gpu):
+def test_rows_of_ids_outside_the_tables_are_nan(rng, on_device, kernels):
     entities, relations = on_device(sample(rng, 5, 4, 40)), on_device(sample(rng, 3, 4, 40))
     heads, rows = np.array([0, 5, -1, 4, 1, 2**62]), np.array([2, 0, 1, 3, -(2**62), 0])
     result = on_host(pv.hypercomplex.relation_query(entities, relations, on_device(heads), on_device(rows)))

@@ -170,11 +170,12 @@ def contiguous(x: Any) -> Any:
         return x if x.flags.c_contiguous else np.ascontiguousarray(x)
     if is_torch(x):
         return x.contiguous()
-    xp = _namespace(x)
+    xp = namespace(x)
     return xp.ascontiguousarray(x) if hasattr(xp, "ascontiguousarray") else x  # others hand out dense arrays only
 
 
-def _namespace(x: Any) -> Any:
+def namespace(x: Any) -> Any:
+    """Return the functions of the array API for `x`, which is no torch tensor."""
     return x.__array_namespace__() if hasattr(x, "__array_namespace__") else importlib.import_module(_root(x))
 
 
@@ -184,7 +185,7 @@ def to_device_of(like: Any, x: Any) -> Any:
         import torch
 
         return torch.from_numpy(x).to(like.device)
-    return _namespace(like).asarray(x)
+    return namespace(like).asarray(x)
 
 
 def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
@@ -195,7 +196,7 @@ def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
         return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
     if device_name(like) == "cpu":
         return np.empty(shape, dtype)
-    xp = _namespace(like)
+    xp = namespace(like)
     return xp.empty(shape, dtype=getattr(xp, dtype))
 
 

@@ -17,7 +17,18 @@ from typing import Any
 import numpy as np
 
 from polyvec import _backend
-from polyvec._arrays import ArrayT, as_array, as_ids, choice, contiguous, dtype_name, empty, is_torch, output
+from polyvec._arrays import (
+    ArrayT,
+    as_array,
+    as_ids,
+    choice,
+    contiguous,
+    dtype_name,
+    empty,
+    is_torch,
+    namespace,
+    output,
+)
 
 __all__ = ["conjugate", "flow_keys", "flow_query", "norm", "normalize", "product", "relation_query"]
 
@@ -108,7 +119,7 @@ def _check_components(op: str, name: str, x: Any, interleaved: bool, components:
 def _broadcast(x: Any, shape: tuple[int, ...]) -> Any:
     if tuple(x.shape) == shape:
         return x
-    return x.broadcast_to(shape) if is_torch(x) else np.broadcast_to(x, shape)
+    return x.broadcast_to(shape) if is_torch(x) else namespace(x).broadcast_to(x, shape)
 
 
 def product(
