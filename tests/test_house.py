@@ -211,6 +211,7 @@ PUBLIC = {
     "polyvec.quantize": [
         "CertifiedResult",
         "KMeansResult",
+        "PackedCodes",
         "ProductQuantizer",
         "RaBitQ",
         "Refined",

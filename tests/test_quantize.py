@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import polyvec as pv
 from accuracy import assert_exact, assert_reduction
-from polyvec import _core, _files
+from polyvec import _core, _files, _product_quantizer
 from reference import quantize as ref
 from reference import scan as ref_scan
 
@@ -237,6 +237,65 @@ def test_search_equals_the_definition(nq, n, m, dsub, k, bits, metric, seed):
     check_search(pq, sample(rng, nq, m * dsub), rng.integers(0, 256, (n, pq.code_size)).astype(np.uint8), k)
 
 
+def assert_same(a, b):
+    for x, y in zip(a, b, strict=True):
+        assert_exact(x, y)
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+@pytest.mark.parametrize(("bits", "m"), [(8, 1), (8, 5), (8, 300), (4, 1), (4, 9), (4, 601)])
+def test_packed_codes_and_some_of_them(rng, isa, bits, m, metric):
+    """More subspaces than a sum of 16 bits holds, blocks that are not full, masks that are empty, sparse and full."""
+    pq = quantizer(rng, m, 2, bits, metric)
+    for n in (0, 1, 15, 64, 65, 1100):
+        queries, codes = sample(rng, 11, 2 * m), rng.integers(0, 256, (n, pq.code_size)).astype(np.uint8)
+        packed = pq.pack(codes)
+        assert len(packed) == n
+        assert_same(pq.search(queries, packed, 7), pq.search(queries, codes, 7))
+        check_search(pq, queries, codes, 7)
+        for share in (0, 0.01, 0.5, 1):
+            mask = rng.random(n) < share
+            rows = np.flatnonzero(mask)
+            scores, ids = pq.search(queries, codes[rows], 7)
+            expected = scores, np.append(rows, -1)[ids]
+            for table in (codes, packed):
+                assert_same(pq.search(queries, table, 7, include=mask), expected)
+                assert_same(pq.search(queries, table, 7, include=rng.permutation(rows)), expected)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_equal_scores(rng, isa, bits):
+    """More codes than are kept for rescoring at a time, and all but one are the same; a query that tells none apart."""
+    pq = quantizer(rng, 6, 3, bits)
+    codes = np.zeros((20_000, pq.code_size), np.uint8)
+    codes[17_000] = rng.integers(1, 256, pq.code_size)
+    queries = sample(rng, 3, 18)
+    queries[1] = 0
+    queries[2] = pq.decode(codes[17_000:17_001])[0] - pq.decode(codes[:1])[0]
+    _, ids = pq.search(queries, codes, 5)
+    assert_exact(ids[1:], [[0, 1, 2, 3, 4], [17_000, 0, 1, 2, 3]])
+    assert_exact(np.sort(ids[0])[:4], [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_sparse_queries(rng, isa, bits, metric):
+    """Zero pieces are not read, with the same bits; each query has its own."""
+    pq = quantizer(rng, 40, 2, bits, metric)
+    codes = pq.pack(rng.integers(0, 256, (700, pq.code_size)).astype(np.uint8))
+    counts = [0, 1, 20, 5, 3]
+    sparse = pv.BlockSparse(
+        sample(rng, sum(counts), 4),
+        np.concatenate([np.sort(rng.choice(20, count, replace=False)) for count in counts]),
+        np.cumsum([0, *counts]),
+        80,
+    )
+    dense = sparse.to_dense()
+    assert_same(pq.search(sparse, codes, 9), pq.search(dense, codes, 9))
+    for q in range(len(counts)):
+        assert_same(pq.search(dense[q : q + 1], codes, 9), [a[q : q + 1] for a in pq.search(dense, codes, 9)])
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_query_scores_alone_as_it_does_in_a_batch(rng, isa, bits):
     pq = quantizer(rng, 19, 5, bits, "l2")
@@ -350,6 +409,7 @@ def test_result_does_not_depend_on_thread_count(rng):
                 pq.decode(codes[:9000], num_threads=n),
                 *pq.search(x[:2], codes, 70, num_threads=n),
                 *pq.search(x[:20], codes, 70, num_threads=n),
+                *pq.search(x[:20], pq.pack(codes, num_threads=n), 70, num_threads=n),
             ]
         )
     for other in results[1:]:
@@ -385,6 +445,32 @@ def test_strided_input(rng):
     codes = pq.encode(x)
     assert_exact(codes, pq.encode(x.copy()))
     assert_exact(pq.search(x, np.repeat(codes, 2, 0)[::2], 5)[1], pq.search(x.copy(), codes, 5)[1])
+
+
+def test_narrow_floats(rng):
+    torch = pytest.importorskip("torch")
+    for x in (sample(rng, 300, 8).astype(np.float16), torch.from_numpy(sample(rng, 300, 8)).bfloat16()):
+        wide = np.asarray(x.float() if isinstance(x, torch.Tensor) else x.astype(np.float32))
+        pq, other = (pv.quantize.ProductQuantizer(8, 4, rotation="random").fit(rows) for rows in (x, wide))
+        assert_exact(pq.codebooks, other.codebooks)
+        codes = pq.encode(x)
+        assert type(codes) is type(x)
+        assert_exact(codes, pq.encode(wide))
+        assert_same(pq.search(x, codes, 3), pq.search(wide, np.asarray(codes), 3))
+
+
+def test_memory_maps_are_encoded_in_blocks(rng, tmp_path, monkeypatch):
+    monkeypatch.setattr(_product_quantizer, "_BLOCK_ELEMENTS", 800)
+    x = np.memmap(tmp_path / "x", np.float16, "w+", shape=(250, 8))
+    x[:] = sample(rng, 250, 8)
+    out, seen = np.memmap(tmp_path / "codes", np.uint8, "w+", shape=(250, 2)), []
+    pq = pv.quantize.ProductQuantizer(8, 4, bits=4, rotation="random").fit(x, train_size=50)
+    assert pq.encode(x, out=out, progress=lambda *counts: seen.append(counts)) is out
+    assert seen == [(100, 250), (200, 250), (250, 250)]
+    assert_exact(out, pq.encode(np.array(x, np.float32)))
+    x[203, 1] = np.nan
+    with pytest.raises(ValueError, match="x must be finite, got NaN or Inf in row 203"):
+        pq.encode(x)
 
 
 # Real data
@@ -555,6 +641,38 @@ def fitted():
             lambda: fitted().search(zeros(3, 7), zeros(3, 4, dtype=np.uint8), 1),
             ValueError,
             f"{PQ}.search: queries must have d = 8, got 7",
+        ),
+        (
+            lambda: fitted().search(zeros(3, 8), zeros(3, 4, dtype=np.uint8), 1, include=[True, False]),
+            ValueError,
+            f"{PQ}.search: include must have one entry a code (3), got 2",
+        ),
+        (
+            lambda: fitted().search(zeros(3, 8), zeros(3, 4, dtype=np.uint8), 1, include=[2, 0, 3]),
+            IndexError,
+            f"{PQ}.search: include must be in [0, 3), got 3 at position 2",
+        ),
+        (
+            lambda: fitted().search(
+                zeros(3, 8), quantizer(np.random.default_rng(0), 4, 2, 4).pack(zeros(3, 2, dtype=np.uint8)), 1
+            ),
+            ValueError,
+            f"{PQ}.search: codes must have blocks of shape (4, 64), got (4, 16)",
+        ),
+        (
+            lambda: fitted().pack(zeros(3, 5, dtype=np.uint8)),
+            ValueError,
+            f"{PQ}.pack: codes must have 4 bytes a row, got 5",
+        ),
+        (
+            lambda: pv.quantize.PackedCodes(zeros(1, 4, 32, dtype=np.uint8), 3),
+            ValueError,
+            "quantize.PackedCodes: blocks must hold 16 or 64 codes each, got 32",
+        ),
+        (
+            lambda: pv.quantize.PackedCodes(zeros(1, 4, 16, dtype=np.uint8), 17),
+            ValueError,
+            "quantize.PackedCodes: blocks must have 2 rows for 17 codes, got 1",
         ),
         (
             lambda: fitted().search(zeros(3, 8), zeros(3, 4, dtype=np.uint8), 0),

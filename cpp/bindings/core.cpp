@@ -8,6 +8,7 @@
 #include "polyvec/isa.hpp"
 #include "polyvec/parallel.hpp"
 #include "quantize.hpp"
+#include "quantize_pq.hpp"
 #include "run_op.hpp"
 #include "scan.hpp"
 #include "soft_assign.hpp"
@@ -72,4 +73,5 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
     bind_quantize<Cpu>(m);
     bind_codes<Cpu>(m);
     bind_soft_assign<Cpu>(m);
+    bind_quantize_pq<Cpu>(m);
 }

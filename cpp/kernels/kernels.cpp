@@ -15,6 +15,7 @@ extern const FdeKernels fde_kernels;
 extern const QuantizeKernels quantize_kernels;
 extern const CodesKernels codes_kernels;
 extern const SoftAssignKernels soft_assign_kernels;
+extern const PqKernels pq_kernels;
 
 extern const Kernels table;
 const Kernels table{
@@ -28,6 +29,7 @@ const Kernels table{
     .quantize = &quantize_kernels,
     .codes = &codes_kernels,
     .soft_assign = &soft_assign_kernels,
+    .pq = &pq_kernels,
 };
 
 }  // namespace polyvec::POLYVEC_ISA

@@ -51,5 +51,12 @@ POLYVEC_INLINE Vec<float> load_int8(const unsigned char* p) noexcept {
     return (Vec<float>)vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(bytes)))));
 }
 
+#define POLYVEC_BYTE_SHUFFLE 1
+
+// In each 128-bit lane, the bytes of `table` that the bytes of `index`, 0 to 15, select.
+POLYVEC_INLINE Vec<uint8_t> shuffle_bytes(Vec<uint8_t> table, Vec<uint8_t> index) noexcept {
+    return (Vec<uint8_t>)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)index);
+}
+
 }  // namespace
 }  // namespace polyvec::POLYVEC_ISA

@@ -115,6 +115,39 @@ POLYVEC_INLINE Vec<uint32_t> load_first_bytes(const unsigned char* p, size_t n) 
     return (Vec<uint32_t>)_mm512_maskz_loadu_epi8(~__mmask64{} >> (64 - n), p);
 }
 
+// The bytes of a 64-byte table that the low 6 bits of the bytes of `index` select.
+POLYVEC_INLINE Vec<uint32_t> permute_bytes(Vec<uint32_t> table, Vec<uint32_t> index) noexcept {
+    return (Vec<uint32_t>)_mm512_maskz_permutexvar_epi8(~__mmask64{}, (__m512i)index, (__m512i)table);
+}
+
+// For permute_bytes: byte i of lane v becomes byte v of 128-bit lane i of the argument.
+POLYVEC_INLINE Vec<uint32_t> byte_transposition_4x16() noexcept {
+    const Vec<uint32_t> first = broadcast(0x30201000u), lane = (Vec<uint32_t>)lane_numbers<float>();
+    return first + lane * broadcast(0x01010101u);
+}
+
+// (a & b) | c; GCC makes two instructions of it.
+POLYVEC_INLINE Vec<uint32_t> and_or(Vec<uint32_t> a, Vec<uint32_t> b, Vec<uint32_t> c) noexcept {
+    return (Vec<uint32_t>)_mm512_maskz_ternarylogic_epi32(0xffff, (__m512i)a, (__m512i)b, (__m512i)c, 0xea);
+}
+
+struct ByteTable {
+    __m512i quarter[4];
+};
+
+POLYVEC_INLINE ByteTable load_byte_table(const unsigned char* p) noexcept {
+    return {_mm512_loadu_si512(p), _mm512_loadu_si512(p + 64), _mm512_loadu_si512(p + 128),
+            _mm512_loadu_si512(p + 192)};
+}
+
+// The bytes of a 256-byte table that 64 bytes at p select.
+POLYVEC_INLINE __m512i look_up_bytes(const ByteTable& table, const unsigned char* p) noexcept {
+    const __m512i index = _mm512_loadu_si512(p);
+    const __m512i low = _mm512_permutex2var_epi8(table.quarter[0], index, table.quarter[1]);
+    const __m512i high = _mm512_permutex2var_epi8(table.quarter[2], index, table.quarter[3]);
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(index), low, high);
+}
+
 // The bytes of a 64-byte table that the first n (at most 64) codes at p select; codes of Bits (4 or 2) bits, the
 // first in the highest bits of a byte. A code's higher neighbours reach into the index, so the table repeats itself
 // every 1 << Bits bytes.
@@ -149,6 +182,19 @@ POLYVEC_INLINE Vec<float> load_int8(const unsigned char* p) noexcept {
     return (Vec<float>)_mm_cvtepi32_ps(_mm_srai_epi32(v, 24));
 #endif
 }
+
+#if POLYVEC_VECTOR_BYTES >= 32
+#define POLYVEC_BYTE_SHUFFLE 1
+
+// In each 128-bit lane, the bytes of `table` that the bytes of `index`, 0 to 15, select.
+POLYVEC_INLINE Vec<uint8_t> shuffle_bytes(Vec<uint8_t> table, Vec<uint8_t> index) noexcept {
+#if POLYVEC_VECTOR_BYTES == 64
+    return (Vec<uint8_t>)_mm512_shuffle_epi8((__m512i)table, (__m512i)index);
+#else
+    return (Vec<uint8_t>)_mm256_shuffle_epi8((__m256i)table, (__m256i)index);
+#endif
+}
+#endif
 
 #if defined(__F16C__)
 #define POLYVEC_FLOAT16_CONVERSION 1

@@ -227,33 +227,82 @@ struct FdeKernels {
                     const float* projection, std::size_t width, float* out) noexcept;
 };
 
-/// One or more queries, at most PqKernel::width, and the codebooks (m, 16 or 256, dsub) to build tables from.
+/// Queries and codebooks (m, ksub, dsub), ksub 16 or 256, to build tables from.
 struct PqTables {
     const float* queries;  // (count, m * dsub)
     std::size_t count;
     const float* codebooks;
-    std::size_t m, dsub;
-    bool nibbles;  // 16 codewords a subspace, two codes a byte; else 256
-    bool squared;  // entries are -|q - c|^2; else <q, c>
+    std::size_t m, ksub, dsub;
+    bool squared;                   // entries are -|q - c|^2; else <q, c>
+    const std::int32_t* subspaces;  // those whose entries are wanted
+    std::size_t n_subspaces;
+    std::size_t stride;  // floats from one query's tables to the next's
 };
 
-/// Scores of codes against `width` queries at a time. A table (code bytes, 256, width) holds what each value of a byte
-/// adds to the score of each query: for nibbles the sum of two subspaces.
-struct PqKernel {
+/// What was lost: a score is about offset + step * the sum of bytes, more by less than step for each of `rounded`
+/// subspaces. No float32 sum of entries leaves +-size on its way.
+struct PqRounding {
+    double offset, step, size;
+    std::int32_t rounded;
+};
+
+/// Codes in blocks: byte j of code i is codes[i / B][j][i % B], B = 16 for 4-bit codes and 64 for 8-bit ones. A step is
+/// what a scan takes at once: 4 bytes of 4-bit codes (their number is a multiple of 4 here), 1 byte of 8-bit ones.
+struct PqScan {
+    const std::uint8_t* codes;
+    std::size_t blocks, columns;
+    const std::uint8_t* tables;  // as round_down wrote them, table_size bytes a query; zeros where it wrote none
+    std::size_t table_size, queries;
+    const std::int32_t* steps;
+    std::size_t n_steps;
+    const std::int32_t* floor;    // one a query
+    const std::uint8_t* allowed;  // bits of the codes that take part, or null: all
+};
+
+struct PqHit {
+    std::int32_t sum;
+    std::uint32_t at;  // code * PqKernels::most_queries + query
+};
+
+/// One query's entries and the codes they score: byte j of code i is codes[i / block][j][i % block]; rows have block 1.
+struct PqScores {
+    const std::uint8_t* codes;
+    std::size_t columns, block;
+    const float* entries;  // (code_size, 2, 16) or (code_size, 256)
+    const std::int32_t* steps;
+    std::size_t n_steps;
+};
+
+struct PqKernels {
+    std::size_t most_queries;  // of select_nibbles; it takes 1, 2, 4, ... of them
+    /// out (count, stride): what each codeword adds to a score, (m, ksub) of them a query.
+    void (*entries)(const PqTables&, float* out) noexcept;
+    /// One query's entries in 8 bits: 128 bytes a step of 4-bit codes, 256 a step of 8-bit ones.
+    void (*round_down)(const PqTables&, const float* tables, std::uint8_t* out, PqRounding& rounding) noexcept;
+    /// out[column][row] = in[row][column].
+    void (*transpose_bytes)(const std::uint8_t* in, std::size_t rows, std::size_t columns, std::size_t in_stride,
+                            std::uint8_t* out, std::size_t out_stride) noexcept;
+    /// Write the codes and queries whose sum of bytes is at least the query's floor to `hits`, which has room for all,
+    /// and return their number. select_bytes: one query; null where the level has no way to do it.
+    std::size_t (*select_nibbles)(const PqScan&, PqHit* hits) noexcept;
+    std::size_t (*select_bytes)(const PqScan&, PqHit* hits) noexcept;
+    /// out[i] = the score of code ids[i]: the float32 sum of its entries in the order of the subspaces.
+    void (*score_nibbles)(const PqScores&, const std::int64_t* ids, std::size_t n, float* out) noexcept;
+    void (*score_bytes)(const PqScores&, const std::int64_t* ids, std::size_t n, float* out) noexcept;
+
+    // Without select_bytes: scores of 8-bit codes (n, code_size) against one query, or against `width` at a time by
+    // tables (code_size * 256, width). Hits are at least floor[lane]; ScanHit::at is code * width + lane.
     std::size_t width;
-    /// `panel` is scratch for m * dsub * width floats.
-    void (*tables)(const PqTables&, float* panel, float* out) noexcept;
-    /// Writes the pairs whose score is at least floor[lane] to `hits`, which has room for all n * width, and returns
-    /// their number. ScanHit::at is code * width + lane.
-    std::size_t (*scan)(const float* tables, const std::uint8_t* codes, std::size_t n, std::size_t code_size,
-                        const float* floor, ScanHit* hits) noexcept;
+    void (*interleave)(const float* tables, std::size_t count, std::size_t n, float* out) noexcept;
+    using FloatScan = std::size_t (*)(const float* tables, const std::uint8_t* codes, std::size_t n,
+                                      std::size_t code_size, const float* floor, ScanHit* hits) noexcept;
+    FloatScan scan_one, scan_many;
 };
 
 struct QuantizeKernels {
     /// The sum of n rows of x (., d), each times scale[row] unless scale is null, in this order and in float64.
     void (*sum_rows)(const float* x, const std::int64_t* rows, std::size_t n, std::size_t d, const float* scale,
                      double* sum) noexcept;
-    PqKernel one, many;
 };
 
 /// Rows of integer codes, `stride` bytes apart: d numbers below 2^bits, then the float32 factors that there are, in
@@ -338,6 +387,7 @@ struct Kernels {
     const QuantizeKernels* quantize;
     const CodesKernels* codes;
     const SoftAssignKernels* soft_assign;
+    const PqKernels* pq;
 };
 
 /// The table of the active level. Fetched once an op, not once an element.

@@ -218,10 +218,13 @@ def quantize_kmeans_step(
 ) -> None: ...
 def quantize_pq_decode(codes: typing.Any, codebooks: typing.Any, out: typing.Any, where: int) -> None: ...
 def quantize_pq_encode(x: typing.Any, codebooks: typing.Any, codes: typing.Any, where: int) -> None: ...
+def quantize_pq_pack(codes: typing.Any, blocks: typing.Any, where: int) -> None: ...
 def quantize_pq_search(
     queries: typing.Any,
     codes: typing.Any,
+    n: int,
     codebooks: typing.Any,
+    include: typing.Any,
     scores: typing.Any,
     ids: typing.Any,
     squared: bool,

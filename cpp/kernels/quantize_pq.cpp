@@ -1,0 +1,499 @@
+// Tables and scans for product quantisation.
+//
+// Scans in registers: the entries of a query's tables are rounded down to 8 bits, and a code's score becomes a sum of
+// bytes. Codes lie in blocks, byte by byte: the register that holds one byte of many codes is the index of a byte
+// shuffle, which looks all of them up at once (Andre, Kermarrec and Le Scouarnec 2015: Cache locality is not enough,
+// section 4). What the driver wants of a sum is whether it reaches a floor; the few that do are rescored in float32.
+//
+//     4 bits   16 codes a block. AVX-512 VBMI: 4 bytes of a code become one lane, an index of 8 bits is the code and
+//              its place in the lane, `vpermb` looks up 4 subspaces of 16 codes, `vpdpbusd` adds them up.
+//              AVX2, AVX-512, NEON: a shuffle an entry, sums of 16 bits.
+//     8 bits   64 codes a block, AVX-512 VBMI: two `vpermi2b` look up a byte of 64 codes, sums of 16 bits.
+//
+// Scans in memory, for levels that lack these: 4-bit sums one by one; 8-bit codes by float tables, one addition a
+// byte. For a batch, lanes are queries: the entries of one code for all lanes lie side by side, and one vector addition
+// serves them all. A single query runs through the same code with V = float. Both take the subspaces in groups whose
+// tables stay in the nearest cache that holds them.
+//
+// Every score is the float32 sum of a code's entries in the order of the subspaces, so that it has the same bits by
+// every way, alone and in a batch.
+#include "tables.hpp"
+#include "tile.hpp"
+
+namespace polyvec::POLYVEC_ISA {
+namespace {
+
+constexpr size_t L = lanes<float>;
+
+// ---- tables
+
+/// Lanes are codewords; each is summed over its elements in order.
+void entries(const PqTables& t, float* out) noexcept {
+    const size_t d = t.m * t.dsub;
+    for (size_t k = 0; k < t.n_subspaces; ++k) {
+        const size_t s = static_cast<size_t>(t.subspaces[k]);
+        for (size_t c = 0; c < t.ksub; c += L) {
+            const float* codewords = t.codebooks + (s * t.ksub + c) * t.dsub;
+            for (size_t i = 0; i < t.dsub; i += L) {
+                const size_t columns = t.dsub - i < L ? t.dsub - i : L;
+                Vec<float> block[L];
+                for (size_t j = 0; j < L; ++j) block[j] = load_first(codewords + j * t.dsub + i, columns);
+                transpose(block, typename LaneRange<0, L>::type{});
+                for (size_t q = 0; q < t.count; ++q) {
+                    const float* query = t.queries + q * d + s * t.dsub + i;
+                    float* at = out + q * t.stride + s * t.ksub + c;
+                    Vec<float> sum = i == 0 ? Vec<float>{} : load(at);
+                    for (size_t u = 0; u < columns; ++u) {
+                        if (t.squared) {
+                            const Vec<float> x = broadcast(query[u]) - block[u];
+                            sum -= x * x;
+                        } else {
+                            sum += broadcast(query[u]) * block[u];
+                        }
+                    }
+                    store(at, sum);
+                }
+            }
+        }
+    }
+}
+
+/// Where the byte of entry c of subspace s lies: for nibbles the tables of 4 bytes side by side, the low ones first.
+POLYVEC_INLINE size_t place(size_t s, bool nibbles) noexcept {
+    return nibbles ? s / 8 * 128 + s % 2 * 64 + s / 2 % 4 * 16 : s * 256;
+}
+
+void round_down(const PqTables& t, const float* tables, uint8_t* out, PqRounding& rounding) noexcept {
+    rounding = {};
+    float widest = 0;
+    for (size_t k = 0; k < t.n_subspaces; ++k) {
+        const float* table = tables + static_cast<size_t>(t.subspaces[k]) * t.ksub;
+        Vec<float> low = load(table), high = low;
+        for (size_t c = L; c < t.ksub; c += L) {
+            const Vec<float> x = load(table + c);
+            low = min(x, low);
+            high = max(x, high);
+        }
+        const float least = reduce_min(low), most = reduce_max(high);
+        rounding.offset += static_cast<double>(least);
+        rounding.size += static_cast<double>(-least > most ? -least : most);
+        rounding.rounded += most > least;
+        if (most - least > widest) widest = most - least;
+    }
+    rounding.step = static_cast<double>(widest) / 255;
+    const float scale = widest > 0 ? 255 / widest : 0;
+    for (size_t k = 0; k < t.n_subspaces; ++k) {
+        const size_t s = static_cast<size_t>(t.subspaces[k]);
+        const float* table = tables + s * t.ksub;
+        uint8_t* bytes = out + place(s, t.ksub == 16);
+        Vec<float> low = load(table);
+        for (size_t c = L; c < t.ksub; c += L) low = min(load(table + c), low);
+        const float least = reduce_min(low);
+        for (size_t c = 0; c < t.ksub; c += L) {
+            const Vec<float> steps = min((load(table + c) - broadcast(least)) * broadcast(scale), broadcast(255.0f));
+            const auto whole = __builtin_convertvector(steps, Vec<int32_t>);
+            for (size_t j = 0; j < L; ++j) bytes[c + j] = static_cast<uint8_t>(whole[j]);
+        }
+    }
+}
+
+// ---- blocks
+
+/// out[c][r] = in[r][c].
+void transpose_bytes(const uint8_t* in, size_t rows, size_t columns, size_t in_stride, uint8_t* out,
+                     size_t out_stride) noexcept {
+    using Row = VecOf<uint8_t, 16>;
+    for (size_t r = 0; r < rows; r += 16) {
+        for (size_t c = 0; c < columns; c += 16) {
+            const size_t height = rows - r < 16 ? rows - r : 16, width = columns - c < 16 ? columns - c : 16;
+            if (height < 16 || width < 16) {
+                for (size_t j = 0; j < height; ++j) {
+                    for (size_t i = 0; i < width; ++i)
+                        out[(c + i) * out_stride + r + j] = in[(r + j) * in_stride + c + i];
+                }
+                continue;
+            }
+            typename Row::type tile[16];
+            for (size_t j = 0; j < 16; ++j)
+                tile[j] = *reinterpret_cast<const typename Row::unaligned*>(in + (r + j) * in_stride + c);
+            transpose(tile, typename LaneRange<0, 16>::type{});
+            for (size_t i = 0; i < 16; ++i)
+                *reinterpret_cast<typename Row::unaligned*>(out + (c + i) * out_stride + r) = tile[i];
+        }
+    }
+}
+
+// ---- 4 bits: sums[q][g * 16 + v] of code v of block g, for Q queries and G blocks
+
+constexpr size_t nibble_block = 16;
+
+#if defined(POLYVEC_NARROW_PRODUCTS)
+
+constexpr size_t most_queries = 8;
+template <size_t Q>
+constexpr size_t blocks_at_once = Q == 1   ? 8
+                                  : Q == 8 ? 2
+                                           : 4;  // 8 to 16 sums in registers
+
+template <size_t Q, size_t G>
+POLYVEC_INLINE void sum_nibbles(const PqScan& scan, const uint8_t* codes, int32_t* sums) noexcept {
+    const auto quads = byte_transposition_4x16();
+    const Vec<uint32_t> place_in_lane = broadcast(0x30201000u), ones = broadcast(0x01010101u);
+    const Vec<uint32_t> nibble = broadcast(0x0f0f0f0fu);
+    const size_t block = scan.columns * nibble_block;
+    Vec<int32_t> sum[Q][G] = {};
+    for (size_t k = 0; k < scan.n_steps; ++k) {
+        const size_t step = static_cast<size_t>(scan.steps[k]);
+        Vec<uint32_t> low[G], high[G];
+        for (size_t g = 0; g < G; ++g) {
+            const uint8_t* at = codes + g * block + step * 64;
+            prefetch(at + G * block);
+            const Vec<uint32_t> code = permute_bytes(load(reinterpret_cast<const uint32_t*>(at)), quads);
+            low[g] = and_or(code, nibble, place_in_lane);
+            high[g] = and_or(code >> 4, nibble, place_in_lane);
+        }
+        for (size_t q = 0; q < Q; ++q) {
+            const auto* table = reinterpret_cast<const uint32_t*>(scan.tables + q * scan.table_size + step * 128);
+            const Vec<uint32_t> low_table = load(table), high_table = load(table + 16);
+            for (size_t g = 0; g < G; ++g) {
+                sum[q][g] = add_byte_quads(sum[q][g], permute_bytes(low_table, low[g]), ones);
+                sum[q][g] = add_byte_quads(sum[q][g], permute_bytes(high_table, high[g]), ones);
+                keep_in_register(sum[q][g]);
+            }
+        }
+    }
+    for (size_t q = 0; q < Q; ++q) {
+        for (size_t g = 0; g < G; ++g) store(sums + (q * G + g) * nibble_block, sum[q][g]);
+    }
+}
+
+#elif defined(POLYVEC_BYTE_SHUFFLE)
+
+constexpr size_t most_queries = 4;
+template <size_t Q>
+constexpr size_t blocks_at_once = 1;
+
+/// The 16 sums of bytes in the lanes of 16 bits of `all` (which add a lane's high byte 256 times) and `high`.
+POLYVEC_INLINE void add_lanes(Vec<uint16_t> all, Vec<uint16_t> high, int32_t* sums) noexcept {
+    const auto narrow = [](auto v) {
+        using V = decltype(v);
+        if constexpr (lanes_of<V> == 32) {
+            const auto half = lower_half(v) + upper_half(v);
+            return lower_half(half) + upper_half(half);
+        } else if constexpr (lanes_of<V> == 16) {
+            return lower_half(v) + upper_half(v);
+        } else {
+            return v;
+        }
+    };
+    const auto even = narrow(all - (high << 8)), odd = narrow(high);
+    for (size_t v = 0; v < 8; ++v) {
+        sums[2 * v] += even[v];
+        sums[2 * v + 1] += odd[v];
+    }
+}
+
+template <size_t Q, size_t G>
+POLYVEC_INLINE void sum_nibbles(const PqScan& scan, const uint8_t* codes, int32_t* sums) noexcept {
+    static_assert(G == 1);
+    constexpr size_t B = sizeof(Vec<uint8_t>), steps_at_once = 32;  // 8 entries a step: 65,280 at most
+    const Vec<uint8_t> nibble = broadcast(uint8_t{15});
+    for (size_t k = 0; k < Q * nibble_block; ++k) sums[k] = 0;
+    for (size_t first = 0; first < scan.n_steps; first += steps_at_once) {
+        const size_t last = scan.n_steps - first < steps_at_once ? scan.n_steps : first + steps_at_once;
+        Vec<uint16_t> all[Q] = {}, high[Q] = {};
+        for (size_t k = first; k < last; ++k) {
+            const size_t step = static_cast<size_t>(scan.steps[k]);
+            for (size_t part = 0; part < 64; part += B) {
+                const Vec<uint8_t> code = load(codes + step * 64 + part);
+                const Vec<uint8_t> index[2] = {code & nibble, (Vec<uint8_t>)((Vec<uint16_t>)code >> 4) & nibble};
+                for (size_t q = 0; q < Q; ++q) {
+                    const uint8_t* table = scan.tables + q * scan.table_size + step * 128 + part;
+                    for (size_t h = 0; h < 2; ++h) {
+                        const auto entry = (Vec<uint16_t>)shuffle_bytes(load(table + h * 64), index[h]);
+                        all[q] += entry;
+                        high[q] += entry >> 8;
+                    }
+                }
+            }
+        }
+        for (size_t q = 0; q < Q; ++q) add_lanes(all[q], high[q], sums + q * nibble_block);
+    }
+}
+
+#else
+
+constexpr size_t most_queries = 1;
+template <size_t Q>
+constexpr size_t blocks_at_once = 1;
+
+template <size_t Q, size_t G>
+POLYVEC_INLINE void sum_nibbles(const PqScan& scan, const uint8_t* codes, int32_t* sums) noexcept {
+    for (size_t v = 0; v < nibble_block; ++v) sums[v] = 0;
+    for (size_t k = 0; k < scan.n_steps; ++k) {
+        const size_t step = static_cast<size_t>(scan.steps[k]);
+        for (size_t j = 0; j < 4; ++j) {
+            const uint8_t *code = codes + step * 64 + j * 16, *table = scan.tables + step * 128 + j * 16;
+            for (size_t v = 0; v < nibble_block; ++v) sums[v] += table[code[v] & 15] + table[64 + (code[v] >> 4)];
+        }
+    }
+}
+
+#endif
+
+// ---- 8 bits
+
+constexpr size_t byte_block = 64;
+
+#if defined(POLYVEC_NARROW_PRODUCTS)
+
+/// First, First + Distance, First + 1, First + 1 + Distance, ...: 2 Count lanes.
+template <int First, int Count, int Distance, int... K>
+struct Interleave : Interleave<First, Count - 1, Distance, First + Count - 1, First + Count - 1 + Distance, K...> {};
+template <int First, int Distance, int... K>
+struct Interleave<First, 0, Distance, K...> {
+    using type = Lanes<K...>;
+};
+
+/// One query and G blocks.
+template <size_t G>
+POLYVEC_INLINE void sum_bytes(const PqScan& scan, const uint8_t* codes, int32_t* sums) noexcept {
+    constexpr size_t steps_at_once = 256;  // 65,280 at most
+    const size_t block = scan.columns * byte_block;
+    for (size_t first = 0; first == 0 || first < scan.n_steps; first += steps_at_once) {
+        const size_t last = scan.n_steps - first < steps_at_once ? scan.n_steps : first + steps_at_once;
+        Vec<uint16_t> all[G] = {}, high[G] = {};
+        for (size_t k = first; k < last; ++k) {
+            const size_t step = static_cast<size_t>(scan.steps[k]);
+            const ByteTable table = load_byte_table(scan.tables + step * 256);
+            for (size_t g = 0; g < G; ++g) {
+                const auto entry = (Vec<uint16_t>)look_up_bytes(table, codes + g * block + step * byte_block);
+                all[g] += entry;
+                high[g] += entry >> 8;
+                keep_in_register(all[g]);
+                keep_in_register(high[g]);
+            }
+        }
+        for (size_t g = 0; g < G; ++g) {
+            const Vec<uint16_t> even = all[g] - (high[g] << 8);
+            // Lane i holds codes 2 i (even) and 2 i + 1 (high).
+            const Vec<uint16_t> parts[2] = {shuffle(even, high[g], typename Interleave<0, 16, 32>::type{}),
+                                            shuffle(even, high[g], typename Interleave<16, 16, 32>::type{})};
+            for (size_t p = 0; p < 4; ++p) {
+                const auto half = p % 2 ? upper_half(parts[p / 2]) : lower_half(parts[p / 2]);
+                int32_t* at = sums + g * byte_block + p * 16;
+                const auto wide = __builtin_convertvector(half, Vec<int32_t>);
+                store(at, first == 0 ? wide : load(at) + wide);
+            }
+        }
+    }
+}
+
+#endif
+
+// ---- which sums reach the floor
+
+template <size_t Block, size_t Q, size_t G>
+POLYVEC_INLINE PqHit* emit(const PqScan& scan, const int32_t* sums, const uint8_t* allowed, size_t first,
+                           PqHit* hit) noexcept {
+    for (size_t q = 0; q < Q; ++q) {
+        const Vec<int32_t> floor = broadcast(scan.floor[q]);
+        for (size_t k = 0; k < G * Block; k += L) {
+            const int32_t* at = sums + q * G * Block + k;
+            uint32_t set = bits(load(at) >= floor);
+            if (!set) continue;
+            if (allowed) set &= static_cast<uint32_t>(allowed[k / 8] >> k % 8 | (L > 8 ? allowed[k / 8 + 1] << 8 : 0));
+            for (; set; set &= set - 1) {
+                const auto j = static_cast<size_t>(__builtin_ctz(set));
+                *hit++ = {at[j], static_cast<uint32_t>((first + k + j) * most_queries + q)};
+            }
+        }
+    }
+    return hit;
+}
+
+/// Whether a filter lets none of the codes of these bytes through.
+POLYVEC_INLINE bool none_allowed(const uint8_t* allowed, size_t bytes) noexcept {
+    uint8_t any = 0;
+    for (size_t i = 0; i < bytes; ++i) any |= allowed[i];
+    return any == 0;
+}
+
+/// Sums of `Blocks` blocks from `block` on, for Q queries, and the hits among them.
+template <size_t Block, size_t Q, size_t G, class Sum>
+POLYVEC_INLINE PqHit* scan_group(const PqScan& scan, size_t block, PqHit* hit, Sum&& sum) noexcept {
+    const size_t first = block * Block;
+    const uint8_t* allowed = scan.allowed ? scan.allowed + first / 8 : nullptr;
+    if (allowed && none_allowed(allowed, G * Block / 8)) return hit;
+    alignas(64) int32_t sums[Q * G * Block];
+    sum(scan, scan.codes + first * scan.columns, sums);
+    return emit<Block, Q, G>(scan, sums, allowed, first, hit);
+}
+
+template <size_t Q>
+PqHit* scan_nibbles(const PqScan& scan, PqHit* hit) noexcept {
+    constexpr size_t G = blocks_at_once<Q>;
+    size_t block = 0;
+    for (; block + G <= scan.blocks; block += G)
+        hit = scan_group<nibble_block, Q, G>(scan, block, hit, sum_nibbles<Q, G>);
+    for (; block < scan.blocks; ++block) hit = scan_group<nibble_block, Q, 1>(scan, block, hit, sum_nibbles<Q, 1>);
+    return hit;
+}
+
+size_t select_nibbles(const PqScan& scan, PqHit* hits) noexcept {
+    PqHit* end = hits;
+    if constexpr (most_queries >= 8) {
+        if (scan.queries == 8) end = scan_nibbles<8>(scan, hits);
+    }
+    if constexpr (most_queries >= 4) {
+        if (scan.queries == 4) end = scan_nibbles<4>(scan, hits);
+        if (scan.queries == 2) end = scan_nibbles<2>(scan, hits);
+    }
+    if (scan.queries == 1) end = scan_nibbles<1>(scan, hits);
+    return static_cast<size_t>(end - hits);
+}
+
+#if defined(POLYVEC_NARROW_PRODUCTS)
+size_t select_bytes(const PqScan& scan, PqHit* hits) noexcept {
+    constexpr size_t G = 4;
+    PqHit* hit = hits;
+    size_t block = 0;
+    for (; block + G <= scan.blocks; block += G) hit = scan_group<byte_block, 1, G>(scan, block, hit, sum_bytes<G>);
+    for (; block < scan.blocks; ++block) hit = scan_group<byte_block, 1, 1>(scan, block, hit, sum_bytes<1>);
+    return static_cast<size_t>(hit - hits);
+}
+#else
+constexpr auto select_bytes = nullptr;
+#endif
+
+// ---- scores of the few
+
+template <size_t J, bool Nibbles>
+POLYVEC_INLINE void add_scores(const PqScores& codes, const int64_t* ids, float* out) noexcept {
+    const size_t block = codes.block, columns = codes.columns;
+    const uint8_t* code[J];
+    float sum[J] = {};
+    for (size_t j = 0; j < J; ++j) {
+        const auto id = static_cast<size_t>(ids[j]);
+        code[j] = codes.codes + id / block * (block * columns) + id % block;
+        keep_in_register(sum[j]);  // without it GCC gathers the scalars into one vector
+    }
+    for (size_t k = 0; k < codes.n_steps; ++k) {
+        const size_t first = static_cast<size_t>(codes.steps[k]) * (Nibbles ? 4 : 1);
+        const size_t end = !Nibbles ? first + 1 : columns - first < 4 ? columns : first + 4;
+        for (size_t column = first; column < end; ++column) {
+            for (size_t j = 0; j < J; ++j) {
+                const size_t byte = code[j][column * block];
+                if constexpr (Nibbles) {
+                    sum[j] += codes.entries[column * 32 + (byte & 15)];
+                    sum[j] += codes.entries[column * 32 + 16 + (byte >> 4)];
+                } else {
+                    sum[j] += codes.entries[column * 256 + byte];
+                }
+                keep_in_register(sum[j]);
+            }
+        }
+    }
+    for (size_t j = 0; j < J; ++j) out[j] = sum[j];
+}
+
+template <bool Nibbles>
+void scores(const PqScores& codes, const int64_t* ids, size_t n, float* out) noexcept {
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8) add_scores<8, Nibbles>(codes, ids + i, out + i);
+    for (; i < n; ++i) add_scores<1, Nibbles>(codes, ids + i, out + i);
+}
+
+// ---- float tables, 8 bits; V is a vector of queries, or float for one
+
+constexpr size_t group_bytes = 16;  // code bytes a group: 16 KB of tables for one query, 256 KB for 16
+constexpr size_t block_rows = 256;  // codes whose sums stay on the stack between groups
+
+template <class V>
+constexpr size_t width_of = sizeof(V) / sizeof(float);
+
+template <class V>
+POLYVEC_INLINE V get(const float* p) noexcept {
+    if constexpr (width_of<V> == 1) {
+        return *p;
+    } else {
+        return load(p);
+    }
+}
+
+template <class V>
+POLYVEC_INLINE void put(float* p, V v) noexcept {
+    if constexpr (width_of<V> == 1) {
+        *p = v;
+    } else {
+        store(p, v);
+    }
+}
+
+/// out[entry][query] = tables[query][entry].
+void interleave(const float* tables, size_t count, size_t n, float* out) noexcept {
+    for (size_t i = 0; i < n; i += L) {
+        Vec<float> block[L];
+        for (size_t j = 0; j < L; ++j) block[j] = j < count ? load(tables + j * n + i) : Vec<float>{};
+        transpose(block, typename LaneRange<0, L>::type{});
+        for (size_t j = 0; j < L; ++j) store(out + (i + j) * L, block[j]);
+    }
+}
+
+/// sums[j] += the entries of code bytes begin .. end, for J codes.
+template <class V, size_t J>
+POLYVEC_INLINE void add_entries(const float* tables, const uint8_t* codes, size_t code_size, size_t begin, size_t end,
+                                float* sums) noexcept {
+    constexpr size_t W = width_of<V>;
+    V sum[J];
+    for (size_t j = 0; j < J; ++j) {
+        sum[j] = get<V>(sums + j * W);
+        keep_in_register(sum[j]);  // without it GCC gathers the J scalars of V = float into one vector
+    }
+    for (size_t s = begin; s < end; ++s) {
+        const float* table = tables + s * 256 * W;
+        for (size_t j = 0; j < J; ++j) sum[j] += get<V>(table + codes[j * code_size + s] * W);
+    }
+    for (size_t j = 0; j < J; ++j) {
+        keep_in_register(sum[j]);
+        put(sums + j * W, sum[j]);
+    }
+}
+
+template <class V>
+size_t scan_floats(const float* tables, const uint8_t* codes, size_t n, size_t code_size, const float* floor,
+                   ScanHit* hits) noexcept {
+    constexpr size_t W = width_of<V>, J = W == 1 ? 8 : 4;
+    const Vec<float> floors = W == 1 ? broadcast(*floor) : load(floor);
+    ScanHit* hit = hits;
+    for (size_t first = 0; first < n; first += block_rows) {
+        const size_t rows = n - first < block_rows ? n - first : block_rows;
+        const uint8_t* block = codes + first * code_size;
+        float sums[block_rows * W] = {};
+        for (size_t s = 0; s < code_size; s += group_bytes) {
+            const size_t end = code_size - s < group_bytes ? code_size : s + group_bytes;
+            size_t r = 0;
+            for (; r + J <= rows; r += J)
+                add_entries<V, J>(tables, block + r * code_size, code_size, s, end, sums + r * W);
+            for (; r < rows; ++r) add_entries<V, 1>(tables, block + r * code_size, code_size, s, end, sums + r * W);
+        }
+        for (size_t k = 0; k < rows * W; k += L) {
+            Mask<float> above = load(sums + k) >= floors;
+            if (rows * W - k < L) above &= first_lanes<float>(rows * W - k);
+            for (uint32_t set = bits(above); set; set &= set - 1) {
+                const size_t at = k + static_cast<size_t>(__builtin_ctz(set));
+                *hit++ = {sums[at], static_cast<uint32_t>(first * W + at)};
+            }
+        }
+    }
+    return static_cast<size_t>(hit - hits);
+}
+
+}  // namespace
+
+extern const PqKernels pq_kernels;
+const PqKernels pq_kernels{
+    most_queries, entries,       round_down, transpose_bytes, select_nibbles,     select_bytes,
+    scores<true>, scores<false>, L,          interleave,      scan_floats<float>, scan_floats<Vec<float>>};
+
+}  // namespace polyvec::POLYVEC_ISA

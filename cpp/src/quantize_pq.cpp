@@ -1,0 +1,540 @@
+#include "polyvec/quantize_pq.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <mutex>
+#include <numeric>
+#include <vector>
+
+#include "polyvec/aligned.hpp"
+#include "polyvec/parallel.hpp"
+#include "polyvec/topk.hpp"
+#include "tables.hpp"
+
+namespace polyvec {
+namespace {
+
+constexpr float infinity = std::numeric_limits<float>::infinity();
+
+std::int64_t rows_per_piece(std::int64_t row_size) {
+    constexpr std::int64_t elements_per_piece = 1 << 17;  // a piece costs tens of microseconds
+    return std::max<std::int64_t>(1, elements_per_piece / std::max<std::int64_t>(1, row_size));
+}
+
+}  // namespace
+
+void run(const PqEncode& op, Cpu cpu) {
+    const ScanKernel& scan = kernels().scan->f32;
+    const std::int64_t m = op.codebooks.dim(0), ksub = op.codebooks.dim(1), dsub = op.codebooks.dim(2), d = m * dsub;
+    const std::int64_t code_size = op.codes.dim(1), width = static_cast<std::int64_t>(kernels().scan->panel_width);
+    const float *x = op.x.as<const float>(), *codebooks = op.codebooks.as<const float>();
+    // |x - c|^2 is least where <x, c> - |c|^2 / 2 is greatest.
+    std::vector<float> scale(ksub, 1.0f), offset(m * ksub);
+    for (std::int64_t c = 0; c < m * ksub; ++c) {
+        const float* codeword = codebooks + c * dsub;
+        offset[c] = static_cast<float>(-0.5 * std::inner_product(codeword, codeword + dsub, codeword, 0.0));
+    }
+    const std::int64_t panels = (op.x.dim(0) + width - 1) / width;
+    parallel_for(panels, 4, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+        const Aligned<float> panel = aligned<float>(dsub * width), best = aligned<float>(width);
+        const Aligned<std::int32_t> nearest = aligned<std::int32_t>(width);
+        for (std::int64_t p = begin; p < end; ++p) {
+            const std::int64_t first = p * width, count = std::min(width, op.x.dim(0) - first);
+            std::uint8_t* codes = op.codes.as<std::uint8_t>() + first * code_size;
+            for (std::int64_t s = 0; s < m; ++s) {
+                scan.pack(x + first * d + s * dsub, count, d, dsub, panel.get());
+                std::fill_n(best.get(), width, -infinity);
+                std::fill_n(nearest.get(), width, 0);
+                ScanBlock block{panel.get(), codebooks + s * ksub * dsub, static_cast<std::size_t>(ksub),
+                                static_cast<std::size_t>(dsub)};
+                block.scale = scale.data();
+                block.offset = offset.data() + s * ksub;
+                scan.nearest(block, best.get(), nearest.get());
+                for (std::int64_t i = 0; i < count; ++i) {
+                    std::uint8_t* code = codes + i * code_size + (ksub == 256 ? s : s / 2);
+                    const bool high = ksub == 16 && s % 2 == 1;
+                    *code = static_cast<std::uint8_t>(high ? *code | nearest[i] << 4 : nearest[i]);
+                }
+            }
+        }
+    });
+}
+
+void run(const PqDecode& op, Cpu cpu) {
+    const std::int64_t m = op.codebooks.dim(0), ksub = op.codebooks.dim(1), dsub = op.codebooks.dim(2), d = m * dsub;
+    const float* codebooks = op.codebooks.as<const float>();
+    parallel_for(op.codes.dim(0), rows_per_piece(d), cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+        for (std::int64_t i = begin; i < end; ++i) {
+            const std::uint8_t* code = op.codes.as<const std::uint8_t>() + i * op.codes.dim(1);
+            for (std::int64_t s = 0; s < m; ++s) {
+                const int entry = ksub == 256 ? code[s] : code[s / 2] >> (s % 2 * 4) & 15;
+                std::memcpy(op.out.as<float>() + i * d + s * dsub, codebooks + (s * ksub + entry) * dsub,
+                            static_cast<std::size_t>(dsub) * sizeof(float));
+            }
+        }
+    });
+}
+
+namespace {
+
+/// Blocks `first`, ..., first + count of the codes (n, code_size).
+void pack_blocks(const std::uint8_t* codes, std::int64_t n, std::int64_t code_size, std::int64_t first,
+                 std::int64_t count, std::int64_t columns, std::int64_t block, std::uint8_t* out) {
+    for (std::int64_t b = first; b < first + count; ++b, out += columns * block) {
+        const std::int64_t rows = std::min(block, n - b * block);
+        if (rows < block || code_size < columns) std::fill_n(out, columns * block, std::uint8_t{0});
+        kernels().pq->transpose_bytes(codes + b * block * code_size, static_cast<std::size_t>(rows),
+                                      static_cast<std::size_t>(code_size), static_cast<std::size_t>(code_size), out,
+                                      static_cast<std::size_t>(block));
+    }
+}
+
+/// The bits of the codes that take part; empty: all.
+std::vector<std::uint8_t> included_bits(const Array& include, std::int64_t n) {
+    if (!include) return {};
+    std::vector<std::uint8_t> bits((n + 63) / 64 * 8);
+    if (include.dtype == DType::i64) {
+        const auto* ids = include.as<const std::int64_t>();
+        for (std::int64_t i = 0; i < include.dim(0); ++i)
+            bits[ids[i] / 8] |= static_cast<std::uint8_t>(1 << ids[i] % 8);
+    } else {
+        const auto* values = include.as<const std::uint8_t>();
+        for (std::int64_t i = 0; i < n; ++i)
+            bits[i / 8] |= static_cast<std::uint8_t>(static_cast<int>(values[i] != 0) << i % 8);
+    }
+    return bits;
+}
+
+/// The shapes of a search, and its queries' tables.
+struct PqShape {
+    explicit PqShape(const PqSearch& op)
+        : n(op.n),
+          k(op.scores.dim(1)),
+          d(op.queries.dim(1)),
+          m(op.codebooks.dim(0)),
+          ksub(op.codebooks.dim(1)),
+          dsub(op.codebooks.dim(2)),
+          code_size(pq_code_size(op.codebooks)),
+          columns(pq_columns(op.codebooks)),
+          block(pq_block(op.codebooks)),
+          nibbles(ksub == 16),
+          squared(op.squared),
+          packed(op.codes.ndim == 3),
+          queries(op.queries.as<const float>()),
+          codebooks(op.codebooks.as<const float>()),
+          codes(op.codes.as<const std::uint8_t>()) {}
+
+    /// Tables of `count` queries from `first` on, of these subspaces.
+    PqTables tables(std::int64_t first, std::int64_t count, const std::vector<std::int32_t>& subspaces) const {
+        return {queries + first * d,
+                static_cast<std::size_t>(count),
+                codebooks,
+                static_cast<std::size_t>(m),
+                static_cast<std::size_t>(ksub),
+                static_cast<std::size_t>(dsub),
+                squared,
+                subspaces.data(),
+                subspaces.size(),
+                static_cast<std::size_t>(stride())};
+    }
+
+    /// Floats of a query's tables, those of bytes that pad 4-bit codes as well.
+    std::int64_t stride() const { return columns * (nibbles ? 32 : 256); }
+
+    std::int64_t n, k, d, m, ksub, dsub, code_size, columns, block;
+    bool nibbles, squared, packed;
+    const float *queries, *codebooks;
+    const std::uint8_t* codes;
+};
+
+/// The candidates of one query among the codes seen so far: those whose sum of bytes leaves open whether they are
+/// among the k best. The sums so far are counted by value, so that the k-th best is known at every moment.
+class Candidates {
+public:
+    Candidates(const PqRounding& rounding, std::int64_t k, float threshold) : rounding_(rounding), k_(k) {
+        constexpr double slack = 1e-4;  // of a step, for the rounding of an entry itself
+        const double m = rounding.rounded;
+        exact_ = std::isfinite(rounding.offset) && std::isfinite(rounding.step) && std::isfinite(rounding.size);
+        most_ = m * (1 + slack) + size_in_steps();
+        const double margin = std::ceil(m * (1 + 2 * slack) + 2 * size_in_steps());
+        exact_ = exact_ && margin < 1 << 30;
+        margin_ = exact_ ? static_cast<std::int32_t>(margin) : 0;
+        shift_ = std::max(0, static_cast<int>(std::bit_width(static_cast<std::uint32_t>(255 * rounding.rounded))) - 10);
+        counts_.assign((255 * rounding.rounded >> shift_) + 1, 0);
+        limit_ = 8 * static_cast<std::size_t>(k) + 4096;
+        raise_to(threshold);
+    }
+
+    /// No code with a lower sum is wanted. Everything is, where tables are not finite.
+    std::int32_t floor() const { return floor_; }
+
+    /// Whether the candidates are so many that they should be rescored.
+    bool push(std::int32_t sum, std::int64_t id) {
+        if (sum < floor_) return false;
+        sums_.push_back(sum);
+        ids_.push_back(id);
+        if (exact_) {
+            const auto bucket = static_cast<std::size_t>(sum >> shift_);
+            ++counts_[bucket];
+            above_ += bucket > top_;
+            while (above_ >= k_) above_ -= counts_[++top_];
+            // Once it has been raised, k sums or more are in the bucket `top_` or above it.
+            if (top_ > 0) floor_ = std::max(floor_, static_cast<std::int32_t>(top_ << shift_) - margin_);
+        }
+        return sums_.size() >= limit_;
+    }
+
+    /// Those that have not been rescored and still reach the floor.
+    const std::vector<std::int64_t>& open() {
+        std::size_t kept = 0;
+        for (std::size_t i = 0; i < ids_.size(); ++i) {
+            ids_[kept] = ids_[i];
+            kept += sums_[i] >= floor_;
+        }
+        ids_.resize(kept);
+        return ids_;
+    }
+
+    /// They have been, and only scores of at least `threshold` are still wanted.
+    void rescored(float threshold) {
+        sums_.clear();
+        ids_.clear();
+        raise_to(threshold);
+    }
+
+private:
+    double size_in_steps() const { return rounding_.step > 0 ? rounding_.size / rounding_.step : 0; }
+
+    /// Sums that cannot reach `score` are below the floor.
+    void raise_to(float score) {
+        if (!exact_ || !(rounding_.step > 0) || !std::isfinite(score)) return;
+        const double sum = std::floor((score - rounding_.offset) / rounding_.step - most_);
+        if (sum > floor_) floor_ = static_cast<std::int32_t>(std::min(sum, 2e9));
+    }
+
+    PqRounding rounding_;
+    std::int64_t k_;
+    bool exact_;
+    double most_;
+    std::int32_t margin_, floor_ = std::numeric_limits<std::int32_t>::min();
+    int shift_;
+    std::size_t limit_, top_ = 0;
+    std::int64_t above_ = 0;
+    std::vector<std::uint32_t> counts_;
+    std::vector<std::int32_t> sums_;
+    std::vector<std::int64_t> ids_;
+};
+
+/// What both ways of searching share: the codes that take part, and the best of each query so far.
+class PqSearcher {
+protected:
+    PqSearcher(const PqSearch& op, const PqShape& shape)
+        : op_(op), shape_(shape), allowed_(included_bits(op.include, op.n)), best_(op.queries.dim(0), TopK(shape.k)) {}
+
+    bool allows(std::int64_t id) const {
+        return id < shape_.n && (allowed_.empty() || (allowed_[id / 8] >> id % 8 & 1) != 0);
+    }
+
+    void merge(std::int64_t first, const std::vector<TopK>& found) {
+        const std::lock_guard lock(merging_);
+        for (std::size_t q = 0; q < found.size(); ++q) best_[first + q].merge(found[q]);
+    }
+
+    float threshold(std::int64_t q) {
+        const std::lock_guard lock(merging_);
+        return best_[q].threshold();
+    }
+
+    void write() {
+        for (std::size_t q = 0; q < best_.size(); ++q)
+            best_[q].write(op_.scores.as<float>() + q * shape_.k, op_.ids.as<std::int64_t>() + q * shape_.k,
+                           shape_.squared ? -1.0f : 1.0f);
+    }
+
+    const PqSearch& op_;
+    const PqShape& shape_;
+    const std::vector<std::uint8_t> allowed_;
+
+private:
+    std::vector<TopK> best_;
+    std::mutex merging_;
+};
+
+/// Search by tables in registers.
+class RegisterSearch : PqSearcher {
+public:
+    RegisterSearch(const PqSearch& op, const PqShape& shape) : PqSearcher(op, shape), kernel_(*kernels().pq) {}
+
+    void run(int num_threads) {
+        const std::int64_t nq = op_.queries.dim(0), threads = workers_for(most_pieces, 1, num_threads);
+        group_ = std::clamp<std::int64_t>(cache_bytes / shape_.stride(), 1, most_in_group);
+        const std::int64_t groups = (nq + group_ - 1) / group_;
+        const std::int64_t wanted = threads > 1 ? (pieces_per_thread * threads) / std::max<std::int64_t>(1, groups) : 0;
+        range_ = std::min(shape_.n / std::max<std::int64_t>(1, wanted), most_bytes / shape_.columns);
+        range_ = (std::max(range_, least_range) + chunk - 1) / chunk * chunk;
+        const std::int64_t ranges = (shape_.n + range_ - 1) / range_, pieces = groups * ranges;
+        scratch_.resize(workers_for(pieces, 1, num_threads));
+        parallel_for(pieces, 1, num_threads, [&](std::int64_t piece, std::int64_t, int worker) {
+            const std::int64_t first = piece / ranges * group_;
+            scan(first, std::min(group_, nq - first), piece % ranges * range_, scratch_[worker]);
+        });
+        write();
+    }
+
+private:
+    static constexpr std::int64_t chunk = 512;  // codes between two looks at the hits
+    static constexpr std::int64_t least_range = 16 * chunk, most_bytes = 1 << 26;  // a piece: tens of milliseconds
+    static constexpr std::int64_t pieces_per_thread = 4, most_pieces = 1 << 20;
+    // Queries that share a pass over the codes: as many as keep their tables in the level-2 cache.
+    static constexpr std::int64_t cache_bytes = 1 << 19, most_in_group = 16;
+
+    /// Memory of one thread: tables of a group of queries, and codes that are packed on the way.
+    struct Scratch {
+        Aligned<float> entries;
+        Aligned<std::uint8_t> tables, blocks;
+        std::vector<std::vector<std::int32_t>> steps;  // of each query
+        Aligned<PqHit> hits;
+    };
+
+    void scan(std::int64_t first, std::int64_t count, std::int64_t begin, Scratch& own) {
+        const std::int64_t end = std::min(shape_.n, begin + range_), width = shape_.block * shape_.columns;
+        if (!own.entries) {
+            own.entries = aligned<float>(shape_.stride() * group_);
+            own.tables = aligned<std::uint8_t>(table_size() * group_);
+            own.blocks = aligned<std::uint8_t>(shape_.packed ? 0 : chunk * shape_.columns);
+            own.hits = aligned<PqHit>(chunk * std::min(group_, most()));
+        }
+        std::vector<TopK> found(count, TopK(shape_.k));
+        std::vector<Candidates> candidates = build_tables(first, count, own);
+        for (std::int64_t i = begin; i < end; i += chunk) {
+            const std::int64_t block = i / shape_.block, blocks = (std::min(chunk, end - i) - 1) / shape_.block + 1;
+            const std::uint8_t* codes = shape_.codes + block * width;
+            if (!shape_.packed) {
+                pack_blocks(shape_.codes, shape_.n, shape_.code_size, block, blocks, shape_.columns, shape_.block,
+                            own.blocks.get());
+                codes = own.blocks.get();
+            }
+            for (std::int64_t q = 0; q < count;) {
+                const std::int64_t together = std::min<std::int64_t>(std::bit_floor<std::uint64_t>(count - q), most());
+                PqScan scan{codes,
+                            static_cast<std::size_t>(blocks),
+                            static_cast<std::size_t>(shape_.columns),
+                            own.tables.get() + q * table_size(),
+                            static_cast<std::size_t>(table_size()),
+                            static_cast<std::size_t>(together),
+                            own.steps[q].data(),
+                            own.steps[q].size(),
+                            nullptr,
+                            allowed_.empty() ? nullptr : allowed_.data() + i / 8};
+                std::int32_t floor[16];
+                for (std::int64_t j = 0; j < together; ++j) floor[j] = candidates[q + j].floor();
+                scan.floor = floor;
+                const std::size_t hits =
+                    (shape_.nibbles ? kernel_.select_nibbles : kernel_.select_bytes)(scan, own.hits.get());
+                for (std::size_t h = 0; h < hits; ++h) {
+                    const auto [sum, at] = own.hits[h];
+                    const std::int64_t id = i + at / kernel_.most_queries, lane = q + at % kernel_.most_queries;
+                    if (id < shape_.n && candidates[lane].push(sum, id))
+                        rescore(lane, candidates[lane], own, found[lane]);
+                }
+                q += together;
+            }
+        }
+        for (std::int64_t q = 0; q < count; ++q) rescore(q, candidates[q], own, found[q]);
+        merge(first, found);
+    }
+
+    /// Moves the candidates that are still open to the best by their scores.
+    void rescore(std::int64_t q, Candidates& candidates, const Scratch& own, TopK& found) const {
+        const std::vector<std::int64_t>& ids = candidates.open();
+        std::vector<float> scores(ids.size());
+        const PqScores codes{shape_.codes,
+                             static_cast<std::size_t>(shape_.packed ? shape_.columns : shape_.code_size),
+                             static_cast<std::size_t>(shape_.packed ? shape_.block : 1),
+                             own.entries.get() + q * shape_.stride(),
+                             own.steps[q].data(),
+                             own.steps[q].size()};
+        (shape_.nibbles ? kernel_.score_nibbles : kernel_.score_bytes)(codes, ids.data(), ids.size(), scores.data());
+        for (std::size_t i = 0; i < ids.size(); ++i) found.push(scores[i], ids[i]);
+        candidates.rescored(found.threshold());
+    }
+
+    /// Writes the tables and the steps of `count` queries from `first` on.
+    std::vector<Candidates> build_tables(std::int64_t first, std::int64_t count, Scratch& own) {
+        own.steps.assign(count, {});
+        std::vector<std::vector<std::int32_t>> active(count);
+        bool all_active = true;
+        for (std::int64_t q = 0; q < count; ++q) {
+            active[q] = active_subspaces(shape_.queries + (first + q) * shape_.d);
+            all_active &= static_cast<std::int64_t>(active[q].size()) == shape_.m;
+        }
+        if (shape_.nibbles) {  // a step may have subspaces that a query lacks
+            std::fill_n(own.entries.get(), shape_.stride() * count, 0.0f);
+            std::fill_n(own.tables.get(), table_size() * count, std::uint8_t{0});
+        }
+        if (all_active) kernel_.entries(shape_.tables(first, count, active[0]), own.entries.get());
+        std::vector<Candidates> candidates;
+        for (std::int64_t q = 0; q < count; ++q) {
+            float* entries = own.entries.get() + q * shape_.stride();
+            const PqTables tables = shape_.tables(first + q, 1, active[q]);
+            if (!all_active) kernel_.entries(tables, entries);
+            PqRounding rounding;
+            kernel_.round_down(tables, entries, own.tables.get() + q * table_size(), rounding);
+            // float32 sums of m entries are off by less than this
+            rounding.size *= static_cast<double>(shape_.m + 8) * std::numeric_limits<float>::epsilon();
+            candidates.emplace_back(rounding, shape_.k, threshold(first + q));
+        }
+        for (std::int64_t q = 0; q < count; q += most()) {  // queries that are scanned together share their steps
+            std::vector<std::int32_t> subspaces;
+            for (std::int64_t j = q; j < std::min(count, q + most()); ++j)
+                subspaces.insert(subspaces.end(), active[j].begin(), active[j].end());
+            std::sort(subspaces.begin(), subspaces.end());
+            for (const std::int32_t s : subspaces) {
+                const std::int32_t step = shape_.nibbles ? s / 8 : s;
+                if (own.steps[q].empty() || own.steps[q].back() != step) own.steps[q].push_back(step);
+            }
+            for (std::int64_t j = q + 1; j < std::min(count, q + most()); ++j) own.steps[j] = own.steps[q];
+        }
+        return candidates;
+    }
+
+    /// Subspaces in which a query is not zero: the others add nothing to an inner product.
+    std::vector<std::int32_t> active_subspaces(const float* query) const {
+        std::vector<std::int32_t> subspaces;
+        for (std::int64_t s = 0; s < shape_.m; ++s) {
+            const float* piece = query + s * shape_.dsub;
+            if (shape_.squared || std::any_of(piece, piece + shape_.dsub, [](float x) { return x != 0; }))
+                subspaces.push_back(static_cast<std::int32_t>(s));
+        }
+        return subspaces;
+    }
+
+    std::int64_t table_size() const { return shape_.columns * (shape_.nibbles ? 32 : 256); }
+    std::int64_t most() const { return shape_.nibbles ? static_cast<std::int64_t>(kernel_.most_queries) : 1; }
+
+    const PqKernels& kernel_;
+    std::int64_t group_ = 1, range_ = 0;
+    std::vector<Scratch> scratch_;
+};
+
+/// Search of 8-bit codes by float tables in memory.
+class FloatSearch : PqSearcher {
+public:
+    FloatSearch(const PqSearch& op, const PqShape& shape) : PqSearcher(op, shape), kernel_(*kernels().pq) {
+        subspaces_.resize(shape.m);
+        std::iota(subspaces_.begin(), subspaces_.end(), 0);
+    }
+
+    void run(int num_threads) {
+        constexpr std::int64_t lookups_per_piece = 1 << 21, least = 8192;  // so that tables cost little beside the scan
+        range_ = std::max(least, lookups_per_piece / shape_.m) / block * block;
+        const std::vector<Group> groups = query_groups();
+        const std::int64_t ranges = (shape_.n + range_ - 1) / range_;
+        const std::int64_t pieces = static_cast<std::int64_t>(groups.size()) * ranges;
+        scratch_.resize(workers_for(pieces, 1, num_threads));
+        parallel_for(pieces, 1, num_threads, [&](std::int64_t piece, std::int64_t, int worker) {
+            scan(groups[piece / ranges], piece % ranges * range_, scratch_[worker]);
+        });
+        write();
+    }
+
+private:
+    static constexpr std::int64_t block = 256;  // codes between two looks at the hits
+
+    /// Queries that scan the codes together.
+    struct Group {
+        std::int64_t first, count, width;
+    };
+
+    struct Scratch {
+        Aligned<float> entries, tables, floor;
+        Aligned<std::uint8_t> codes;
+        std::vector<ScanHit> hits;
+    };
+
+    std::vector<Group> query_groups() const {
+        constexpr std::int64_t fewest = 3;  // a scan for one query takes a third of the time of one for many
+        const std::int64_t n = op_.queries.dim(0), width = static_cast<std::int64_t>(kernel_.width);
+        std::vector<Group> groups;
+        for (std::int64_t first = 0; first < n; first += groups.back().count) {
+            const bool many = n - first >= fewest;
+            groups.push_back({first, many ? std::min(n - first, width) : 1, many ? width : 1});
+        }
+        return groups;
+    }
+
+    void scan(const Group& group, std::int64_t begin, Scratch& own) {
+        const std::int64_t end = std::min(shape_.n, begin + range_), width = static_cast<std::int64_t>(kernel_.width);
+        const std::int64_t stride = shape_.stride();
+        if (!own.entries) {
+            own.entries = aligned<float>(stride * width);
+            own.tables = aligned<float>(stride * width);
+            own.floor = aligned<float>(width);
+            own.codes = aligned<std::uint8_t>(shape_.packed ? block * shape_.code_size : 0);
+            own.hits.resize(block * width);
+        }
+        kernel_.entries(shape_.tables(group.first, group.count, subspaces_), own.entries.get());
+        if (group.width > 1)
+            kernel_.interleave(own.entries.get(), static_cast<std::size_t>(group.count),
+                               static_cast<std::size_t>(stride), own.tables.get());
+        const float* tables = group.width > 1 ? own.tables.get() : own.entries.get();
+        std::vector<TopK> found(group.count, TopK(shape_.k));
+        std::fill_n(own.floor.get(), group.width, std::numeric_limits<float>::quiet_NaN());  // lanes without a query
+        for (std::int64_t q = 0; q < group.count; ++q) own.floor[q] = threshold(group.first + q);
+        for (std::int64_t i = begin; i < end; i += block) {
+            const std::int64_t count = std::min(block, end - i);
+            const std::size_t hits = (group.width > 1 ? kernel_.scan_many : kernel_.scan_one)(
+                tables, rows(i, count, own), static_cast<std::size_t>(count),
+                static_cast<std::size_t>(shape_.code_size), own.floor.get(), own.hits.data());
+            for (std::size_t h = 0; h < hits; ++h) {
+                const auto [score, at] = own.hits[h];
+                const std::int64_t id = i + at / group.width;
+                if (allows(id)) found[at % group.width].push(score, id);
+            }
+            for (std::int64_t q = 0; q < group.count; ++q) own.floor[q] = std::max(own.floor[q], found[q].threshold());
+        }
+        merge(group.first, found);
+    }
+
+    /// Codes i, ..., i + count, a row each.
+    const std::uint8_t* rows(std::int64_t i, std::int64_t count, Scratch& own) const {
+        if (!shape_.packed) return shape_.codes + i * shape_.code_size;
+        for (std::int64_t at = 0; at < count; at += shape_.block) {
+            kernel_.transpose_bytes(shape_.codes + (i + at) * shape_.columns, static_cast<std::size_t>(shape_.columns),
+                                    static_cast<std::size_t>(std::min(shape_.block, count - at)),
+                                    static_cast<std::size_t>(shape_.block), own.codes.get() + at * shape_.code_size,
+                                    static_cast<std::size_t>(shape_.code_size));
+        }
+        return own.codes.get();
+    }
+
+    const PqKernels& kernel_;
+    std::vector<std::int32_t> subspaces_;
+    std::int64_t range_ = 0;
+    std::vector<Scratch> scratch_;
+};
+
+}  // namespace
+
+void run(const PqPack& op, Cpu cpu) {
+    const std::int64_t columns = op.blocks.dim(1), block = op.blocks.dim(2);
+    parallel_for(op.blocks.dim(0), rows_per_piece(columns * block), cpu.num_threads,
+                 [&](std::int64_t begin, std::int64_t end, int) {
+                     pack_blocks(op.codes.as<const std::uint8_t>(), op.codes.dim(0), op.codes.dim(1), begin,
+                                 end - begin, columns, block, op.blocks.as<std::uint8_t>() + begin * columns * block);
+                 });
+}
+
+void run(const PqSearch& op, Cpu cpu) {
+    const PqShape shape(op);
+    if (shape.nibbles || kernels().pq->select_bytes) {
+        RegisterSearch(op, shape).run(cpu.num_threads);
+    } else {
+        FloatSearch(op, shape).run(cpu.num_threads);
+    }
+}
+
+}  // namespace polyvec

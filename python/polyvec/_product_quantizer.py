@@ -1,0 +1,626 @@
+"""Product quantisation, public as polyvec.quantize.ProductQuantizer."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from polyvec import _backend, _files
+from polyvec._arrays import (
+    ArrayT,
+    as_array,
+    as_count,
+    as_ids,
+    choice,
+    device_name,
+    dtype_name,
+    is_array,
+    is_torch,
+    output,
+    outputs,
+)
+from polyvec._block_sparse import BlockSparse
+from polyvec._files import State
+from polyvec._kmeans import lloyd, seed_centroids, step
+from polyvec._progress import Progress, reporting
+
+_OPQ_ROUNDS = 10
+_BLOCK_ELEMENTS = 1 << 24  # of vectors that are converted, rotated and checked at a time: 64 MB
+_FLOATS = ("float32", "float16", "bfloat16")
+
+
+class PackedCodes:
+    """Codes of a product quantizer in the order in which a scan reads them: what `ProductQuantizer.pack` returns.
+
+    Parameters
+    ----------
+    blocks : numpy array of shape (ceil(n / B), columns, B), uint8
+        Byte j of code i is `blocks[i // B, j, i % B]`. B is 16 for codes of 4 bits, whose bytes are padded to a
+        multiple of 4 columns, and 64 for codes of 8 bits. The same on every machine.
+    n : int
+        Number of codes.
+
+    Examples
+    --------
+    >>> import numpy as np, polyvec as pv
+    >>> x = np.random.default_rng(0).standard_normal((1000, 32), np.float32)
+    >>> pq = pv.quantize.ProductQuantizer(32, 8, bits=4).fit(x)
+    >>> packed = pq.pack(pq.encode(x))
+    >>> packed, packed.blocks.shape
+    (PackedCodes(1000 codes, 4000 bytes), (63, 4, 16))
+    >>> pq.search(x[:2], packed, 10)[1].shape
+    (2, 10)
+    """
+
+    __slots__ = ("blocks", "n")
+
+    def __init__(self, blocks: npt.NDArray[np.uint8], n: int) -> None:
+        op = "quantize.PackedCodes"
+        self.blocks: npt.NDArray[np.uint8] = _on_host(
+            op, "blocks", as_array(op, "blocks", blocks, dtypes=("uint8",), ndim=3)
+        )
+        self.n = as_count(op, "n", n, least=0)
+        width = self.blocks.shape[2]
+        if width not in (16, 64):
+            raise ValueError(f"{op}: blocks must hold 16 or 64 codes each, got {width}")
+        if len(self.blocks) != -(-self.n // width):
+            raise ValueError(
+                f"{op}: blocks must have {-(-self.n // width)} rows for {self.n} codes, got {len(self.blocks)}"
+            )
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __repr__(self) -> str:
+        return f"PackedCodes({self.n} codes, {self.n * self.blocks.shape[1]} bytes)"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the blocks."""
+        return self.blocks.nbytes
+
+
+class ProductQuantizer:
+    """Codes of m subspaces: a vector is cut into m pieces, and each becomes the number of its nearest codeword.
+
+    `fit` finds 2^bits codewords for each subspace by k-means. A code takes m bytes, or m / 2 with 4 bits. `search`
+    compares float queries with codes directly: the score of a code is the exact score of the vector it decodes to.
+
+    The codebooks minimise the squared error, for both metrics.
+
+    Parameters
+    ----------
+    dim : int
+        Width d of the vectors.
+    m : int
+        Number of subspaces, a divisor of dim.
+    bits : {8, 4}
+        Bits of a subspace's code.
+    metric : {"ip", "l2"}
+        What `search` ranks by: inner products, higher is better; or squared distances, lower is better.
+    rotation : {None, "random", "opq"}
+        Turn vectors before they are cut: "random" spreads the variance evenly, "opq" fits the rotation to the data so
+        that the codes lose least (and takes longer to fit). Neither changes inner products or distances.
+    seed : int
+        The same seed gives the same codebooks.
+
+    Attributes
+    ----------
+    codebooks : numpy array of shape (m, 2**bits, dim // m), float32
+        The codewords of (rotated) vectors; None before `fit`.
+    rotation_matrix : numpy array of shape (dim, dim), float32, or None
+        R: the rows of `x @ R.T` are cut and coded.
+    code_size : int
+        Bytes of a code.
+    nbytes : int
+        Bytes of codebooks and rotation.
+
+    References
+    ----------
+    Jegou, Douze and Schmid (2011): Product quantization for nearest neighbor search, sections II and III. Ge, He, Ke
+    and Sun (2014): Optimized product quantization, sections 3 and 4 (rotation="opq"). Andre, Kermarrec and Le Scouarnec
+    (2015): Cache locality is not enough, section 4 (`search`: tables in registers).
+
+    Examples
+    --------
+    >>> import numpy as np, polyvec as pv
+    >>> x = np.random.default_rng(0).standard_normal((1000, 32), np.float32)
+    >>> pq = pv.quantize.ProductQuantizer(32, 8, metric="l2").fit(x)
+    >>> codes = pq.encode(x)
+    >>> codes.shape, codes.dtype
+    ((1000, 8), dtype('uint8'))
+    >>> scores, ids = pq.search(x[:2], codes, 10)
+    >>> ids[:, 0].tolist()
+    [0, 1]
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        m: int,
+        *,
+        bits: int = 8,
+        metric: str = "ip",
+        rotation: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        op = "quantize.ProductQuantizer"
+        self.dim = as_count(op, "dim", dim)
+        self.m = as_count(op, "m", m)
+        if self.dim % self.m:
+            raise ValueError(f"{op}: m must divide dim ({self.dim}), got {self.m}")
+        self.bits: int = choice(op, "bits", bits, (8, 4))
+        self.metric: str = choice(op, "metric", metric, ("ip", "l2"))
+        self.rotation: str | None = choice(op, "rotation", rotation, (None, "random", "opq"))
+        self.seed = as_count(op, "seed", seed, least=0)
+        self.codebooks: npt.NDArray[np.float32] | None = None
+        self.rotation_matrix: npt.NDArray[np.float32] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what `fit` found."""
+        return sum(a.nbytes for a in (self.codebooks, self.rotation_matrix) if a is not None)
+
+    @property
+    def code_size(self) -> int:
+        """Bytes of a code: m, or m / 2 rounded up with 4 bits."""
+        return self.m if self.bits == 8 else (self.m + 1) // 2
+
+    def __repr__(self) -> str:
+        return (
+            f"ProductQuantizer({self.dim}, {self.m}, bits={self.bits}, metric={self.metric!r}, "
+            f"rotation={self.rotation!r}, seed={self.seed}){'' if self.codebooks is not None else ', not fitted'}"
+        )
+
+    def fit(
+        self,
+        x: Any,
+        *,
+        max_iter: int = 25,
+        train_size: int | None = None,
+        progress: Progress = None,
+        num_threads: int | None = None,
+    ) -> ProductQuantizer:
+        """Find the codebooks (and the rotation) for vectors like these.
+
+        Parameters
+        ----------
+        x : array of shape (n, dim), float32 | float16 | bfloat16
+            At least 2^bits rows. Of a memory map only the rows that are drawn are read.
+        max_iter : int
+            Iterations of k-means in each subspace.
+        train_size : int, optional
+            Fit to this many random rows at most; 256 rows a codeword, 256 * 2^bits, when None.
+        progress : None, bool or callable
+            True shows a bar; a callable is called with (done, total) iterations.
+        num_threads : int, optional
+
+        Returns
+        -------
+        ProductQuantizer
+            Itself.
+
+        Raises
+        ------
+        ValueError
+            Too few rows, rows of another width, NaN or Inf in the rows that are drawn.
+
+        Notes
+        -----
+        2 train_size 2^bits dim flops an iteration. "opq" alternates 20 times between one such iteration and the best
+        rotation for the codes it gave (a dim x dim singular value decomposition), from a rotation that spreads the
+        principal directions evenly over the subspaces.
+        """
+        op = "quantize.ProductQuantizer.fit"
+        rows = self._vectors(op, "x", x)
+        max_iter = as_count(op, "max_iter", max_iter)
+        codewords = 1 << self.bits
+        train_size = 256 * codewords if train_size is None else as_count(op, "train_size", train_size, least=codewords)
+        if len(rows) < codewords:
+            raise ValueError(f"{op}: x must have at least 2^bits rows ({codewords}), got {len(rows)}")
+        rng = np.random.default_rng(self.seed)
+        drawn = np.sort(rng.choice(len(rows), train_size, replace=False)) if len(rows) > train_size else None
+        rows = _as_float32(rows if drawn is None else rows[drawn])
+        bad = _backend.run(op, "first_nonfinite_row", rows, rows, num_threads=num_threads)
+        if bad >= 0:
+            bad = bad if drawn is None else drawn[bad]
+            raise ValueError(f"{op}: x must be finite, got NaN or Inf in row {bad}")
+
+        rounds = _OPQ_ROUNDS + 2 if self.rotation == "opq" else 0
+        with reporting(op, progress, rounds + max_iter, "iterations") as report:
+            rotation, start = None, None
+            if self.rotation == "random":
+                rotation = np.linalg.qr(rng.standard_normal((self.dim, self.dim)))[0].astype(np.float32)
+            elif self.rotation == "opq":
+                rotation, start = self._optimized_rotation(op, rows, rng, report, num_threads)
+            pieces = self._cut(rows, rotation)
+            if start is None:
+                start = seed_centroids(op, pieces, codewords, "l2", "k-means++", rng, num_threads)
+            centroids, _, _, _ = lloyd(op, pieces, start, "l2", max_iter, 1e-4, report, num_threads)
+        self.codebooks, self.rotation_matrix = centroids, rotation
+        return self
+
+    def _optimized_rotation(
+        self, op: str, rows: npt.NDArray[np.float32], rng: np.random.Generator, report: Any, num_threads: int | None
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Return a rotation and codebooks, each the best for the other in turn (Ge et al. 2014, section 3.2)."""
+        codewords = 1 << self.bits
+        labels, inertia = np.empty((self.m, len(rows)), np.int64), np.empty(self.m)
+
+        def move(codebooks: Any, pieces: Any) -> Any:
+            updated = np.empty_like(codebooks)
+            step(op, pieces, codebooks, labels, inertia, updated, "l2", num_threads)
+            report(1)
+            return updated
+
+        starts = []
+        for rotation in (np.eye(self.dim, dtype=np.float32), _spread_principal_directions(rows, self.m)):
+            pieces = self._cut(rows, rotation)
+            codebooks = move(seed_centroids(op, pieces, codewords, "l2", "k-means++", rng, num_threads), pieces)
+            starts.append((inertia.sum(), rotation, codebooks))
+        _, rotation, codebooks = min(starts, key=lambda start: start[0])
+        for _ in range(_OPQ_ROUNDS):
+            codebooks = move(codebooks, self._cut(rows, rotation))
+            decoded = np.take_along_axis(codebooks, labels[:, :, None], 1).transpose(1, 0, 2).reshape(rows.shape)
+            left, _, right = np.linalg.svd((decoded.T @ rows).astype(np.float64))
+            rotation = (left @ right).astype(np.float32)
+        return rotation, codebooks
+
+    def encode(
+        self, x: ArrayT, *, out: ArrayT | None = None, progress: Progress = None, num_threads: int | None = None
+    ) -> ArrayT:
+        """Return the code of each vector: the nearest codeword (squared distance) of every subspace.
+
+        Parameters
+        ----------
+        x : array of shape (n, dim), float32 | float16 | bfloat16
+            A memory map is read block by block.
+        out : array of shape (n, code_size), uint8, optional
+            Written and returned; a memory map is written block by block.
+        progress : None, bool or callable
+            True shows a bar; a callable is called with (done, total) rows.
+        num_threads : int, optional
+
+        Returns
+        -------
+        array of shape (n, code_size), uint8, x's library and device
+            With 4 bits, byte j holds subspace 2 j in its low and 2 j + 1 in its high four bits.
+
+        Raises
+        ------
+        RuntimeError
+            Before `fit`.
+        ValueError
+            Rows of another width, NaN or Inf.
+
+        Notes
+        -----
+        2 2^bits dim flops a vector, float32 sums. Codes do not depend on num_threads. Needs 64 MB beside x and the
+        codes, twice that with a rotation.
+        """
+        op = "quantize.ProductQuantizer.encode"
+        codebooks = self._fitted(op)
+        rows = self._vectors(op, "x", x)
+        like = x if is_array(x) else rows
+        out = output(op, out, like, (len(rows), self.code_size), "uint8")
+        codes, size = np.asarray(out), max(1, _BLOCK_ELEMENTS // self.dim)
+        with reporting(op, progress, len(rows), "rows") as report:
+            for begin in range(0, len(rows), size):
+                block = slice(begin, min(begin + size, len(rows)))
+                part = _as_float32(rows[block])
+                bad = _backend.run(op, "first_nonfinite_row", part, part, num_threads=num_threads)
+                if bad >= 0:
+                    raise ValueError(f"{op}: x must be finite, got NaN or Inf in row {begin + bad}")
+                part = self._rotated(part)
+                _backend.run(op, "quantize_pq_encode", part, part, codebooks, codes[block], num_threads=num_threads)
+                report(len(part))
+        return out
+
+    def decode(self, codes: ArrayT, *, out: ArrayT | None = None, num_threads: int | None = None) -> ArrayT:
+        """Return the vectors that codes stand for.
+
+        Parameters
+        ----------
+        codes : array of shape (n, code_size), uint8
+        out : array of shape (n, dim), float32, optional
+        num_threads : int, optional
+
+        Returns
+        -------
+        array of shape (n, dim), float32, codes' library and device
+
+        Raises
+        ------
+        RuntimeError
+            Before `fit`.
+        ValueError
+            Codes of another size.
+        """
+        op = "quantize.ProductQuantizer.decode"
+        codebooks = self._fitted(op)
+        table = self._codes(op, codes)
+        like = codes if is_array(codes) else table
+        out = output(op, out, like, (len(table), self.dim), "float32")
+        rows = np.asarray(out)
+        _backend.run(op, "quantize_pq_decode", table, table, codebooks, rows, num_threads=num_threads)
+        if self.rotation_matrix is not None:
+            size = max(1, _BLOCK_ELEMENTS // self.dim)
+            for begin in range(0, len(rows), size):
+                block = slice(begin, begin + size)
+                rows[block] = rows[block] @ self.rotation_matrix
+        return out
+
+    def pack(self, codes: Any, *, num_threads: int | None = None) -> PackedCodes:
+        """Return a copy of codes in the order in which `search` reads them: for codes that are searched often.
+
+        Parameters
+        ----------
+        codes : array of shape (n, code_size), uint8
+        num_threads : int, optional
+
+        Returns
+        -------
+        PackedCodes
+
+        Raises
+        ------
+        ValueError
+            Codes of another size.
+        """
+        op = "quantize.ProductQuantizer.pack"
+        table = self._codes(op, codes)
+        width, columns = (64, self.code_size) if self.bits == 8 else (16, -(-self.code_size // 4) * 4)
+        blocks = np.empty((-(-len(table) // width), columns, width), np.uint8)
+        _backend.run(op, "quantize_pq_pack", table, table, blocks, num_threads=num_threads)
+        return PackedCodes(blocks, len(table))
+
+    def search(
+        self,
+        queries: Any,
+        codes: Any,
+        k: int,
+        *,
+        include: Any = None,
+        out: tuple[Any, Any] | None = None,
+        num_threads: int | None = None,
+    ) -> tuple[Any, Any]:
+        """Return the k codes that score best against each query, without decoding them.
+
+        Parameters
+        ----------
+        queries : array of shape (nq, dim), float32 | float16 | bfloat16, or BlockSparse
+        codes : array of shape (n, code_size), uint8, or PackedCodes
+            Other codes than packed ones are packed on the way, block by block: several times slower for one query, a
+            few percent for many.
+        k : int
+        include : bool array of shape (n,) or integer array of shape (j,), optional
+            Which codes take part: a mask, or their rows. All when None.
+        out : pair of arrays of shape (nq, k), float32 and int64, optional
+        num_threads : int, optional
+
+        Returns
+        -------
+        scores : array of shape (nq, k), float32, queries' library and device
+            metric "ip": inner products, higher is better; "l2": squared distances, lower is better. Best first, equal
+            scores by smaller id.
+        ids : array of shape (nq, k), int64
+            Rows of `codes`. Where fewer than k take part: id -1 with score -inf ("l2": inf).
+
+        Raises
+        ------
+        RuntimeError
+            Before `fit`.
+        ValueError
+            Queries or codes of another width, k below 1, a mask of another length.
+        IndexError
+            A row in `include` outside the codes.
+
+        Notes
+        -----
+        Asymmetric: queries are not quantised. A query's table holds the score of each codeword with its piece (2
+        2^bits dim flops); a code's score is the float32 sum of its entries in the order of the subspaces. Where tables
+        fit registers (4 bits; 8 bits with AVX-512 VBMI) the scan adds entries rounded down to 8 bits. A sum of m of
+        them is off by less than m steps, a step being 1/255 of the widest table: the few codes that this leaves open
+        are scored in float32, so that scores and order are exact nevertheless. With metric "ip", subspaces in which a
+        query is zero are neither tabulated nor read: sparse queries over long codes (FDEs) cost as much as they have
+        non-zero pieces. Batches share the codes: m bytes (4 bits: m / 2) of traffic a code for 16 queries. A query's
+        result does not depend on the other queries, on packing, nor on num_threads. Reads its arguments only; several
+        threads may call it at once.
+        """
+        op = "quantize.ProductQuantizer.search"
+        codebooks = self._fitted(op)
+        like = queries.values if isinstance(queries, BlockSparse) else queries
+        if isinstance(queries, BlockSparse):
+            queries = queries.to_dense()
+        rows = self._rotated(_as_float32(self._vectors(op, "queries", queries)))
+        table, n = (self._blocks(op, codes), len(codes)) if isinstance(codes, PackedCodes) else (None, 0)
+        if table is None:
+            table = self._codes(op, codes)
+            n = len(table)
+        k = as_count(op, "k", k)
+        taking_part = _taking_part(op, include, n)
+        out = outputs(
+            op, out, like if is_array(like) else rows, (len(rows), k), ("float32", "int64"), ("scores", "ids")
+        )
+        _backend.run(
+            op, "quantize_pq_search", rows,
+            rows, table, n, codebooks, taking_part, *out, self.metric == "l2",
+            num_threads=num_threads,
+        )  # fmt: skip
+        return out
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the fitted quantizer to one file, which replaces an existing one only when it is complete.
+
+        Parameters
+        ----------
+        path : path
+
+        Raises
+        ------
+        RuntimeError
+            Before `fit`.
+        OSError
+            The system's own: a missing folder, no permission, a full disk. An existing file is untouched then.
+
+        Notes
+        -----
+        A safetensors file with checksums: tensors `codebooks` and, with a rotation, `rotation_matrix`.
+        """
+        _files.save(path, "quantize.ProductQuantizer", self.state())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ProductQuantizer:
+        """Read a quantizer that `save` wrote.
+
+        Parameters
+        ----------
+        path : path
+
+        Returns
+        -------
+        ProductQuantizer
+
+        Raises
+        ------
+        FormatError
+            The file is damaged, truncated, of another kind or of a newer format.
+        OSError
+            The system's own.
+        """
+        return _files.load(path, "quantize.ProductQuantizer", cls.from_state)
+
+    def state(self) -> State:
+        """Return what `save` writes.
+
+        Returns
+        -------
+        State
+            The tensors, shared with the quantizer, and the parameters.
+
+        Raises
+        ------
+        RuntimeError
+            Before `fit`.
+        """
+        tensors = {"codebooks": self._fitted("quantize.ProductQuantizer.state")}
+        if self.rotation_matrix is not None:
+            tensors["rotation_matrix"] = self.rotation_matrix
+        names = ("dim", "m", "bits", "metric", "rotation", "seed")
+        return State(tensors, {name: getattr(self, name) for name in names})
+
+    @classmethod
+    def from_state(cls, state: State) -> ProductQuantizer:
+        """Build a quantizer from a state.
+
+        Parameters
+        ----------
+        state : State
+            As `state` returned it. The tensors are used in place.
+
+        Returns
+        -------
+        ProductQuantizer
+
+        Raises
+        ------
+        ValueError, TypeError, LookupError
+            A state that does not fit together.
+        """
+        self = cls(**state.params)
+        self.codebooks = _tensor(state, "codebooks", (self.m, 1 << self.bits, self.dim // self.m))
+        if self.rotation is not None:
+            self.rotation_matrix = _tensor(state, "rotation_matrix", (self.dim, self.dim))
+        return self
+
+    def _fitted(self, op: str) -> npt.NDArray[np.float32]:
+        if self.codebooks is None:
+            raise RuntimeError(f"{op}: the quantizer must be fitted before; call fit(x)")
+        return self.codebooks
+
+    def _vectors(self, op: str, name: str, x: Any) -> Any:
+        """Return `x` in its library: conversion waits until a block of it is needed."""
+        rows = as_array(op, name, x, dtypes=_FLOATS, ndim=2, dense=False)
+        if device_name(rows) != "cpu":
+            raise TypeError(f"{op}: {name} must be on cpu, got {device_name(rows)}; this function has no CUDA form yet")
+        if rows.shape[1] != self.dim:
+            raise ValueError(f"{op}: {name} must have d = {self.dim}, got {rows.shape[1]}")
+        return rows
+
+    def _codes(self, op: str, codes: Any) -> npt.NDArray[np.uint8]:
+        table = _on_host(op, "codes", as_array(op, "codes", codes, dtypes=("uint8",), ndim=2))
+        if table.shape[1] != self.code_size:
+            raise ValueError(f"{op}: codes must have {self.code_size} bytes a row, got {table.shape[1]}")
+        return table
+
+    def _blocks(self, op: str, codes: PackedCodes) -> npt.NDArray[np.uint8]:
+        shape = (self.code_size, 64) if self.bits == 8 else (-(-self.code_size // 4) * 4, 16)
+        if codes.blocks.shape[1:] != shape:
+            raise ValueError(f"{op}: codes must have blocks of shape {shape}, got {codes.blocks.shape[1:]}")
+        return codes.blocks
+
+    def _rotated(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        return x if self.rotation_matrix is None else x @ self.rotation_matrix.T
+
+    def _cut(self, x: npt.NDArray[np.float32], rotation: npt.NDArray[np.float32] | None) -> npt.NDArray[np.float32]:
+        """Return the pieces (m, n, dim // m) of the rotated rows."""
+        if rotation is not None:
+            x = x @ rotation.T
+        return np.ascontiguousarray(x.reshape(len(x), self.m, -1).transpose(1, 0, 2))
+
+
+def _on_host(op: str, name: str, x: Any) -> npt.NDArray[Any]:
+    """Return a numpy view of an array of any library."""
+    if device_name(x) != "cpu":
+        raise TypeError(f"{op}: {name} must be on cpu, got {device_name(x)}; this function has no CUDA form yet")
+    return np.asarray(x)
+
+
+def _as_float32(x: Any) -> npt.NDArray[np.float32]:
+    """Return a C-contiguous numpy array; a view where `x` is one already."""
+    if is_torch(x) and dtype_name(x) != "float32":
+        x = x.float()
+    return np.ascontiguousarray(np.asarray(x), np.float32)
+
+
+def _taking_part(op: str, include: Any, n: int) -> Any:
+    """Return a mask of n codes or rows of them, None for all."""
+    if include is None:
+        return None
+    include = include if is_array(include) else np.asarray(include)
+    if dtype_name(include) != "bool":
+        return np.asarray(as_ids(op, "include", include))
+    mask = np.asarray(as_array(op, "include", include, dtypes=("bool",), ndim=1))
+    if len(mask) != n:
+        raise ValueError(f"{op}: include must have one entry a code ({n}), got {len(mask)}")
+    return mask
+
+
+def _tensor(state: State, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    tensor = state.tensors[name]
+    if tensor.shape != shape or tensor.dtype != np.float32:
+        raise ValueError(f"{name} must be float32 of shape {shape}, got {tensor.dtype} of shape {tensor.shape}")
+    return tensor
+
+
+def _spread_principal_directions(x: npt.NDArray[np.float32], m: int) -> npt.NDArray[np.float32]:
+    """Return the rotation onto the principal directions, dealt to m subspaces so that their variances multiply alike.
+
+    Largest first, each direction goes to the subspace whose variances have the smallest product so far and which has
+    room (Ge et al. 2014, section 4.2).
+    """
+    centred = x - x.mean(0)
+    variances, directions = np.linalg.eigh((centred.T @ centred).astype(np.float64))
+    logs = np.log(np.maximum(variances, 1e-9 * variances[-1] + 1e-30))  # ascending, as variances are
+    subspaces: list[list[int]] = [[] for _ in range(m)]
+    products = np.zeros(m)
+    for direction in range(len(logs) - 1, -1, -1):
+        room = [s for s in range(m) if len(subspaces[s]) < len(logs) // m]
+        smallest = min(room, key=lambda s: products[s])
+        subspaces[smallest].append(direction)
+        products[smallest] += logs[direction] - logs[0]  # relative to the least, or it would lower the product
+    rotation: npt.NDArray[np.float32] = directions.T[[i for s in subspaces for i in s]].astype(np.float32)
+    return rotation
