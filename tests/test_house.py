@@ -203,6 +203,7 @@ PUBLIC = {
         "certified_topk",
         "from_residuals",
         "pack",
+        "pool",
         "score",
         "score_matrix",
         "score_pairs",
@@ -211,6 +212,7 @@ PUBLIC = {
     "polyvec.quantize": [
         "CertifiedResult",
         "KMeansResult",
+        "KMeansSetsResult",
         "PackedCodes",
         "ProductQuantizer",
         "RaBitQ",
@@ -218,6 +220,7 @@ PUBLIC = {
         "RefinedCodes",
         "ScalarQuantizer",
         "kmeans",
+        "kmeans_sets",
     ],
     "polyvec.retrieve": ["LinkPredictor", "MultiVectorIndex"],
     "polyvec.scan": ["nearest", "rank", "score_pairs", "topk"],
@@ -265,7 +268,7 @@ def public_callables():
 
 CALLABLES = dict(public_callables())
 SECTIONS = ["Parameters", "Attributes", "Returns", "Yields", "Raises", "Notes", "References", "Examples"]
-POSITIONAL_OPTIONS = {"ids", "lengths", "dtype", "negatives", "tail_ids"}  # optional data; pack(docs, "float32")
+POSITIONAL_OPTIONS = {"ids", "lengths", "dtype", "negatives", "tail_ids", "k"}  # optional data; pack(docs, "float32")
 
 
 def parameters_of(value):

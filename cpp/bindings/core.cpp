@@ -1,4 +1,5 @@
 /// The table of contents of polyvec._core.
+#include "clusters.hpp"
 #include "codes.hpp"
 #include "fde.hpp"
 #include "hnsw.hpp"
@@ -72,6 +73,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
     bind_fde<Cpu>(m);
     bind_quantize<Cpu>(m);
     bind_codes<Cpu>(m);
+    bind_clusters<Cpu>(m);
     bind_soft_assign<Cpu>(m);
     bind_quantize_pq<Cpu>(m);
 }

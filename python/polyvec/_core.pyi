@@ -28,6 +28,19 @@ class FdeMatrices:
 def active_isa() -> str: ...
 def available_cpus() -> int: ...
 def available_isas() -> list[str]: ...
+def cluster_sets(
+    values: typing.Any,
+    offsets: typing.Any,
+    mean_offsets: typing.Any,
+    means: typing.Any,
+    labels: typing.Any,
+    inertia: typing.Any,
+    iterations: typing.Any,
+    max_iter: int,
+    tolerance: float,
+    ward: bool,
+    where: int,
+) -> None: ...
 def code_size(d: int, bits: int, parts: str) -> int: ...
 def codes_decode(
     codes: typing.Any, mid: typing.Any, step: typing.Any, out: typing.Any, bits: int, parts: str, where: int

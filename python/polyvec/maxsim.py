@@ -25,6 +25,7 @@ import numpy as np
 
 from polyvec import _backend
 from polyvec._arrays import as_array, as_count, as_id_lists, choice, dtype_name, empty, output, outputs
+from polyvec._clusters import pool
 from polyvec._packed_tokens import STORED, PackedTokens, from_residuals, pack
 from polyvec._ragged import Ragged, as_ragged, is_padded
 
@@ -35,6 +36,7 @@ __all__ = [
     "certified_topk",
     "from_residuals",
     "pack",
+    "pool",
     "score",
     "score_matrix",
     "score_pairs",

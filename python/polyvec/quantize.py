@@ -7,6 +7,7 @@ All have `fit`, `encode`, `decode`, `search`, `code_size`, `nbytes`, `save`, `lo
 
 from __future__ import annotations
 
+from polyvec._clusters import KMeansSetsResult, kmeans_sets
 from polyvec._codes import RaBitQ, ScalarQuantizer
 from polyvec._kmeans import KMeansResult, kmeans
 from polyvec._product_quantizer import PackedCodes, ProductQuantizer
@@ -17,6 +18,7 @@ from polyvec._soft_assign import soft_assign_gradient as soft_assign_gradient
 __all__ = [
     "CertifiedResult",
     "KMeansResult",
+    "KMeansSetsResult",
     "PackedCodes",
     "ProductQuantizer",
     "RaBitQ",
@@ -24,4 +26,5 @@ __all__ = [
     "RefinedCodes",
     "ScalarQuantizer",
     "kmeans",
+    "kmeans_sets",
 ]

@@ -1,0 +1,251 @@
+#include "polyvec/clusters.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "polyvec/aligned.hpp"
+#include "polyvec/parallel.hpp"
+#include "tables.hpp"
+
+namespace polyvec {
+namespace {
+
+constexpr double infinity = std::numeric_limits<double>::infinity();
+
+/// One thread's scratch, for one set after another.
+class Clusterer {
+public:
+    explicit Clusterer(const ClusterSets& op) : op_(op), d_(op.values.dim(1)), width_(kernels().scan->panel_width) {}
+
+    void run(std::int64_t s) {
+        const auto *rows = op_.offsets.as<const std::int64_t>(), *kept = op_.mean_offsets.as<const std::int64_t>();
+        x_ = op_.values.as<const float>() + rows[s] * d_;
+        labels_ = op_.labels.as<std::int64_t>() + rows[s];
+        means_ = op_.means.as<float>() + kept[s] * d_;
+        n_ = rows[s + 1] - rows[s];
+        k_ = kept[s + 1] - kept[s];
+        std::int64_t& iterations = op_.iterations.as<std::int64_t>()[s];
+        iterations = 0;
+        if (k_ == n_) {
+            std::copy_n(x_, n_ * d_, means_);
+            std::iota(labels_, labels_ + n_, 0);
+        } else if (op_.ward) {
+            join_nearest();
+            set_means();
+        } else {
+            iterations = lloyd();
+        }
+        op_.inertia.as<double>()[s] = inertia();
+    }
+
+private:
+    // ---- k-means
+
+    std::int64_t lloyd() {
+        pack();
+        for (std::int64_t c = 0; c < k_; ++c) std::copy_n(x_ + c * n_ / k_ * d_, d_, means_ + c * d_);
+        double previous = infinity;
+        for (std::int64_t iteration = 0;; ++iteration) {
+            const double loss = assign();
+            set_means();
+            // Compared so that an unchanged sum ends it, whatever the tolerance.
+            if (iteration == op_.max_iter || previous <= (1 + op_.tolerance) * loss) return iteration;
+            previous = loss;
+        }
+    }
+
+    /// Transposes the rows into panels, and takes their squared norms.
+    void pack() {
+        const std::int64_t panels = (n_ + width_ - 1) / width_;
+        if (panels * width_ > capacity_) {
+            capacity_ = panels * width_;
+            packed_ = aligned<float>(capacity_ * d_);
+            best_ = aligned<float>(capacity_);
+            nearest_ = aligned<std::int32_t>(capacity_);
+        }
+        squares_.resize(n_);
+        kernels().scan->f32.squares(x_, n_, d_, squares_.data());
+        for (std::int64_t first = 0; first < n_; first += width_)
+            kernels().scan->f32.pack(x_ + first * d_, std::min(width_, n_ - first), d_, d_, packed_.get() + first * d_);
+    }
+
+    /// Labels the rows with their nearest mean, and returns the sum of their squared distances, as rounded.
+    double assign() {
+        scale_.assign(k_, 1.0f);
+        offset_.resize(k_);
+        kernels().scan->f32.squares(means_, k_, d_, offset_.data());
+        for (float& square : offset_) square *= -0.5f;
+        std::fill_n(best_.get(), capacity_, -std::numeric_limits<float>::infinity());
+        std::fill_n(nearest_.get(), capacity_, 0);
+        for (std::int64_t first = 0; first < n_; first += width_) {
+            ScanBlock block{packed_.get() + first * d_, means_, static_cast<std::size_t>(k_),
+                            static_cast<std::size_t>(d_)};
+            block.scale = scale_.data();
+            block.offset = offset_.data();
+            kernels().scan->f32.nearest(block, best_.get() + first, nearest_.get() + first);
+        }
+        double loss = 0;
+        for (std::int64_t i = 0; i < n_; ++i) {
+            labels_[i] = nearest_[i];
+            loss += std::max(0.0f, squares_[i] - 2 * best_[i]);
+        }
+        repair();
+        return loss;
+    }
+
+    /// Gives a cluster without rows the row farthest from its mean, of those whose cluster has others.
+    void repair() {
+        counts_.assign(k_, 0);
+        for (std::int64_t i = 0; i < n_; ++i) ++counts_[labels_[i]];
+        for (std::int64_t c = 0; c < k_; ++c) {
+            if (counts_[c] > 0) continue;
+            std::int64_t farthest = -1;
+            float most = -1;
+            for (std::int64_t i = 0; i < n_; ++i) {
+                const float loss = squares_[i] - 2 * best_[i];
+                if (counts_[labels_[i]] > 1 && loss > most) {
+                    most = loss;
+                    farthest = i;
+                }
+            }
+            --counts_[labels_[farthest]];  // there is one: fewer clusters than rows
+            labels_[farthest] = c;
+            counts_[c] = 1;
+            best_[farthest] = squares_[farthest] / 2;  // it is its own mean
+        }
+    }
+
+    /// The means of the rows of each label. No label is without rows.
+    void set_means() {
+        begin_.assign(k_ + 1, 0);
+        rows_.resize(n_);
+        sum_.resize(d_);
+        for (std::int64_t i = 0; i < n_; ++i) ++begin_[labels_[i] + 1];
+        std::partial_sum(begin_.begin(), begin_.end(), begin_.begin());
+        next_.assign(begin_.begin(), begin_.end() - 1);
+        for (std::int64_t i = 0; i < n_; ++i) rows_[next_[labels_[i]]++] = i;
+        for (std::int64_t c = 0; c < k_; ++c) {
+            const std::int64_t size = begin_[c + 1] - begin_[c];
+            kernels().quantize->sum_rows(x_, rows_.data() + begin_[c], size, d_, nullptr, sum_.data());
+            const double share = 1 / static_cast<double>(size);
+            for (std::int64_t j = 0; j < d_; ++j) means_[c * d_ + j] = static_cast<float>(sum_[j] * share);
+        }
+    }
+
+    double inertia() const {
+        double total = 0;
+        for (std::int64_t i = 0; i < n_; ++i) {
+            float square;
+            const std::int64_t row = labels_[i];
+            kernels().distance->i64.l2(x_ + i * d_, means_, &row, 1, d_, &square);
+            total += square;
+        }
+        return total;
+    }
+
+    // ---- Ward's method, by chains of nearest neighbours (Murtagh 1983)
+
+    struct Join {
+        double height;
+        std::int64_t a, b;
+    };
+
+    double& gap(std::int64_t a, std::int64_t b) {
+        return gaps_[std::max(a, b) * (std::max(a, b) - 1) / 2 + std::min(a, b)];
+    }
+
+    void join_nearest() {
+        std::vector<std::int64_t> others(n_);
+        std::iota(others.begin(), others.end(), 0);
+        std::vector<float> distances(n_);
+        gaps_.resize(n_ * (n_ - 1) / 2);
+        for (std::int64_t i = 1; i < n_; ++i) {
+            kernels().distance->i64.l2(x_ + i * d_, x_, others.data(), i, d_, distances.data());
+            std::copy_n(distances.begin(), i, gaps_.begin() + i * (i - 1) / 2);
+        }
+        std::vector<std::int64_t> size(n_, 1), chain;
+        std::vector<Join> joins;
+        std::int64_t first = 0;
+        while (static_cast<std::int64_t>(joins.size()) + 1 < n_) {
+            if (chain.empty()) {
+                while (size[first] == 0) ++first;
+                chain.push_back(first);
+            }
+            const std::int64_t a = chain.back();
+            std::int64_t nearest = chain.size() > 1 ? chain[chain.size() - 2] : -1;  // of equals, so that it ends
+            double least = nearest < 0 ? infinity : gap(a, nearest);
+            for (std::int64_t b = 0; b < n_; ++b) {
+                if (b == a || size[b] == 0) continue;
+                if (const double g = gap(a, b); g < least || nearest < 0) {
+                    least = g;
+                    nearest = b;
+                }
+            }
+            if (chain.size() < 2 || nearest != chain[chain.size() - 2]) {
+                chain.push_back(nearest);
+                continue;
+            }
+            chain.resize(chain.size() - 2);
+            merge(a, nearest, size);
+            joins.push_back({least, a, nearest});
+        }
+        cut(joins);
+    }
+
+    /// b takes a over: Lance and Williams' update for Ward's method, of squared distances.
+    void merge(std::int64_t a, std::int64_t b, std::vector<std::int64_t>& size) {
+        const double sa = static_cast<double>(size[a]), sb = static_cast<double>(size[b]), between = gap(a, b);
+        for (std::int64_t c = 0; c < n_; ++c) {
+            if (c == a || c == b || size[c] == 0) continue;
+            const double sc = static_cast<double>(size[c]);
+            gap(b, c) = ((sa + sc) * gap(a, c) + (sb + sc) * gap(b, c) - sc * between) / (sa + sb + sc);
+        }
+        size[b] += size[a];
+        size[a] = 0;
+    }
+
+    /// Labels by the n - k lowest joins, in the order of the clusters' first rows.
+    void cut(std::vector<Join>& joins) {
+        std::stable_sort(joins.begin(), joins.end(), [](const Join& l, const Join& r) { return l.height < r.height; });
+        std::vector<std::int64_t> root(n_);
+        std::iota(root.begin(), root.end(), 0);
+        const auto find = [&](std::int64_t i) {
+            while (root[i] != i) i = root[i] = root[root[i]];
+            return i;
+        };
+        for (std::int64_t j = 0; j < n_ - k_; ++j) root[find(joins[j].a)] = find(joins[j].b);
+        std::vector<std::int64_t> name(n_, -1);
+        std::int64_t clusters = 0;
+        for (std::int64_t i = 0; i < n_; ++i) {
+            std::int64_t& own = name[find(i)];
+            if (own < 0) own = clusters++;
+            labels_[i] = own;
+        }
+    }
+
+    const ClusterSets& op_;
+    const std::int64_t d_, width_;
+    const float* x_ = nullptr;
+    std::int64_t* labels_ = nullptr;
+    float* means_ = nullptr;
+    std::int64_t n_ = 0, k_ = 0, capacity_ = 0;
+    Aligned<float> packed_, best_;  // best: max over the means of <x, c> - |c|^2 / 2
+    Aligned<std::int32_t> nearest_;
+    std::vector<float> squares_, scale_, offset_;
+    std::vector<std::int64_t> counts_, begin_, next_, rows_;
+    std::vector<double> sum_, gaps_;
+};
+
+}  // namespace
+
+void run(const ClusterSets& op, Cpu cpu) {
+    const std::int64_t n = op.offsets.dim(0) - 1;
+    std::vector<Clusterer> clusterers;
+    for (int i = 0; i < workers_for(n, 1, cpu.num_threads); ++i) clusterers.emplace_back(op);
+    parallel_for(n, 1, cpu.num_threads, [&](std::int64_t s, std::int64_t, int worker) { clusterers[worker].run(s); });
+}
+
+}  // namespace polyvec
