@@ -34,6 +34,7 @@ public:
             std::iota(labels_, labels_ + n_, 0);
         } else if (op_.ward) {
             join_nearest();
+            before_.assign(n_, -1);
             set_means();
         } else {
             iterations = lloyd();
@@ -48,9 +49,10 @@ private:
         pack();
         for (std::int64_t c = 0; c < k_; ++c) std::copy_n(x_ + c * n_ / k_ * d_, d_, means_ + c * d_);
         double previous = infinity;
+        std::fill_n(labels_, n_, -1);
         for (std::int64_t iteration = 0;; ++iteration) {
             const double loss = assign();
-            set_means();
+            if (!set_means()) return iteration;
             // Compared so that an unchanged sum ends it, whatever the tolerance.
             if (iteration == op_.max_iter || previous <= (1 + op_.tolerance) * loss) return iteration;
             previous = loss;
@@ -88,6 +90,7 @@ private:
             kernels().scan->f32.nearest(block, best_.get() + first, nearest_.get() + first);
         }
         double loss = 0;
+        before_.assign(labels_, labels_ + n_);
         for (std::int64_t i = 0; i < n_; ++i) {
             labels_[i] = nearest_[i];
             loss += std::max(0.0f, squares_[i] - 2 * best_[i]);
@@ -118,8 +121,17 @@ private:
         }
     }
 
-    /// The means of the rows of each label. No label is without rows.
-    void set_means() {
+    /// The means of the rows of each label, where they are not those of the labels before. No label is without rows.
+    /// Returns whether any label changed.
+    bool set_means() {
+        moved_.assign(k_, false);
+        bool any = false;
+        for (std::int64_t i = 0; i < n_; ++i) {
+            if (labels_[i] == before_[i]) continue;
+            any = moved_[labels_[i]] = true;
+            if (before_[i] >= 0) moved_[before_[i]] = true;
+        }
+        if (!any) return false;
         begin_.assign(k_ + 1, 0);
         rows_.resize(n_);
         sum_.resize(d_);
@@ -128,11 +140,13 @@ private:
         next_.assign(begin_.begin(), begin_.end() - 1);
         for (std::int64_t i = 0; i < n_; ++i) rows_[next_[labels_[i]]++] = i;
         for (std::int64_t c = 0; c < k_; ++c) {
+            if (!moved_[c]) continue;
             const std::int64_t size = begin_[c + 1] - begin_[c];
             kernels().quantize->sum_rows(x_, rows_.data() + begin_[c], size, d_, nullptr, sum_.data());
             const double share = 1 / static_cast<double>(size);
             for (std::int64_t j = 0; j < d_; ++j) means_[c * d_ + j] = static_cast<float>(sum_[j] * share);
         }
+        return true;
     }
 
     double inertia() const {
@@ -235,7 +249,8 @@ private:
     Aligned<float> packed_, best_;  // best: max over the means of <x, c> - |c|^2 / 2
     Aligned<std::int32_t> nearest_;
     std::vector<float> squares_, scale_, offset_;
-    std::vector<std::int64_t> counts_, begin_, next_, rows_;
+    std::vector<std::int64_t> before_, counts_, begin_, next_, rows_;  // before: the labels of the last iteration
+    std::vector<bool> moved_;                                          // clusters that gained or lost rows
     std::vector<double> sum_, gaps_;
 };
 
