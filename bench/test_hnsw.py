@@ -108,6 +108,38 @@ def test_search(curve, data, threads, load):
     assert points["polyvec"][2]["recall"] > 0.95
 
 
+def test_search_encodings(curve, data, threads):
+    """Inner products of 300 query encodings with those of 5,183 documents, 10,240 wide; one query a call."""
+    tokens = np.load(data / "scifact" / "tokens.npz")
+    queries, docs = (
+        pv.Ragged(tokens[f"{side}_tokens"].astype(np.float32), tokens[f"{side}_offsets"].astype(np.int64))
+        for side in ("query", "doc")
+    )
+    encoder = pv.fde.Encoder(128)
+    x, queries = encoder.encode_docs(docs), encoder.encode_queries(queries)[:300]
+    truth = pv.scan.topk(queries, x, 100, metric="ip")[1]
+
+    def build(storage):
+        index = pv.hnsw.Index(x.shape[1], metric="ip", storage=storage)
+        index.add(x, num_threads=threads)
+        return lambda ef: one_by_one(lambda query: index.search(query, 100, ef=ef, num_threads=threads)[1])
+
+    def one_by_one(search):
+        return np.concatenate([search(query[None]) for query in queries])
+
+    def scan(_):
+        return one_by_one(lambda query: pv.scan.topk(query, x, 100, metric="ip", num_threads=threads)[1])
+
+    points = curve(
+        build("int8"),
+        {"polyvec, float32": build("float32"), "exact scan": scan},
+        settings=[100, 150, 200],
+        recall=lambda ids: np.mean([len(np.intersect1d(a, b)) for a, b in zip(ids, truth, strict=True)]) / 100,
+        queries=len(queries),
+    )
+    assert points["polyvec"][1]["recall"] > 0.95
+
+
 def test_build(compare, data, threads):
     x, queries, metric = sift(data)
     x = x[:4000]

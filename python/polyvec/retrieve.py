@@ -38,8 +38,8 @@ class MultiVectorIndex:
 
     Notes
     -----
-    Memory a document: its tokens (4 * dim bytes each), its encoding (4 * output_dim bytes; output_dim / 8 with "pq"),
-    and the graph's links. Searches may run at the same time; `add` must run alone.
+    Memory a document: its tokens (4 * dim bytes each), its encoding (4 * output_dim bytes; 5 * output_dim with "hnsw",
+    output_dim / 8 with "pq"), and the graph's links. Searches may run at the same time; `add` must run alone.
 
     References
     ----------
@@ -430,7 +430,7 @@ class _GraphStage:
     """A graph over the encodings."""
 
     def __init__(self, dim: int) -> None:
-        self._index = hnsw.Index(dim, metric="ip")
+        self._index = hnsw.Index(dim, metric="ip", storage="int8")
 
     def __len__(self) -> int:
         return len(self._index)
