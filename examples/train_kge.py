@@ -1,6 +1,6 @@
 r"""Train quaternion or dihedron embeddings of a knowledge graph and save them as one safetensors file.
 
-    python examples/train_kge.py                                        # UMLS, quaternion, about a minute
+    python examples/train_kge.py                                        # UMLS, quaternion, half a minute
     python examples/train_kge.py DATA_DIR --algebra dihedron --out dihedron.safetensors
     python examples/train_kge.py WN18RR --dim 32 --negatives 128 --batch-size 512 --dropout 0.1 --epochs 30 \
         --evaluate-every 4 --checkpoint wn18rr.pt                       # on a CPU; the same line goes on from there

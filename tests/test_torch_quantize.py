@@ -165,6 +165,8 @@ def test_compile_keeps_the_ops_in_one_graph(tensor):
     [
         (lambda x: pvt.vq_assign(x.detach().numpy(), x), TypeError,
          "torch.vq_assign: x must be a torch tensor, got ndarray"),
+        (lambda x: pv.scan.nearest(x, x), TypeError,
+         "scan.nearest: x must not require grad, got a tensor that does; use polyvec.torch.vq_assign or .detach()"),
         (lambda x: pvt.vq_assign(x, x[:, 1:]), ValueError,
          "torch.vq_assign: x must have shape (..., d) and codebook (K, d), got (3, 4) and (3, 3)"),
         (lambda x: pvt.vq_assign(x, x, metric="max"), ValueError,

@@ -78,6 +78,7 @@ DIFFERENTIABLE = {
     "hypercomplex.relation_query": "relation_query",
     "maxsim.score": "maxsim",
     "maxsim.score_pairs": "maxsim_pairs",
+    "scan.nearest": "vq_assign",
     "scan.score_pairs": "score_pairs",
 }
 
