@@ -1,6 +1,9 @@
-// Sums of clusters for k-means.
-#include "simd.hpp"
+// Sums of clusters for k-means, and the nearest codewords of short rows.
+//
+// Rows of up to 16 elements stay in registers while all codewords pass by: the register tile of a scan would reload its
+// panel, its best scores and its ids for every few codewords.
 #include "tables.hpp"
+#include "tile.hpp"
 
 namespace polyvec::POLYVEC_ISA {
 namespace {
@@ -30,9 +33,71 @@ void sum_rows(const float* x, const int64_t* rows, size_t n, size_t d, const flo
     }
 }
 
+/// J codewords of D elements against R registers of rows.
+template <size_t D, size_t R, size_t J>
+POLYVEC_INLINE void compare_codewords(const Vec<float> (&x)[D][R], const float* codewords, const float* offsets,
+                                      size_t first, Vec<float> (&best)[R], Vec<int32_t> (&id)[R]) noexcept {
+    Vec<float> score[J][R];
+#pragma GCC unroll 8
+    for (size_t j = 0; j < J; ++j) {
+#pragma GCC unroll 2
+        for (size_t r = 0; r < R; ++r) score[j][r] = broadcast(offsets[first + j]);
+    }
+#pragma GCC unroll 16
+    for (size_t i = 0; i < D; ++i) {
+#pragma GCC unroll 8
+        for (size_t j = 0; j < J; ++j) {
+            const Vec<float> c = broadcast(codewords[(first + j) * D + i]);
+#pragma GCC unroll 2
+            for (size_t r = 0; r < R; ++r) score[j][r] = fma(x[i][r], c, score[j][r]);
+        }
+    }
+#pragma GCC unroll 8
+    for (size_t j = 0; j < J; ++j) {
+#pragma GCC unroll 2
+        for (size_t r = 0; r < R; ++r) {
+            const Mask<float> better = score[j][r] > best[r];
+            best[r] = select(better, score[j][r], best[r]);
+            id[r] = select(better, broadcast(static_cast<int32_t>(first + j)), id[r]);
+        }
+    }
+}
+
+template <size_t D>
+void nearest_of_width(const ShortRows& rows, int32_t* ids) noexcept {
+    constexpr size_t R = L == 16 && D <= 8 ? 2 : 1, J = L == 16 && R == 1 ? 8 : 4;
+    for (size_t first = 0; first < rows.n; first += R * L) {
+        const size_t count = rows.n - first < R * L ? rows.n - first : R * L;
+        alignas(64) float panel[D * R * L] = {};
+        pack_panel(panel, rows.first + first * rows.stride, count, rows.stride, rows.d, R * L);
+        Vec<float> x[D][R], best[R];
+        Vec<int32_t> id[R] = {};
+        for (size_t i = 0; i < D; ++i) {
+            for (size_t r = 0; r < R; ++r) x[i][r] = load(panel + (i * R + r) * L);
+        }
+        for (size_t r = 0; r < R; ++r) best[r] = broadcast(-__builtin_inff());
+        size_t c = 0;
+        for (; c + J <= rows.k; c += J) compare_codewords<D, R, J>(x, rows.codewords, rows.offsets, c, best, id);
+        for (; c < rows.k; ++c) compare_codewords<D, R, 1>(x, rows.codewords, rows.offsets, c, best, id);
+        int32_t nearest[R * L];
+        for (size_t r = 0; r < R; ++r) store(nearest + r * L, id[r]);
+        for (size_t k = 0; k < count; ++k) ids[first + k] = nearest[k];
+    }
+}
+
+void nearest_short(const ShortRows& rows, int32_t* ids) noexcept {
+    if (rows.width == 4) {
+        nearest_of_width<4>(rows, ids);
+    } else if (rows.width == 8) {
+        nearest_of_width<8>(rows, ids);
+    } else {
+        nearest_of_width<16>(rows, ids);
+    }
+}
+
 }  // namespace
 
 extern const QuantizeKernels quantize_kernels;
-const QuantizeKernels quantize_kernels{sum_rows};
+const QuantizeKernels quantize_kernels{sum_rows, nearest_short};
 
 }  // namespace polyvec::POLYVEC_ISA

@@ -299,10 +299,21 @@ struct PqKernels {
     FloatScan scan_one, scan_many;
 };
 
+/// n rows of d elements, at most 16, `stride` elements apart, and k codewords (k, width): d rounded up to 4, 8 or 16,
+/// with zeros behind the elements.
+struct ShortRows {
+    const float* first;
+    std::size_t n, stride, d;
+    const float *codewords, *offsets;
+    std::size_t k, width;
+};
+
 struct QuantizeKernels {
     /// The sum of n rows of x (., d), each times scale[row] unless scale is null, in this order and in float64.
     void (*sum_rows)(const float* x, const std::int64_t* rows, std::size_t n, std::size_t d, const float* scale,
                      double* sum) noexcept;
+    /// ids[i] = the codeword c of greatest <row i, c> + offsets[c], the first of equals.
+    void (*nearest_short)(const ShortRows&, std::int32_t* ids) noexcept;
 };
 
 /// Rows of integer codes, `stride` bytes apart: d numbers below 2^bits, then the float32 factors that there are, in

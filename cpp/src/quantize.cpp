@@ -12,6 +12,7 @@
 #include "polyvec/parallel.hpp"
 #include "polyvec/random.hpp"
 #include "polyvec/scan.hpp"
+#include "polyvec/short_codebook.hpp"
 #include "polyvec/topk.hpp"
 #include "tables.hpp"
 
@@ -250,7 +251,11 @@ public:
     double run() {
         // Spherical: the cosine ranks centroids as the inner product with their unit vectors does.
         const Metric metric = spherical() ? Metric::cosine : Metric::l2;
-        polyvec::run(ScanNearest{x_, {centroids_, {}}, labels_, {}, metric}, Cpu{num_threads_});
+        if (metric == Metric::l2 && d() > 0 && d() <= ShortCodebook::widest) {
+            label_short_rows();
+        } else {
+            polyvec::run(ScanNearest{x_, {centroids_, {}}, labels_, {}, metric}, Cpu{num_threads_});
+        }
         const std::int64_t n = x_.dim(0), k = centroids_.dim(0);
         const Clusters clusters(labels_.as<const std::int64_t>(), n, k);
         if (spherical()) {
@@ -280,6 +285,20 @@ private:
     std::int64_t d() const { return x_.dim(1); }
     const float* x() const { return x_.as<const float>(); }
     const float* centroid(std::int64_t c) const { return centroids_.as<const float>() + c * d(); }
+
+    void label_short_rows() const {
+        const ShortCodebook codebook(centroids_.as<const float>(), centroids_.dim(0), d());
+        const std::int64_t grain = rows_per_piece(centroids_.dim(0));
+        parallel_for(x_.dim(0), grain, num_threads_, [&](std::int64_t begin, std::int64_t end, int) {
+            std::vector<std::int32_t> ids(end - begin);
+            kernels().quantize->nearest_short(
+                {x() + begin * d(), ids.size(), static_cast<std::size_t>(d()), static_cast<std::size_t>(d()),
+                 codebook.codewords.data(), codebook.offsets.data(), codebook.offsets.size(),
+                 static_cast<std::size_t>(codebook.width)},
+                ids.data());
+            std::copy(ids.begin(), ids.end(), labels_.as<std::int64_t>() + begin);
+        });
+    }
 
     void measure(std::int64_t c, const std::int64_t* rows, std::int64_t n, float* losses) const {
         const DistanceKernel<std::int64_t>& distance = kernels().distance->i64;

@@ -11,6 +11,7 @@
 
 #include "polyvec/aligned.hpp"
 #include "polyvec/parallel.hpp"
+#include "polyvec/short_codebook.hpp"
 #include "polyvec/topk.hpp"
 #include "tables.hpp"
 
@@ -26,7 +27,43 @@ std::int64_t rows_per_piece(std::int64_t row_size) {
 
 }  // namespace
 
+namespace {
+
+/// Writes the code of subspace s; those of 4 bits in their order.
+void put_code(std::uint8_t* code, std::int64_t s, bool nibbles, std::int32_t entry) {
+    if (!nibbles) {
+        code[s] = static_cast<std::uint8_t>(entry);
+    } else {
+        code[s / 2] = static_cast<std::uint8_t>(s % 2 == 1 ? code[s / 2] | entry << 4 : entry);
+    }
+}
+
+void encode_short(const PqEncode& op, int num_threads) {
+    constexpr std::int64_t rows_at_once = 256;  // whose pieces stay in the cache from subspace to subspace
+    const std::int64_t m = op.codebooks.dim(0), ksub = op.codebooks.dim(1), dsub = op.codebooks.dim(2), d = m * dsub;
+    const std::int64_t n = op.x.dim(0), code_size = op.codes.dim(1);
+    std::vector<ShortCodebook> codebooks;
+    for (std::int64_t s = 0; s < m; ++s)
+        codebooks.emplace_back(op.codebooks.as<const float>() + s * ksub * dsub, ksub, dsub);
+    parallel_for(n, rows_at_once, num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+        std::int32_t ids[rows_at_once];
+        for (std::int64_t s = 0; s < m; ++s) {
+            kernels().quantize->nearest_short(
+                {op.x.as<const float>() + begin * d + s * dsub, static_cast<std::size_t>(end - begin),
+                 static_cast<std::size_t>(d), static_cast<std::size_t>(dsub), codebooks[s].codewords.data(),
+                 codebooks[s].offsets.data(), static_cast<std::size_t>(ksub),
+                 static_cast<std::size_t>(codebooks[s].width)},
+                ids);
+            for (std::int64_t i = begin; i < end; ++i)
+                put_code(op.codes.as<std::uint8_t>() + i * code_size, s, ksub == 16, ids[i - begin]);
+        }
+    });
+}
+
+}  // namespace
+
 void run(const PqEncode& op, Cpu cpu) {
+    if (op.codebooks.dim(2) <= ShortCodebook::widest) return encode_short(op, cpu.num_threads);
     const ScanKernel& scan = kernels().scan->f32;
     const std::int64_t m = op.codebooks.dim(0), ksub = op.codebooks.dim(1), dsub = op.codebooks.dim(2), d = m * dsub;
     const std::int64_t code_size = op.codes.dim(1), width = static_cast<std::int64_t>(kernels().scan->panel_width);
@@ -54,9 +91,7 @@ void run(const PqEncode& op, Cpu cpu) {
                 block.offset = offset.data() + s * ksub;
                 scan.nearest(block, best.get(), nearest.get());
                 for (std::int64_t i = 0; i < count; ++i) {
-                    std::uint8_t* code = codes + i * code_size + (ksub == 256 ? s : s / 2);
-                    const bool high = ksub == 16 && s % 2 == 1;
-                    *code = static_cast<std::uint8_t>(high ? *code | nearest[i] << 4 : nearest[i]);
+                    put_code(codes + i * code_size, s, ksub == 16, nearest[i]);
                 }
             }
         }
