@@ -251,13 +251,6 @@ void with_flow(DType dtype, Flow kind, F f) {
     dtype == DType::f32 ? with_kind.template operator()<float>() : with_kind.template operator()<double>();
 }
 
-template <class T>
-void fill_with_zeros(const char* op, Cuda cuda, const Array& a) {
-    const DeviceGuard guard(op, cuda.device);
-    check(op, cudaMemsetAsync(a.as<T>(), 0, static_cast<std::size_t>(a.size()) * sizeof(T),
-                              reinterpret_cast<cudaStream_t>(cuda.stream)));
-}
-
 template <class T, int N>
 Table<T, N> table_of(const std::vector<double>& values) {
     Table<T, N> table;
@@ -338,7 +331,7 @@ void run(const RelationQuery& op, Cuda cuda) {
 void run(const HypercomplexSums& op, Cuda cuda) {
     const std::int64_t n = op.out_ids.dim(0), d = op.out.dim(2);
     with_number(op.x.dtype, op.out.dim(1), [&]<class T, int N>() {
-        fill_with_zeros<T>(op.op, cuda, op.out);
+        fill_with_zeros(op.op, cuda, op.out.as<T>(), op.out.size());
         launch_rows(op.op, cuda, n, d, sum_products_kernel<N, T>, gathered<T>(op.x, op.x_ids),
                     gathered<T>(op.y, op.y_ids), gathered<T>(op.out, op.out_ids), n, d, table_of<T, N>(op.table));
     });
@@ -347,7 +340,7 @@ void run(const HypercomplexSums& op, Cuda cuda) {
 void run(const FlowQuery& op, Cuda cuda) {
     const std::int64_t n = op.head_ids.dim(0), d = op.entities.dim(2);
     with_flow(op.entities.dtype, op.kind, [&]<class T, Flow kind, int N>() {
-        fill_with_zeros<T>(op.op, cuda, op.offset);
+        fill_with_zeros(op.op, cuda, op.offset.as<T>(), op.offset.size());
         launch_rows(op.op, cuda, n, d, flow_query_kernel<kind, N, T>, gathered<T>(op.entities, op.head_ids),
                     gathered<T>(op.relations, op.relation_ids), op.out.as<T>(), op.offset.as<T>(), n, d);
     });
@@ -356,7 +349,7 @@ void run(const FlowQuery& op, Cuda cuda) {
 void run(const FlowKeys& op, Cuda cuda) {
     const std::int64_t n = op.entities.dim(0), d = op.entities.dim(2);
     with_flow(op.entities.dtype, op.kind, [&]<class T, Flow kind, int N>() {
-        fill_with_zeros<T>(op.op, cuda, op.bias);
+        fill_with_zeros(op.op, cuda, op.bias.as<T>(), op.bias.size());
         launch_rows(op.op, cuda, n, d, flow_keys_kernel<kind, N, T>, op.entities.as<const T>(), op.out.as<T>(),
                     op.bias.as<T>(), n, d);
     });

@@ -63,6 +63,38 @@ void launch_rows(const char* op, Cuda cuda, std::int64_t rows, std::int64_t d, v
     if (wait_after_launch()) check(op, cudaStreamSynchronize(config.stream));
 }
 
+/// Memory that an op needs for itself: taken and given back in the order of the stream, so that nothing waits for it.
+template <class T>
+class Scratch {
+public:
+    Scratch(const char* op, Cuda cuda, std::int64_t n)
+        : device_(cuda.device), stream_(reinterpret_cast<cudaStream_t>(cuda.stream)) {
+        const DeviceGuard guard(op, device_);
+        void* memory = nullptr;
+        if (n > 0) check(op, cudaMallocAsync(&memory, static_cast<std::size_t>(n) * sizeof(T), stream_));
+        memory_ = static_cast<T*>(memory);
+    }
+    ~Scratch() {
+        if (memory_) cudaFreeAsync(memory_, stream_);
+    }
+    Scratch(const Scratch&) = delete;
+    Scratch& operator=(const Scratch&) = delete;
+
+    T* get() const { return memory_; }
+
+private:
+    int device_;
+    cudaStream_t stream_;
+    T* memory_;
+};
+
+template <class T>
+void fill_with_zeros(const char* op, Cuda cuda, T* x, std::int64_t n) {
+    const DeviceGuard guard(op, cuda.device);
+    check(op,
+          cudaMemsetAsync(x, 0, static_cast<std::size_t>(n) * sizeof(T), reinterpret_cast<cudaStream_t>(cuda.stream)));
+}
+
 /// Calls f(row, v) for the positions of the calling thread, in a kernel started by `launch_rows`.
 template <class F>
 __device__ void for_each_position(std::int64_t rows, std::int64_t d, F f) {

@@ -3,6 +3,7 @@
 
 #include "hypercomplex.hpp"
 #include "run_op.hpp"
+#include "scan.hpp"
 #include "status.hpp"
 
 namespace polyvec {
@@ -37,4 +38,5 @@ PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
     register_errors();
     m.def("info", &info);
     bind_hypercomplex<Cuda>(m);
+    bind_scan<Cuda>(m);
 }

@@ -10,6 +10,7 @@ from accuracy import assert_elementwise, assert_exact, on_host
 from elsewhere import Elsewhere
 from polyvec import _backend, _core
 from reference import hypercomplex as ref
+from reference import scan as scan_ref
 
 cuda = pytest.importorskip("polyvec._cuda", reason="polyvec was built without CUDA")
 
@@ -94,9 +95,9 @@ def test_without_a_gpu_a_call_says_so(op, call):
             "hypercomplex.relation_query: arrays must be on one device, got cuda and cpu",
         ),
         (
-            lambda: _backend.require_finite("scan.topk", "items", elsewhere(3, 4)),
+            lambda: pv.maxsim.score_matrix(elsewhere(3, 4), elsewhere(3, 4)),
             TypeError,
-            "scan.topk: arrays must be on cpu, got cuda; this function has no CUDA form yet",
+            "maxsim.score_matrix: arrays must be on cpu, got cuda; this function has no CUDA form yet",
         ),
     ],
 )
@@ -170,6 +171,40 @@ def test_rows_of_ids_outside_the_tables_are_nan(rng, on_device, kernels):
     result = on_host(pv.hypercomplex.relation_query(entities, relations, on_device(heads), on_device(rows)))
     assert np.isfinite(result[0]).all()
     assert np.isnan(result[1:]).all()
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2", "cosine"])
+def test_scan_passes_over_ids_outside_the_items(rng, on_device, kernels, metric):
+    q, x = sample(rng, 3, 9), sample(rng, 20, 9)
+    lists = np.array([0, 2, 3, 4]), np.array([-1, 20, 2**62, 7])
+    on_lists, (queries, items) = tuple(map(on_device, lists)), map(on_device, (q, x))
+    ids = on_device(np.array([[0, 20], [-1, 3], [-(2**62), 19]]))
+    missing = np.isnan(on_host(pv.scan.score_pairs(queries, items, ids, metric=metric)))
+    assert_exact(missing, [[False, True], [True, False], [True, False]])
+    found = on_host(pv.scan.topk(queries, items, 20, metric=metric, exclude=on_lists)[1])
+    assert_exact(np.sort(found[:2]), np.tile(np.arange(20), (2, 1)))
+    assert_exact(np.sort(found[2]), [-1, *(i for i in range(20) if i != 7)])
+    ranks = on_host(pv.scan.rank(queries, items, on_device(np.array([20, 3, -1])), metric=metric, known=on_lists))
+    assert_exact(np.isnan(ranks), [True, False, True])
+    assert ranks[1] == pv.scan.rank(q, x, [0, 3, 0], metric=metric)[1]
+
+
+def test_rows_with_nan_have_no_nearest(rng, on_device, kernels):
+    x, centroids = sample(rng, 4, 3), sample(rng, 5, 3)
+    x[2, 1] = np.nan
+    ids, distances = map(on_host, pv.scan.nearest(on_device(x), on_device(centroids)))
+    assert_exact(ids[2], -1)
+    assert_exact(distances[2], np.inf)
+    assert (np.delete(ids, 2) >= 0).all()
+
+
+@pytest.mark.parametrize("k", [1, 7, 700])
+@pytest.mark.parametrize("nq", [0, 1, 3])
+def test_parts_of_many_items_are_merged(rng, on_device, kernels, nq, k):
+    q, x = (np.round(2 * sample(rng, n, 4)) for n in (nq, 9001))  # many equal scores
+    found = pv.scan.topk(on_device(q), on_device(x), k)
+    for actual, expected in zip(found, scan_ref.topk(q, x, k), strict=True):
+        assert_exact(actual, expected)
 
 
 def test_a_call_is_queued_on_the_current_stream_and_does_not_wait(rng, on_device, gpu):

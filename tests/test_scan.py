@@ -1,6 +1,7 @@
 """Exact search: top-k, nearest, rank, pair scores."""
 
 import lzma
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import polyvec as pv
-from accuracy import assert_exact, assert_reduction
+from accuracy import assert_exact, assert_reduction, on_host
 from polyvec import _core
 from reference import scan as ref
 
@@ -40,15 +41,34 @@ def sizes(rng, queries, items, metric):
     return {"ip": q * x, "l2": (q + x) ** 2, "cosine": np.ones((len(queries), len(items)))}[metric]
 
 
+@pytest.fixture(scope="module")
+def scan(on_device):
+    """The functions of pv.scan for numpy arrays, on the device that is tested."""
+
+    def put(x):
+        if isinstance(x, tuple):
+            return tuple(map(put, x))
+        return on_device(x) if isinstance(x, np.ndarray) else x
+
+    def on_the_device(function):
+        def call(*args, **options):
+            result = function(*map(put, args), **{name: put(x) for name, x in options.items()})
+            return tuple(map(on_host, result)) if isinstance(result, tuple) else on_host(result)
+
+        return call
+
+    return SimpleNamespace(**{name: on_the_device(getattr(pv.scan, name)) for name in pv.scan.__all__})
+
+
 @pytest.mark.parametrize("metric", ["ip", "l2"])
 @pytest.mark.parametrize("nq", QUERIES)
-def test_topk_is_exact_on_whole_numbers(rng, isa, nq, metric):
+def test_topk_is_exact_on_whole_numbers(rng, isa, scan, nq, metric):
     for n in ITEMS:
         d, k = int(rng.choice(WIDTHS)), int(rng.choice([1, 2, 10, 80]))
         q, x, bias = whole(rng, nq, d), whole(rng, n, d), whole(rng, n) * 2
         exclude = id_lists(rng, nq, n)
         for options in ({}, {"bias": bias}, {"exclude": exclude}, {"bias": bias, "exclude": exclude}):
-            result = pv.scan.topk(q, x, k, metric=metric, **options)
+            result = scan.topk(q, x, k, metric=metric, **options)
             for actual, expected in zip(result, ref.topk(q, x, k, metric, **options), strict=True):
                 assert_exact(actual, expected)
 
@@ -68,10 +88,10 @@ def test_topk_over_shapes(nq, n, d, k, seed, metric):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("nq", [3, 40])
-def test_topk_of_real_numbers(rng, isa, nq, metric):
+def test_topk_of_real_numbers(rng, isa, scan, nq, metric):
     for d in WIDTHS[1:]:
         q, x, bias = sample(rng, nq, d), sample(rng, 500, d), sample(rng, 500)
-        scores, ids = pv.scan.topk(q, x, 20, metric=metric, bias=bias)
+        scores, ids = scan.topk(q, x, 20, metric=metric, bias=bias)
         every, size = ref.scores(q, x, metric, bias), sizes(rng, q, x, metric) + np.abs(bias)
         expected, _ = ref.topk(q, x, 20, metric, bias)
         size = np.take_along_axis(size, ids, 1)
@@ -83,39 +103,39 @@ def test_topk_of_real_numbers(rng, isa, nq, metric):
 
 @pytest.mark.parametrize("nq", [2, 40])
 @pytest.mark.parametrize("k", [1, 100, 4096])
-def test_topk_over_many_blocks(rng, nq, k):
+def test_topk_over_many_blocks(rng, scan, nq, k):
     q, x = whole(rng, nq, 6, size=9), whole(rng, 5000, 6, size=9)
-    for actual, expected in zip(pv.scan.topk(q, x, k), ref.topk(q, x, k), strict=True):
+    for actual, expected in zip(scan.topk(q, x, k), ref.topk(q, x, k), strict=True):
         assert_exact(actual, expected)
 
 
 @pytest.mark.parametrize("nq", [2, 40])
 @pytest.mark.parametrize("k", [100, 300, 2000])
-def test_topk_of_scores_of_any_size(rng, nq, k):
+def test_topk_of_scores_of_any_size(rng, scan, nq, k):
     """From 1e-38 to 1e38, of both signs, with infinite and equal ones: where the digits of a score say little."""
     x = np.float32(rng.choice([-1, 1], 9000) * 10.0 ** rng.uniform(-45, 38, 9000))[:, None]
     x[rng.integers(0, 9000, 400)] = np.float32([np.inf, 0, -0.0, 1e-45]).repeat(100)[:, None]
     q = np.float32(rng.choice([-1, 1], nq))[:, None]
-    for actual, expected in zip(pv.scan.topk(q, x, k), ref.topk(q, x, k), strict=True):
+    for actual, expected in zip(scan.topk(q, x, k), ref.topk(q, x, k), strict=True):
         assert_exact(actual, expected)
 
 
-def test_zero_vectors_have_cosine_0(rng, isa):
+def test_zero_vectors_have_cosine_0(rng, isa, scan):
     x = sample(rng, 40, 9)
     x[:20] = 0
-    scores, ids = pv.scan.topk(x, -x, 40, metric="cosine")
+    scores, ids = scan.topk(x, -x, 40, metric="cosine")
     assert_exact(scores[0], np.zeros(40))
     assert_exact(ids[0], np.arange(40))
-    assert_exact(pv.scan.nearest(x, x[:3], metric="cosine")[1], np.zeros(40))
-    assert_exact(pv.scan.score_pairs(x[:2], x, [[0, 30], [1, 39]], metric="cosine"), np.zeros((2, 2)))
+    assert_exact(scan.nearest(x, x[:3], metric="cosine")[1], np.zeros(40))
+    assert_exact(scan.score_pairs(x[:2], x, [[0, 30], [1, 39]], metric="cosine"), np.zeros((2, 2)))
 
 
 @pytest.mark.parametrize("nq", [1, 40])
-def test_items_without_a_score_are_never_returned(rng, nq):
+def test_items_without_a_score_are_never_returned(rng, scan, nq):
     q, x = sample(rng, nq, 5), sample(rng, 30, 5)
     x[3], x[17, 2], bias = np.nan, np.nan, np.zeros(30, np.float32)
     bias[5] = -np.inf
-    scores, ids = pv.scan.topk(q, x, 30, bias=bias)
+    scores, ids = scan.topk(q, x, 30, bias=bias)
     assert_exact(np.sort(ids, axis=1)[:, :3], np.full((nq, 3), -1))
     assert not np.isin([3, 5, 17], ids).any()
     assert_exact(scores[:, -3:], np.full((nq, 3), -np.inf))
@@ -123,35 +143,35 @@ def test_items_without_a_score_are_never_returned(rng, nq):
 
 @pytest.mark.parametrize("metric", ["ip", "l2"])
 @pytest.mark.parametrize("k", ITEMS[1:])
-def test_nearest_is_exact_on_whole_numbers(rng, isa, k, metric):
+def test_nearest_is_exact_on_whole_numbers(rng, isa, scan, k, metric):
     for n in QUERIES:
         d = int(rng.choice(WIDTHS))
         x, centroids = whole(rng, n, d), whole(rng, k, d)
         for actual, expected in zip(
-            pv.scan.nearest(x, centroids, metric=metric), ref.nearest(x, centroids, metric), strict=True
+            scan.nearest(x, centroids, metric=metric), ref.nearest(x, centroids, metric), strict=True
         ):
             assert_exact(actual, expected)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("d", [4, 8, 50, 300])
-def test_nearest_of_real_numbers(rng, isa, d, metric):
+def test_nearest_of_real_numbers(rng, isa, scan, d, metric):
     x, centroids = sample(rng, 270, d), sample(rng, 1500, d)
-    ids, distances = pv.scan.nearest(x, centroids, metric=metric)
+    ids, distances = scan.nearest(x, centroids, metric=metric)
     every, size = ref.scores(x, centroids, metric), sizes(rng, x, centroids, metric)
     size = size[np.arange(270), ids]
     assert_reduction(distances, every[np.arange(270), ids], size, length=d)
     assert_reduction(distances, ref.nearest(x, centroids, metric)[1], size, length=d)
 
 
-def test_distances_do_not_cancel(rng, isa):
+def test_distances_do_not_cancel(rng, isa, scan):
     """Away from the origin |q|^2 - 2 q . x + |x|^2 would lose four digits; the returned distances do not."""
     x = sample(rng, 50, 20) + 30
-    distances, ids = pv.scan.topk(x, x, 50, metric="l2")
+    distances, ids = scan.topk(x, x, 50, metric="l2")
     np.testing.assert_allclose(distances, np.take_along_axis(ref.scores(x, x, "l2"), ids, 1), rtol=1e-6)
     assert (np.diff(distances, axis=1) >= 0).all()
     assert_exact(distances[:, 0], np.zeros(50))
-    assert_exact(pv.scan.nearest(x, x)[1], np.zeros(50))
+    assert_exact(scan.nearest(x, x)[1], np.zeros(50))
 
 
 def test_nearest_reads_a_slice_of_columns(rng, isa):
@@ -165,28 +185,28 @@ def test_nearest_reads_a_slice_of_columns(rng, isa):
 
 @pytest.mark.parametrize("ties", ["realistic", "optimistic", "pessimistic"])
 @pytest.mark.parametrize("metric", ["ip", "l2"])
-def test_rank_is_exact_on_whole_numbers(rng, isa, metric, ties):
+def test_rank_is_exact_on_whole_numbers(rng, isa, scan, metric, ties):
     for nq in QUERIES:
         n, d = int(rng.choice(ITEMS[1:])), int(rng.choice(WIDTHS))
         q, x, bias = whole(rng, nq, d), whole(rng, n, d), whole(rng, n) * 2
         targets, known = rng.integers(0, n, nq), id_lists(rng, nq, n, 30)
         for options in ({}, {"bias": bias}, {"known": known}, {"bias": bias, "known": known}):
-            result = pv.scan.rank(q, x, targets, metric=metric, ties=ties, **options)
+            result = scan.rank(q, x, targets, metric=metric, ties=ties, **options)
             assert_exact(result, ref.rank(q, x, targets, metric, ties=ties, **options))
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("n", [100, 4500])
-def test_a_target_ties_with_itself_and_its_copies(rng, isa, n, metric):
+def test_a_target_ties_with_itself_and_its_copies(rng, isa, scan, n, metric):
     """Wherever an item stands, its score has the same bits."""
     q, x, bias = sample(rng, 70, 37), sample(rng, n, 37), sample(rng, n)
     targets = rng.integers(0, n // 2, 70)
-    assert_exact(pv.scan.rank(q, x, targets, metric=metric, bias=bias) % 1, np.zeros(70))
+    assert_exact(scan.rank(q, x, targets, metric=metric, bias=bias) % 1, np.zeros(70))
     x[n // 2 :], bias[n // 2 :] = x[: n // 2], bias[: n // 2]
-    assert_exact(pv.scan.rank(q, x, targets, metric=metric, bias=bias) % 1, np.full(70, 0.5))
+    assert_exact(scan.rank(q, x, targets, metric=metric, bias=bias) % 1, np.full(70, 0.5))
     q[:] = q[0]  # equal queries in different lanes and panels
     targets[:] = targets[0]
-    assert len(set(pv.scan.rank(q, x, targets, metric=metric, bias=bias))) == 1
+    assert len(set(scan.rank(q, x, targets, metric=metric, bias=bias))) == 1
 
 
 def test_rank_of_real_numbers_at_the_size_of_wn18rr(rng):
@@ -202,13 +222,13 @@ def test_rank_of_real_numbers_at_the_size_of_wn18rr(rng):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("m", [0, 1, 3, 4, 5, 2500])
-def test_score_pairs_equal_the_definition(rng, isa, m, metric):
+def test_score_pairs_equal_the_definition(rng, isa, scan, m, metric):
     for d in WIDTHS:
         q, x, bias = sample(rng, 5, d), sample(rng, 60, d), sample(rng, 60)
         ids = rng.integers(0, 60, (5, m))
         for b in (None, bias):
             size = np.take_along_axis(sizes(rng, q, x, metric) + (0 if b is None else np.abs(b)), ids, 1)
-            result = pv.scan.score_pairs(q, x, ids, metric=metric, bias=b)
+            result = scan.score_pairs(q, x, ids, metric=metric, bias=b)
             assert_reduction(result, ref.score_pairs(q, x, ids, metric, b), size, length=max(d, 1))
 
 
@@ -248,7 +268,7 @@ def narrow_items(rng, n, d, dtype):
 
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("nq", [1, 6, 9, 33, 67])
-def test_narrow_items_are_exact_on_whole_numbers(rng, isa, nq, dtype):
+def test_narrow_items_are_exact_on_whole_numbers(rng, isa, scan, nq, dtype):
     for n in ITEMS[1:]:
         d = int(rng.choice(WIDTHS)) + 1
         q, x, bias = whole(rng, nq, d), whole(rng, n, d), whole(rng, n) * 2
@@ -263,11 +283,11 @@ def test_narrow_items_are_exact_on_whole_numbers(rng, isa, nq, dtype):
             both = {"bias": bias, "exclude": known}
             for actual, expected in zip(
                 (
-                    *pv.scan.topk(q, items, 20, **options, **both),
-                    *pv.scan.topk(q, items, 3, **options),
-                    *pv.scan.nearest(q, items, **options),
-                    pv.scan.rank(q, items, targets, bias=bias, known=known, **options),
-                    pv.scan.score_pairs(q, items, ids, bias=bias, **options),
+                    *scan.topk(q, items, 20, **options, **both),
+                    *scan.topk(q, items, 3, **options),
+                    *scan.nearest(q, items, **options),
+                    scan.rank(q, items, targets, bias=bias, known=known, **options),
+                    scan.score_pairs(q, items, ids, bias=bias, **options),
                 ),
                 (
                     *ref.topk(q, x, 20, metric, **both),
@@ -284,23 +304,23 @@ def test_narrow_items_are_exact_on_whole_numbers(rng, isa, nq, dtype):
 @pytest.mark.parametrize("metric", METRICS[:2])
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("nq", [3, 40])
-def test_narrow_items_of_real_numbers(rng, isa, nq, dtype, metric):
+def test_narrow_items_of_real_numbers(rng, isa, scan, nq, dtype, metric):
     for d in [*WIDTHS[1:], 300]:
         q, (items, scales) = sample(rng, nq, d), narrow_items(rng, 200, d, dtype)
         x, met = ref.decoded(items, **scales), ref.rounded(q, dtype)
         every, size = ref.scores(met, x, metric), sizes(rng, met, x, metric)
-        scores, ids = pv.scan.topk(q, items, 20, metric=metric, **scales)
+        scores, ids = scan.topk(q, items, 20, metric=metric, **scales)
         best, size_of = np.take_along_axis(every, ids, 1), np.take_along_axis(size, ids, 1)
         assert_reduction(scores, best, size_of, length=d)
         assert_reduction(scores, ref.topk(met, x, 20, metric)[0], size_of.max(1, keepdims=True), length=d)
-        assert_reduction(pv.scan.score_pairs(q, items, ids, metric=metric, **scales), best, size_of, length=d)
-        nearest = pv.scan.nearest(q, items, metric=metric, **scales)[1]
+        assert_reduction(scan.score_pairs(q, items, ids, metric=metric, **scales), best, size_of, length=d)
+        nearest = scan.nearest(q, items, metric=metric, **scales)[1]
         assert_reduction(nearest, ref.nearest(met, x, metric)[1], size.max(1), length=d)
 
 
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("nq", [3, 40])
-def test_cosine_of_narrow_items(rng, isa, nq, dtype):
+def test_cosine_of_narrow_items(rng, isa, scan, nq, dtype):
     """Queries whose norm is a power of two, so that they are rounded by nothing but the items' dtype."""
     q, (items, scales) = np.zeros((nq, 70), np.float32), narrow_items(rng, 100, 70, dtype)
     for row in q:
@@ -309,11 +329,11 @@ def test_cosine_of_narrow_items(rng, isa, nq, dtype):
     items[7], q[1] = 0, 0
     ids = np.argsort(rng.random((nq, 100)), 1)
     expected = ref.scores(q, ref.decoded(items, **scales), "cosine")
-    pairs = pv.scan.score_pairs(q, items, ids, metric="cosine", **scales)
+    pairs = scan.score_pairs(q, items, ids, metric="cosine", **scales)
     assert_reduction(pairs, np.take_along_axis(expected, ids, 1), 1, length=70)
-    scores, _ = pv.scan.topk(q, items, 100, metric="cosine", **scales)
+    scores, _ = scan.topk(q, items, 100, metric="cosine", **scales)
     assert_reduction(scores, -np.sort(-expected, 1), 1, length=70)
-    assert_reduction(pv.scan.nearest(q, items, metric="cosine", **scales)[1], expected.max(1), 1, length=70)
+    assert_reduction(scan.nearest(q, items, metric="cosine", **scales)[1], expected.max(1), 1, length=70)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -351,13 +371,13 @@ def test_narrow_items_of_every_library(rng):
 
 
 @pytest.mark.parametrize("nq", [1, 40])
-def test_narrow_items_without_a_score_are_never_returned(rng, isa, nq):
+def test_narrow_items_without_a_score_are_never_returned(rng, isa, scan, nq):
     q, x = sample(rng, nq, 5), sample(rng, 30, 5)
     x[3], x[17, 2] = np.nan, np.inf
     x[17, 3] = -np.inf
     q[:, 2:4] = 1  # inf - inf
     for dtype in NARROW[:2]:
-        ids = pv.scan.topk(q, stored(x, dtype), 30)[1]
+        ids = scan.topk(q, stored(x, dtype), 30)[1]
         assert_exact(ids[:, 28:], np.full((nq, 2), -1))
         assert not np.isin([3, 17], ids).any()
 

@@ -28,6 +28,12 @@ inline float __uint_as_float(unsigned bits) {
     return x;
 }
 
+inline unsigned __float_as_uint(float x) {
+    unsigned bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
 template <class T>
 T atomicAdd(T* sum, T x) {
     const T before = *sum;

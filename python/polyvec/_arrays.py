@@ -147,13 +147,13 @@ def as_ids(op: str, name: str, x: Any, *, ndim: int | None = 1, like: Any = None
     return as_array(op, name, x, dtypes=("int64",), ndim=ndim)
 
 
-def as_id_lists(op: str, name: str, lists: Any) -> tuple[Any, Any]:
-    """Return the offsets and the ids of one list of ids a query; both None where there are none."""
+def as_id_lists(op: str, name: str, lists: Any, like: Any) -> tuple[Any, Any]:
+    """Return the offsets and the ids of one list of ids a query, as `as_ids` does; both None where there are none."""
     if lists is None:
         return None, None
     if not (isinstance(lists, tuple) and len(lists) == 2):
         raise TypeError(f"{op}: {name} must be a pair (offsets, ids), got {type(lists).__name__}")
-    return as_ids(op, f"{name} offsets", lists[0]), as_ids(op, f"{name} ids", lists[1])
+    return as_ids(op, f"{name} offsets", lists[0], like=like), as_ids(op, f"{name} ids", lists[1], like=like)
 
 
 def native(x: Any) -> Any:

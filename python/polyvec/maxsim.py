@@ -334,7 +334,7 @@ def topk(
     k = as_count(op, "k", k)
     q, stored, _ = _queries_and_docs(op, queries, docs, (query_mask, doc_mask), num_threads)
     missing = _missing(op, padding, empty, docs, stored[1])
-    offsets, ids = as_id_lists(op, "candidates", candidates)
+    offsets, ids = as_id_lists(op, "candidates", candidates, q.values)
     scores, found = outputs(op, out, q.values, (len(q), k), ("float32", "int64"), ("scores", "ids"))
     _backend.run(
         op, "maxsim_topk", q.values,

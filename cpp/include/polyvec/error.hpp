@@ -76,12 +76,14 @@ inline void require_out(const char* op, const Array& out, DType dtype) {
     require(out.writable, op, out.name, " must be writable");
 }
 
-/// `offsets` (n + 1,) of a ragged array with `total` rows: starts at 0, never runs backwards, ends at total.
+/// `offsets` (n + 1,) of a ragged array with `total` rows: starts at 0, never runs backwards, ends at total. Offsets
+/// and ids on a GPU are not readable here: there, kernels pass over what lies outside, as each op says.
 inline void require_offsets(const char* op, const Array& offsets, std::int64_t total) {
     require_ndim(op, offsets, 1);
     require_dtype(op, offsets, DType::i64);
     require_contiguous(op, offsets);
     require(offsets.dim(0) >= 1, op, offsets.name, " must have at least one entry, got none");
+    if (offsets.device != Device::cpu) return;
     const auto* at = offsets.as<const std::int64_t>();
     const std::int64_t n = offsets.dim(0) - 1;
     require(at[0] == 0, op, offsets.name, " must start at 0, got ", at[0]);
@@ -93,6 +95,7 @@ inline void require_offsets(const char* op, const Array& offsets, std::int64_t t
 
 /// Every entry of int64 `ids` must be in [0, n).
 inline void require_ids(const char* op, const Array& ids, std::int64_t n) {
+    if (ids.device != Device::cpu) return;
     const auto* id = ids.as<const std::int64_t>();
     for (std::int64_t i = 0, size = ids.size(); i < size; ++i)
         if (id[i] < 0 || id[i] >= n)

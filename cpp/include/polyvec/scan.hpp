@@ -161,4 +161,11 @@ void run(const ScanNearest&, Cpu);
 void run(const ScanRank&, Cpu);
 void run(const ScanPairs&, Cpu);
 
+// On a GPU, where ids cannot be checked before: an excluded or known id outside the items names none, the rank of a
+// target outside them or of score NaN is NaN, and so is the score of a pair; the nearest to a row with NaN is -1.
+void run(const ScanTopK&, Cuda);
+void run(const ScanNearest&, Cuda);
+void run(const ScanRank&, Cuda);
+void run(const ScanPairs&, Cuda);
+
 }  // namespace polyvec

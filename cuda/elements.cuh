@@ -1,0 +1,43 @@
+/// Elements of fewer bits as floats.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace polyvec {
+
+struct BFloat16 {
+    std::uint16_t bits;
+};
+struct Float16 {
+    std::uint16_t bits;
+};
+
+__device__ inline float value_of(float x) {
+    return x;
+}
+__device__ inline double value_of(double x) {
+    return x;
+}
+__device__ inline float value_of(std::int8_t x) {
+    return x;
+}
+__device__ inline float value_of(BFloat16 x) {
+    return __uint_as_float(static_cast<unsigned>(x.bits) << 16);
+}
+__device__ inline float value_of(Float16 x) {
+    const unsigned magnitude = x.bits & 0x7fffu, sign = (x.bits & 0x8000u) << 16;
+    if (magnitude >= 0x7c00u) return __uint_as_float(sign | 0x7f800000u | magnitude << 13);  // Inf, NaN
+    const float scale = x.bits & 0x8000u ? -0x1p112f : 0x1p112f;  // the difference of the exponents' biases
+    return __uint_as_float(magnitude << 13) * scale;              // exact, of subnormal numbers too
+}
+
+/// `x` rounded to bfloat16, to even; NaN stays NaN.
+__device__ inline float rounded_to_bfloat16(float x) {
+    const unsigned bits = __float_as_uint(x);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return x;
+    return __uint_as_float((bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u);
+}
+
+}  // namespace polyvec
