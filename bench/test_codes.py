@@ -84,7 +84,7 @@ def test_rabitq_beside_turbovec(compare, benchmark, glosses, bits, nq):
 def test_certified(compare, benchmark, glosses, nq):
     """The exact 10 nearest by way of 8-bit codes, against comparing float32 with float32."""
     items, queries, nearest = glosses
-    codec = pv.quantize.Refined(pv.quantize.ScalarQuantizer(384)).fit(items)
+    codec = pv.quantize.Refined(pv.quantize.RaBitQ(384, bits=8)).fit(items)
     encoded, few = codec.encode(items), queries[:nq].copy()
     benchmark.extra_info["rescored"] = float(codec.search(queries, encoded, 10, certified=True).rescored.mean())
     compare(

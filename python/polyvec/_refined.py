@@ -243,7 +243,8 @@ class Refined:
         -----
         A score by a code is at most |query| |what the code lost| and the rounding of the query off (Cauchy and
         Schwarz). When the last candidate's score and the largest such bound still reach the k-th best, four times as
-        many candidates are taken. Codes of 8 and 6 bits certify with few, those of 1 and 2 bits rarely.
+        many candidates are taken. RaBitQ of 8 bits certifies with the fewest (it clips no outliers); codes of 1 and
+        2 bits rarely do.
         """
         op = "quantize.Refined.search"
         if not isinstance(encoded, RefinedCodes):
