@@ -1,5 +1,5 @@
 /// The k best (score, id) pairs of many, in the order of include/polyvec/topk.hpp: higher scores first, equal ones by
-/// smaller id; NaN and -inf are never taken. One thread fills one.
+/// smaller id; NaN is never taken. One thread fills one.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -21,7 +21,7 @@ struct Best {
 
     /// Whether `push` would take it.
     __device__ bool takes(float score, std::int64_t id) const {
-        if (!(score > -HUGE_VALF)) return false;
+        if (isnan(score)) return false;
         return n < k || before(score, id, scores[0], ids[0]);
     }
 

@@ -2,6 +2,7 @@
 #include <cuda_runtime_api.h>
 
 #include "hypercomplex.hpp"
+#include "maxsim.hpp"
 #include "run_op.hpp"
 #include "scan.hpp"
 #include "status.hpp"
@@ -38,5 +39,6 @@ PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
     register_errors();
     m.def("info", &info);
     bind_hypercomplex<Cuda>(m);
+    bind_maxsim<Cuda>(m);
     bind_scan<Cuda>(m);
 }

@@ -92,7 +92,7 @@ __global__ void topk_kernel(const __grid_constant__ Pairs<T> score, const __grid
         Best best{scores + at, ids + at, k};
         for (std::int64_t item = first; item < end; ++item) {
             const float value = score(query, item);
-            if (best.takes(value, item) && !exclude.contain(query, item)) best.push(value, item);
+            if (value > -HUGE_VALF && best.takes(value, item) && !exclude.contain(query, item)) best.push(value, item);
         }
         best.finish(sign);
     });

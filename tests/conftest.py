@@ -52,14 +52,15 @@ def pytest_configure(config):
 
 def pytest_generate_tests(metafunc):
     on_gpu = _on_gpu(metafunc.config)
-    if "lib" in metafunc.fixturenames:
-        modules = {
-            "cpu": {"numpy": "numpy", "torch": "torch"},
-            "cuda": {"torch-cuda": "torch", "cupy": "cupy"},
-            "cuda-on-host": {"elsewhere": "numpy"},
-        }[metafunc.config.getoption("device")]
-        libraries = [name for name, module in modules.items() if importlib.util.find_spec(module)]
-        metafunc.parametrize("lib", libraries, indirect=True)
+    modules = {
+        "cpu": {"numpy": "numpy", "torch": "torch"},
+        "cuda": {"torch-cuda": "torch", "cupy": "cupy"},
+        "cuda-on-host": {"elsewhere": "numpy"},
+    }
+    for fixture, device in (("lib", metafunc.config.getoption("device")), ("cpu_lib", "cpu")):
+        if fixture in metafunc.fixturenames:
+            found = [name for name, module in modules[device].items() if importlib.util.find_spec(module)]
+            metafunc.parametrize(fixture, found, indirect=True)
     if "isa" in metafunc.fixturenames:
         metafunc.parametrize("isa", _core.available_isas()[: 1 if on_gpu else None], indirect=True)
 
@@ -116,6 +117,12 @@ def lib(request):
     """Turns a numpy array into an array of each library at hand: of those on a GPU with --device cuda."""
     if _on_gpu(request.config):
         _require_cuda_form(request)
+    return _to(request.param)
+
+
+@pytest.fixture
+def cpu_lib(request):
+    """The same for functions that no GPU serves; their tests are left out with --device cuda."""
     return _to(request.param)
 
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 import polyvec as pv
-from accuracy import assert_elementwise, assert_exact, on_host
+from accuracy import assert_elementwise, assert_exact, assert_reduction, on_host
 from elsewhere import Elsewhere
 from polyvec import _backend, _core
 from reference import hypercomplex as ref
+from reference import maxsim as maxsim_ref
 from reference import scan as scan_ref
 
 cuda = pytest.importorskip("polyvec._cuda", reason="polyvec was built without CUDA")
@@ -95,9 +96,9 @@ def test_without_a_gpu_a_call_says_so(op, call):
             "hypercomplex.relation_query: arrays must be on one device, got cuda and cpu",
         ),
         (
-            lambda: pv.maxsim.score_matrix(elsewhere(3, 4), elsewhere(3, 4)),
+            lambda: pv.maxsim.pack([elsewhere(3, 4)], "int8"),
             TypeError,
-            "maxsim.score_matrix: arrays must be on cpu, got cuda; this function has no CUDA form yet",
+            "maxsim.pack: arrays must be on cpu, got cuda; this function has no CUDA form yet",
         ),
     ],
 )
@@ -205,6 +206,79 @@ def test_parts_of_many_items_are_merged(rng, on_device, kernels, nq, k):
     found = pv.scan.topk(on_device(q), on_device(x), k)
     for actual, expected in zip(found, scan_ref.topk(q, x, k), strict=True):
         assert_exact(actual, expected)
+
+
+@pytest.fixture
+def token_sets(rng, on_device):
+    """Queries and documents of some lengths, and on the device; in some documents nothing takes part."""
+
+    def make(d, dtype, queries=(3, 0, 1, 7, 2), docs=(5, 0, 1, 70, 33)):
+        lists = [[sample(rng, n, d, dtype=dtype) for n in lengths] for lengths in (queries, docs)]
+        sets = (pv.Ragged.from_list(x) for x in lists)
+        return lists, [pv.Ragged(on_device(x.values), x.offsets) for x in sets]
+
+    return make
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("d", [0, 1, 3, 17, 128])
+def test_maxsim_equals_the_definition(on_device, kernels, token_sets, d, dtype):
+    (queries, docs), sets = token_sets(d, dtype)
+    expected, size = maxsim_ref.score(queries, docs), np.abs(maxsim_ref.scale(queries, docs))
+    assert_reduction(pv.maxsim.score(*sets), expected, size, length=max(d, 1))
+    assert_reduction(pv.maxsim.score_pairs(*sets), expected.diagonal(), size.diagonal(), length=max(d, 1))
+    for padding, empty in (("zero", 0.0), ("relu", -1.0), ("exclude", -7.0)):
+        options = {"padding": padding, "empty": empty}
+        other = pv.maxsim.score(queries, docs, **options)
+        assert_reduction(pv.maxsim.score(*sets, **options), other, np.where(size < np.inf, size, 0), length=max(d, 1))
+    matrix = pv.maxsim.score_matrix(on_device(queries[3]), on_device(docs[3]))
+    scale = maxsim_ref.similarities(abs(queries[3]), abs(docs[3]))
+    assert_reduction(matrix, maxsim_ref.similarities(queries[3], docs[3]), scale, length=max(d, 1))
+    ids, similarities = map(on_host, pv.maxsim.align(on_device(queries[3]), on_device(docs[3])))
+    assert_exact(ids, on_host(matrix).argmax(1))
+    assert_exact(similarities, on_host(matrix).max(1))
+
+
+@pytest.mark.parametrize("k", [1, 4, 300])
+def test_maxsim_topk_is_the_sorted_score(rng, on_device, kernels, token_sets, k):
+    _, sets = token_sets(9, np.float32, docs=rng.integers(0, 5, 700))
+    expected = on_host(pv.maxsim.score(*sets))
+    scores, ids = map(on_host, pv.maxsim.topk(*sets, k))
+    assert_exact(ids, maxsim_ref.topk(expected, k))
+    lists = [np.array(ids) for ids in ([4, -1, 2], [], [2**62, 700, 699], range(700), [5, 5])]
+    candidates = on_device(np.cumsum([0, *map(len, lists)])), on_device(np.concatenate(lists).astype(np.int64))
+    scores, ids = map(on_host, pv.maxsim.topk(*sets, k, candidates=candidates))
+    kept = [i[(i >= 0) & (i < 700)].astype(int) for i in lists]
+    assert_exact(ids, maxsim_ref.topk(expected, k, kept))
+    assert_exact(scores, np.where(ids < 0, -np.inf, np.take_along_axis(expected, ids, 1)))
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_matches_and_their_gradients_are_those_of_the_cpu(rng, on_device, kernels, token_sets, pairs, dtype):
+    lists, sets = token_sets(19, dtype)
+    on_cpu = [pv.Ragged.from_list(x) for x in lists]
+    scores, rows = pv.maxsim.match(*sets, pairs=pairs)
+    _, expected = pv.maxsim.match(*on_cpu, pairs=pairs)
+    assert_exact(rows, expected)
+    grad = sample(rng, *on_host(scores).shape, dtype=dtype)
+    for of_docs in (False, True):
+        of = {"of_docs": of_docs}
+        ours = pv.maxsim.match_gradient(*sets, on_device(grad), rows, **of)
+        theirs = pv.maxsim.match_gradient(*on_cpu, grad, expected, **of)
+        size = pv.maxsim.match_gradient(
+            *(pv.Ragged(abs(x.values), x.offsets) for x in on_cpu), abs(grad), expected, **of
+        )
+        assert_reduction(ours, theirs, size, length=20)
+
+
+def test_offsets_are_copied_to_the_device_once(on_device, kernels, token_sets):
+    _, (queries, docs) = token_sets(4, np.float32)
+    pv.maxsim.score(queries, docs)
+    placed = queries.placed_offsets
+    pv.maxsim.score(queries, docs)
+    assert queries.placed_offsets is placed
+    assert_exact(placed, queries.offsets)
 
 
 def test_a_call_is_queued_on_the_current_stream_and_does_not_wait(rng, on_device, gpu):

@@ -69,6 +69,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
     bind_hnsw(m);
     bind_hypercomplex<Cpu>(m);
     bind_maxsim<Cpu>(m);
+    bind_packed_tokens<Cpu>(m);
     bind_scan<Cpu>(m);
     bind_fde<Cpu>(m);
     bind_quantize<Cpu>(m);

@@ -63,6 +63,55 @@ void bind_maxsim(py::module_& m) {
         py::arg("queries"), py::arg("query_offsets"), py::arg("docs"), py::arg("full"), py::arg("empty"),
         py::arg("candidate_offsets"), py::arg("candidate_ids"), py::arg("scores"), py::arg("ids"), py::arg("where"));
     m.def(
+        "maxsim_align",
+        [](const py::object& query, const py::object& doc, const py::object& ids, const py::object& similarities,
+           std::intptr_t where) {
+            Args args = args_for<Exec>(MaxsimAlign::op, where);
+            const Array tokens = args.in("query", query);
+            run_op<Exec>(MaxsimAlign{tokens, args.in("doc", doc), args.out("out ids", ids),
+                                     args.out("out similarities", similarities)},
+                         where, tokens);
+        },
+        py::arg("query"), py::arg("doc"), py::arg("ids"), py::arg("similarities"), py::arg("where"));
+    m.def(
+        "maxsim_match",
+        [](const py::object& queries, const py::object& query_offsets, const py::object& docs,
+           const py::object& doc_offsets, const py::object& out, const py::object& rows, std::intptr_t where) {
+            Args args = args_for<Exec>(MaxsimMatch::op, where);
+            const Array tokens = args.in("queries", queries);
+            const TokenSets documents{args.in("docs", docs), args.in("doc offsets", doc_offsets)};
+            run_op<Exec>(MaxsimMatch{{tokens, args.in("query offsets", query_offsets)},
+                                     documents,
+                                     args.out("out", out),
+                                     args.out("rows", rows)},
+                         where, tokens);
+        },
+        py::arg("queries"), py::arg("query_offsets"), py::arg("docs"), py::arg("doc_offsets"), py::arg("out"),
+        py::arg("rows"), py::arg("where"));
+    m.def(
+        "maxsim_match_gradient",
+        [](const py::object& queries, const py::object& query_offsets, const py::object& docs,
+           const py::object& doc_offsets, const py::object& grad, const py::object& rows, bool of_docs,
+           const py::object& out, std::intptr_t where) {
+            Args args = args_for<Exec>(MaxsimMatchGradient::op, where);
+            const Array tokens = args.in("queries", queries);
+            const TokenSets documents{args.in("docs", docs), args.in("doc offsets", doc_offsets)};
+            run_op<Exec>(MaxsimMatchGradient{{tokens, args.in("query offsets", query_offsets)},
+                                             documents,
+                                             args.in("grad", grad),
+                                             args.in("rows", rows),
+                                             of_docs,
+                                             args.out("out", out)},
+                         where, tokens);
+        },
+        py::arg("queries"), py::arg("query_offsets"), py::arg("docs"), py::arg("doc_offsets"), py::arg("grad"),
+        py::arg("rows"), py::arg("of_docs"), py::arg("out"), py::arg("where"));
+}
+
+/// What packs tokens, and what needs packed ones.
+template <class Exec>
+void bind_packed_tokens(py::module_& m) {
+    m.def(
         "maxsim_pack",
         [](const py::object& tokens, const py::object& codes, const py::object& scales, std::intptr_t where) {
             Args args = args_for<Exec>(MaxsimPack::op, where);
@@ -135,50 +184,6 @@ void bind_maxsim(py::module_& m) {
         },
         py::arg("queries"), py::arg("query_offsets"), py::arg("packed"), py::arg("bounds"), py::arg("docs"),
         py::arg("doc_offsets"), py::arg("scores"), py::arg("ids"), py::arg("rescored"), py::arg("where"));
-    m.def(
-        "maxsim_align",
-        [](const py::object& query, const py::object& doc, const py::object& ids, const py::object& similarities,
-           std::intptr_t where) {
-            Args args = args_for<Exec>(MaxsimAlign::op, where);
-            const Array tokens = args.in("query", query);
-            run_op<Exec>(MaxsimAlign{tokens, args.in("doc", doc), args.out("out ids", ids),
-                                     args.out("out similarities", similarities)},
-                         where, tokens);
-        },
-        py::arg("query"), py::arg("doc"), py::arg("ids"), py::arg("similarities"), py::arg("where"));
-    m.def(
-        "maxsim_match",
-        [](const py::object& queries, const py::object& query_offsets, const py::object& docs,
-           const py::object& doc_offsets, const py::object& out, const py::object& rows, std::intptr_t where) {
-            Args args = args_for<Exec>(MaxsimMatch::op, where);
-            const Array tokens = args.in("queries", queries);
-            const TokenSets documents{args.in("docs", docs), args.in("doc offsets", doc_offsets)};
-            run_op<Exec>(MaxsimMatch{{tokens, args.in("query offsets", query_offsets)},
-                                     documents,
-                                     args.out("out", out),
-                                     args.out("rows", rows)},
-                         where, tokens);
-        },
-        py::arg("queries"), py::arg("query_offsets"), py::arg("docs"), py::arg("doc_offsets"), py::arg("out"),
-        py::arg("rows"), py::arg("where"));
-    m.def(
-        "maxsim_match_gradient",
-        [](const py::object& queries, const py::object& query_offsets, const py::object& docs,
-           const py::object& doc_offsets, const py::object& grad, const py::object& rows, bool of_docs,
-           const py::object& out, std::intptr_t where) {
-            Args args = args_for<Exec>(MaxsimMatchGradient::op, where);
-            const Array tokens = args.in("queries", queries);
-            const TokenSets documents{args.in("docs", docs), args.in("doc offsets", doc_offsets)};
-            run_op<Exec>(MaxsimMatchGradient{{tokens, args.in("query offsets", query_offsets)},
-                                             documents,
-                                             args.in("grad", grad),
-                                             args.in("rows", rows),
-                                             of_docs,
-                                             args.out("out", out)},
-                         where, tokens);
-        },
-        py::arg("queries"), py::arg("query_offsets"), py::arg("docs"), py::arg("doc_offsets"), py::arg("grad"),
-        py::arg("rows"), py::arg("of_docs"), py::arg("out"), py::arg("where"));
 }
 
 }  // namespace polyvec

@@ -20,7 +20,7 @@ struct dim3 {
 };
 inline thread_local dim3 gridDim, blockDim, blockIdx, threadIdx;
 
-using std::abs, std::exp, std::isnan, std::log, std::log1p, std::sqrt;
+using std::abs, std::exp, std::fma, std::isnan, std::log, std::log1p, std::sqrt;
 
 inline float __uint_as_float(unsigned bits) {
     float x;

@@ -189,6 +189,13 @@ def to_device_of(like: Any, x: Any) -> Any:
     return namespace(like).asarray(x)
 
 
+def to_host(x: Any) -> Any:
+    """Return a GPU array as a numpy array, and anything else as it is. Waits for the GPU."""
+    if not is_array(x) or device_name(x) == "cpu":
+        return x
+    return x.cpu().numpy() if is_torch(x) else x.get()
+
+
 def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
     """Allocate an array in the library and on the device of `like`."""
     if is_torch(like):

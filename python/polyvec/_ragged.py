@@ -8,7 +8,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from polyvec._arrays import as_array, as_ids, contiguous, device_name, dtype_name, is_array, is_torch, native
+from polyvec._arrays import (
+    as_array,
+    as_ids,
+    contiguous,
+    device_name,
+    dtype_name,
+    is_array,
+    is_torch,
+    native,
+    to_device_of,
+    to_host,
+)
 
 
 class Ragged:
@@ -29,15 +40,13 @@ class Ragged:
     (3, [2, 0, 3], (3, 2))
     """
 
-    __slots__ = ("offsets", "values")
+    __slots__ = ("_placed", "offsets", "values")
 
     def __init__(self, values: Any, offsets: Any) -> None:
         values = native(values) if is_array(values) else np.asarray(values, dtype=np.float32)
         if len(values.shape) != 2:
             raise ValueError(f"Ragged: values must have 2 axes, got shape {tuple(values.shape)}")
-        if is_torch(offsets):
-            offsets = offsets.cpu().numpy()
-        offsets = np.asarray(as_ids("Ragged", "offsets", offsets))
+        offsets = np.asarray(as_ids("Ragged", "offsets", to_host(offsets)))
         if len(offsets) == 0 or offsets[0] != 0:
             raise ValueError(f"Ragged: offsets must start at 0, got {offsets[0] if len(offsets) else 'none'}")
         back = np.flatnonzero(offsets[1:] < offsets[:-1])
@@ -52,6 +61,7 @@ class Ragged:
             )
         self.values: Any = values
         self.offsets: npt.NDArray[np.int64] = offsets
+        self._placed: Any = offsets if device_name(values) == "cpu" else None
 
     @classmethod
     def from_list(cls, arrays: Sequence[Any], *, dim: int | None = None) -> Ragged:
@@ -98,9 +108,7 @@ class Ragged:
             return cls(contiguous(x).reshape(n * t, d), np.arange(n + 1, dtype=np.int64) * t)
         keep = np.ones((n, t), bool)
         if lengths is not None:
-            if is_torch(lengths):
-                lengths = lengths.cpu().numpy()
-            lengths = np.asarray(as_ids("Ragged", "lengths", lengths))
+            lengths = np.asarray(as_ids("Ragged", "lengths", to_host(lengths)))
             if len(lengths) != n:
                 raise ValueError(f"Ragged: lengths must have one entry a set ({n}), got {len(lengths)}")
             bad = np.flatnonzero((lengths < 0) | (lengths > t))
@@ -108,7 +116,7 @@ class Ragged:
                 raise ValueError(f"Ragged: lengths must be in [0, {t}], got {lengths[bad[0]]} at position {bad[0]}")
             keep = np.arange(t) < lengths[:, None]
         if mask is not None:
-            mask = as_array("Ragged", "mask", mask.cpu() if is_torch(mask) else mask, dtypes=("bool",))
+            mask = as_array("Ragged", "mask", to_host(mask), dtypes=("bool",))
             if tuple(mask.shape) != (n, t):
                 raise ValueError(f"Ragged: mask must have shape {(n, t)}, got {tuple(mask.shape)}")
             keep = keep & np.asarray(mask)
@@ -124,6 +132,13 @@ class Ragged:
     def lengths(self) -> npt.NDArray[np.int64]:
         """Number of rows of each set, shape (n,)."""
         return np.diff(self.offsets)
+
+    @property
+    def placed_offsets(self) -> Any:
+        """The offsets on the device of the values: copied there once, by the values' library."""
+        if self._placed is None:
+            self._placed = to_device_of(self.values, self.offsets)
+        return self._placed
 
     @property
     def dim(self) -> int:

@@ -13,6 +13,9 @@ libraries:
   form of token sets, than the longest of `docs` has. As PyLate, and as colpali-engine within one of its batches.
 - `padding="relu"`: a zero vector in every document, so that no maximum is below 0. As ColBERT on a CPU.
 
+On a GPU, documents are float tokens, and offsets are copied there once a `polyvec.Ragged`: pass one that is kept, and
+calls copy and wait for nothing. A candidate outside the documents is left out.
+
 A document in which nothing takes part scores `empty`: -inf, so that it is never found ahead of another. A query without
 tokens scores 0 against any document.
 """
@@ -58,8 +61,11 @@ def _float_sets(
 
 def _queries_and_docs(
     op: str, queries: Any, docs: Any, masks: tuple[Any, Any], num_threads: int | None
-) -> tuple[Ragged, tuple[Any, ...], int]:
-    """Read both; an empty list of one kind has the width of the other. The documents as the kernels take them."""
+) -> tuple[Ragged, tuple[Any, ...], Any]:
+    """Return the queries, the documents as the kernels take them, and the documents' offsets on the host.
+
+    An empty list of one kind has the width of the other.
+    """
     packed = isinstance(docs, PackedTokens) and docs.dtype != "float32" and masks[1] is None
     if isinstance(queries, list) and not queries:
         like = docs if packed else _float_sets(op, "docs", docs, masks[1], _FLOATS)
@@ -69,12 +75,13 @@ def _queries_and_docs(
         sets = _float_sets(op, "queries", queries, masks[0], ("float32",) if packed else _FLOATS)
     if not packed:
         like = _float_sets(op, "docs", docs, masks[1], (dtype_name(sets.values),), sets.dim, like="queries")
-        return sets, (like.values, like.offsets, None, None, None, None), len(like)
+        return sets, (like.values, like.placed_offsets, None, None, None, None), like.offsets
     if docs.dim != sets.dim:
         raise ValueError(f"{op}: docs must have the same d as queries ({sets.dim}), got {docs.dim}")
     if "scales" in docs._tensors():
         _backend.require_finite(op, "queries", sets.values, num_threads)
-    return sets, docs._stored(), len(docs)
+    stored = docs._stored()
+    return sets, stored, stored[1]
 
 
 def _missing(op: str, padding: str, empty: float, docs: Any, offsets: Any) -> tuple[int, float]:
@@ -148,10 +155,12 @@ def score(
     array([[1.5, 2. ]], dtype=float32)
     """
     op = "maxsim.score"
-    q, stored, n = _queries_and_docs(op, queries, docs, (query_mask, doc_mask), num_threads)
-    missing = _missing(op, padding, empty, docs, stored[1])
-    out = output(op, out, q.values, (len(q), n), dtype_name(q.values))
-    _backend.run(op, "maxsim_score", q.values, q.values, q.offsets, stored, *missing, out, num_threads=num_threads)
+    q, stored, doc_offsets = _queries_and_docs(op, queries, docs, (query_mask, doc_mask), num_threads)
+    missing = _missing(op, padding, empty, docs, doc_offsets)
+    out = output(op, out, q.values, (len(q), len(doc_offsets) - 1), dtype_name(q.values))
+    _backend.run(
+        op, "maxsim_score", q.values, q.values, q.placed_offsets, stored, *missing, out, num_threads=num_threads
+    )
     return out
 
 
@@ -209,11 +218,11 @@ def score_pairs(
     array([8., 4.], dtype=float32)
     """
     op = "maxsim.score_pairs"
-    q, stored, _ = _queries_and_docs(op, queries, docs, (query_mask, doc_mask), num_threads)
-    missing = _missing(op, padding, empty, docs, stored[1])
+    q, stored, doc_offsets = _queries_and_docs(op, queries, docs, (query_mask, doc_mask), num_threads)
+    missing = _missing(op, padding, empty, docs, doc_offsets)
     out = output(op, out, q.values, (len(q),), dtype_name(q.values))
     _backend.run(
-        op, "maxsim_score_pairs", q.values, q.values, q.offsets, stored, *missing, out, num_threads=num_threads
+        op, "maxsim_score_pairs", q.values, q.values, q.placed_offsets, stored, *missing, out, num_threads=num_threads
     )
     return out
 
@@ -332,13 +341,13 @@ def topk(
     """
     op = "maxsim.topk"
     k = as_count(op, "k", k)
-    q, stored, _ = _queries_and_docs(op, queries, docs, (query_mask, doc_mask), num_threads)
-    missing = _missing(op, padding, empty, docs, stored[1])
+    q, stored, doc_offsets = _queries_and_docs(op, queries, docs, (query_mask, doc_mask), num_threads)
+    missing = _missing(op, padding, empty, docs, doc_offsets)
     offsets, ids = as_id_lists(op, "candidates", candidates, q.values)
     scores, found = outputs(op, out, q.values, (len(q), k), ("float32", "int64"), ("scores", "ids"))
     _backend.run(
         op, "maxsim_topk", q.values,
-        q.values, q.offsets, stored, *missing, offsets, ids, scores, found,
+        q.values, q.placed_offsets, stored, *missing, offsets, ids, scores, found,
         num_threads=num_threads,
     )  # fmt: skip
     return scores, found
@@ -438,7 +447,7 @@ def certified_topk(
     rescored = empty(q.values, (len(q),), "int64")
     _backend.run(
         op, "maxsim_certified_topk", q.values,
-        q.values, q.offsets, stored, packed._bounds, floats.values, floats.offsets, scores, ids, rescored,
+        q.values, q.placed_offsets, stored, packed._bounds, floats.values, floats.offsets, scores, ids, rescored,
         num_threads=num_threads,
     )  # fmt: skip
     return CertifiedTopk(scores, ids, rescored)
@@ -504,7 +513,7 @@ def match(queries: Ragged, docs: Ragged, *, pairs: bool) -> tuple[Any, Any]:
     tokens = int(q.values.shape[0])
     scores = empty(q.values, (len(q),) if pairs else (len(q), len(d)), dtype_name(q.values))
     rows = empty(q.values, (tokens,) if pairs else (len(d), tokens), "int32")
-    _backend.run(op, "maxsim_match", q.values, q.values, q.offsets, d.values, d.offsets, scores, rows)
+    _backend.run(op, "maxsim_match", q.values, q.values, q.placed_offsets, d.values, d.placed_offsets, scores, rows)
     return scores, rows
 
 
@@ -516,5 +525,17 @@ def match_gradient(queries: Ragged, docs: Ragged, grad: Any, rows: Any, *, of_do
     grad = as_array(op, "grad", grad, dtypes=(dtype,))
     like = d.values if of_docs else q.values
     out = empty(like, tuple(like.shape), dtype)
-    _backend.run(op, "maxsim_match_gradient", like, q.values, q.offsets, d.values, d.offsets, grad, rows, of_docs, out)
+    _backend.run(
+        op,
+        "maxsim_match_gradient",
+        like,
+        q.values,
+        q.placed_offsets,
+        d.values,
+        d.placed_offsets,
+        grad,
+        rows,
+        of_docs,
+        out,
+    )
     return out

@@ -219,4 +219,13 @@ void run(const MaxsimAlign&, Cpu);
 void run(const MaxsimMatch&, Cpu);
 void run(const MaxsimMatchGradient&, Cpu);
 
+// On a GPU: float tokens only; a candidate outside the documents is left out.
+void run(const MaxsimScore&, Cuda);
+void run(const MaxsimScorePairs&, Cuda);
+void run(const MaxsimScoreMatrix&, Cuda);
+void run(const MaxsimTopk&, Cuda);
+void run(const MaxsimAlign&, Cuda);
+void run(const MaxsimMatch&, Cuda);
+void run(const MaxsimMatchGradient&, Cuda);
+
 }  // namespace polyvec
