@@ -156,6 +156,27 @@ def as_id_lists(op: str, name: str, lists: Any, like: Any) -> tuple[Any, Any]:
     return as_ids(op, f"{name} offsets", lists[0], like=like), as_ids(op, f"{name} ids", lists[1], like=like)
 
 
+def as_selection(op: str, name: str, x: Any, n: int) -> np.ndarray[Any, Any] | None:
+    """Check which of n codes take part: return a mask or rows of them, None for all."""
+    if x is None:
+        return None
+    x = x if is_array(x) else np.asarray(x)
+    if dtype_name(x) != "bool":
+        return np.asarray(as_ids(op, name, x))
+    mask = np.asarray(as_array(op, name, x, dtypes=("bool",), ndim=1))
+    if len(mask) != n:
+        raise ValueError(f"{op}: {name} must have one entry a code ({n}), got {len(mask)}")
+    return mask
+
+
+def as_float32(x: Any, *, copy: bool = False) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Return a C-contiguous numpy array of checked values on the CPU; a view where `x` is one and `copy` is False."""
+    if is_torch(x) and dtype_name(x) != "float32":
+        x = x.float()
+    x = np.asarray(x)
+    return np.array(x, np.float32, order="C") if copy else np.ascontiguousarray(x, np.float32)
+
+
 def native(x: Any) -> Any:
     """Return `x`, or its memory as a numpy array when it is a CPU array of a library other than numpy and torch."""
     if isinstance(x, np.ndarray):

@@ -17,13 +17,12 @@ from polyvec._arrays import (
     ArrayT,
     as_array,
     as_count,
-    as_ids,
+    as_float32,
+    as_selection,
     choice,
     device_name,
-    dtype_name,
     empty,
     is_array,
-    is_torch,
     output,
     outputs,
 )
@@ -367,30 +366,16 @@ class IntegerCodec:
         return block
 
 
-def as_float32(x: Any, *, copy: bool = False) -> Floats:
-    """Return a C-contiguous numpy array."""
-    if is_torch(x):
-        x = x.float().numpy() if dtype_name(x) != "float32" else x.numpy()
-    return np.array(x, np.float32, order="C") if copy else np.ascontiguousarray(x, np.float32)
-
-
 def _mask(op: str, include: Any, n: int) -> npt.NDArray[np.bool_] | None:
     """Return which of n codes take part."""
-    if include is None:
-        return None
-    if not is_array(include):
-        include = np.asarray(include)
-    if dtype_name(include) == "bool":
-        mask = np.asarray(as_array(op, "include", include, dtypes=("bool",), ndim=1))
-        if len(mask) != n:
-            raise ValueError(f"{op}: include must have one entry a code ({n}), got {len(mask)}")
-        return mask
-    rows = np.asarray(as_ids(op, "include", include))
-    outside = np.flatnonzero((rows < 0) | (rows >= n))
+    selection = as_selection(op, "include", include, n)
+    if selection is None or selection.dtype == np.bool_:
+        return selection
+    outside = np.flatnonzero((selection < 0) | (selection >= n))
     if len(outside):
-        raise IndexError(f"{op}: include must be in [0, {n}), got {rows[outside[0]]} at position {outside[0]}")
+        raise IndexError(f"{op}: include must be in [0, {n}), got {selection[outside[0]]} at position {outside[0]}")
     mask = np.zeros(n, np.bool_)
-    mask[rows] = True
+    mask[selection] = True
     return mask
 
 

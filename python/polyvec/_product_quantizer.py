@@ -13,12 +13,11 @@ from polyvec._arrays import (
     ArrayT,
     as_array,
     as_count,
-    as_ids,
+    as_float32,
+    as_selection,
     choice,
     device_name,
-    dtype_name,
     is_array,
-    is_torch,
     output,
     outputs,
 )
@@ -223,7 +222,7 @@ class ProductQuantizer:
             raise ValueError(f"{op}: x must have at least 2^bits rows ({codewords}), got {len(rows)}")
         rng = np.random.default_rng(self.seed)
         drawn = np.sort(rng.choice(len(rows), train_size, replace=False)) if len(rows) > train_size else None
-        rows = _as_float32(rows if drawn is None else rows[drawn])
+        rows = as_float32(rows if drawn is None else rows[drawn])
         bad = _backend.run(op, "first_nonfinite_row", rows, rows, num_threads=num_threads)
         if bad >= 0:
             bad = bad if drawn is None else drawn[bad]
@@ -310,7 +309,7 @@ class ProductQuantizer:
         with reporting(op, progress, len(rows), "rows") as report:
             for begin in range(0, len(rows), size):
                 block = slice(begin, min(begin + size, len(rows)))
-                part = _as_float32(rows[block])
+                part = as_float32(rows[block])
                 bad = _backend.run(op, "first_nonfinite_row", part, part, num_threads=num_threads)
                 if bad >= 0:
                     raise ValueError(f"{op}: x must be finite, got NaN or Inf in row {begin + bad}")
@@ -435,13 +434,13 @@ class ProductQuantizer:
         like = queries.values if isinstance(queries, BlockSparse) else queries
         if isinstance(queries, BlockSparse):
             queries = queries.to_dense()
-        rows = self._rotated(_as_float32(self._vectors(op, "queries", queries)))
+        rows = self._rotated(as_float32(self._vectors(op, "queries", queries)))
         table, n = (self._blocks(op, codes), len(codes)) if isinstance(codes, PackedCodes) else (None, 0)
         if table is None:
             table = self._codes(op, codes)
             n = len(table)
         k = as_count(op, "k", k)
-        taking_part = _taking_part(op, include, n)
+        taking_part = as_selection(op, "include", include, n)
         out = outputs(
             op, out, like if is_array(like) else rows, (len(rows), k), ("float32", "int64"), ("scores", "ids")
         )
@@ -577,26 +576,6 @@ def _on_host(op: str, name: str, x: Any) -> npt.NDArray[Any]:
     if device_name(x) != "cpu":
         raise TypeError(f"{op}: {name} must be on cpu, got {device_name(x)}; this function has no CUDA form yet")
     return np.asarray(x)
-
-
-def _as_float32(x: Any) -> npt.NDArray[np.float32]:
-    """Return a C-contiguous numpy array; a view where `x` is one already."""
-    if is_torch(x) and dtype_name(x) != "float32":
-        x = x.float()
-    return np.ascontiguousarray(np.asarray(x), np.float32)
-
-
-def _taking_part(op: str, include: Any, n: int) -> Any:
-    """Return a mask of n codes or rows of them, None for all."""
-    if include is None:
-        return None
-    include = include if is_array(include) else np.asarray(include)
-    if dtype_name(include) != "bool":
-        return np.asarray(as_ids(op, "include", include))
-    mask = np.asarray(as_array(op, "include", include, dtypes=("bool",), ndim=1))
-    if len(mask) != n:
-        raise ValueError(f"{op}: include must have one entry a code ({n}), got {len(mask)}")
-    return mask
 
 
 def _tensor(state: State, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:

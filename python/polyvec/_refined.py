@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from polyvec import _backend, _files
-from polyvec._arrays import as_count, choice, is_array, outputs
-from polyvec._codes import Floats, IntegerCodec, as_float32
+from polyvec._arrays import as_count, as_float32, choice, is_array, outputs
+from polyvec._codes import Floats, IntegerCodec
 from polyvec._files import State
 from polyvec._progress import Progress, reporting
 
