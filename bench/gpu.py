@@ -116,6 +116,38 @@ def cases(n):
     )
 
 
+def search_cases(items, docs):
+    """The same, of float32 rows of D: a search among `items` of them, and `docs` documents of 180."""
+    queries, rows = torch.randn(32, D, device=DEVICE), torch.randn(items, D, device=DEVICE)
+    yield (
+        f"scan.topk, 32 queries, {items:,} items, k = 10",
+        rows.nbytes,
+        lambda: pv.scan.topk(queries, rows, 10)[0],
+        lambda queries, rows: (queries @ rows.T).topk(10).values,
+        (queries, rows),
+        None,
+    )
+    ids = torch.randint(items, (32, 1000), device=DEVICE)
+    yield (
+        f"scan.score_pairs, 32 queries, 1,000 of {items:,} items each",
+        ids.numel() * D * 4,
+        lambda: pv.scan.score_pairs(queries, rows, ids),
+        lambda queries, rows: torch.einsum("qd,qmd->qm", queries, rows[ids]),
+        (queries, rows),
+        None,
+    )
+    tokens, padded = torch.randn(1, 32, D, device=DEVICE), torch.randn(docs, 180, D, device=DEVICE)
+    sets = pv.Ragged.from_padded(tokens), pv.Ragged.from_padded(padded)
+    yield (
+        f"maxsim.score, 32 tokens, {docs:,} documents of 180",
+        padded.nbytes,
+        lambda: pv.maxsim.score(*sets),
+        lambda tokens, padded: torch.einsum("qid,njd->qnij", tokens, padded).amax(-1).sum(-1),
+        (tokens, padded),
+        None,
+    )
+
+
 def eager_normalize(x):
     return torch.nn.functional.normalize(x, dim=-2)
 
@@ -171,6 +203,7 @@ def main():
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     lines += [row(*case, copy) for case in cases(n)]
+    lines += [row(*case, copy) for case in search_cases(1 << 20, 10_000)]
     path = arguments.out / f"{gpu.replace(' ', '-')}.md"
     arguments.out.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

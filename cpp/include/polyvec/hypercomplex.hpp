@@ -117,11 +117,10 @@ struct RelationQuery {
         require_ndim(op, out, 2);
         require_dim(op, out, 0, head_ids.dim(0), "one row a head id");
         require_dim(op, out, 1, entities.dim(1) * entities.dim(2), "components times d columns");
-        if (entities.device == Device::cpu) {  // a GPU's ids are not readable here: its kernel writes NaN rows instead
-            require_ids(op, head_ids, entities.dim(0));
-            if (!rotate_by_head || translations)
-                require_ids(op, relation_ids, rotate_by_head ? translations.dim(0) : relations.dim(0));
-        }
+        // A GPU's ids are not readable here: its kernel writes NaN rows instead
+        require_ids(op, head_ids, entities.dim(0));
+        if (!rotate_by_head || translations)
+            require_ids(op, relation_ids, rotate_by_head ? translations.dim(0) : relations.dim(0));
     }
 };
 
@@ -155,11 +154,10 @@ struct HypercomplexSums {
             require_contiguous(op, *ids);
             require_dim(op, *ids, 0, out_ids.dim(0), "the same length as out_ids");
         }
-        if (x.device == Device::cpu) {  // a GPU's kernel leaves out what it cannot find
-            require_ids(op, x_ids, x.dim(0));
-            require_ids(op, y_ids, y.dim(0));
-            require_ids(op, out_ids, out.dim(0));
-        }
+        // A GPU's kernel leaves out what it cannot find
+        require_ids(op, x_ids, x.dim(0));
+        require_ids(op, y_ids, y.dim(0));
+        require_ids(op, out_ids, out.dim(0));
     }
 };
 
@@ -204,10 +202,9 @@ struct FlowQuery {
         require_ndim(op, out, 2);
         require_ndim(op, offset, 1);
         require_dim(op, out, 1, entities.dim(1) * entities.dim(2), "parts times d columns");
-        if (entities.device == Device::cpu) {  // a GPU's kernel writes NaN rows instead
-            require_ids(op, head_ids, entities.dim(0));
-            require_ids(op, relation_ids, relations.dim(0));
-        }
+        // A GPU's kernel writes NaN rows instead
+        require_ids(op, head_ids, entities.dim(0));
+        require_ids(op, relation_ids, relations.dim(0));
     }
 };
 
