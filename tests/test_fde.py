@@ -152,6 +152,35 @@ def test_the_final_sketch_is_that_of_the_long_encoding(rng, isa, bits, projectio
         assert_exact(final, expected)
 
 
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize(("d", "bits", "projection_dim"), [(20, 5, 8), (33, 3, 17), (7, 0, None), (16, 6, None)])
+def test_sparse_queries_are_the_dense_ones(rng, isa, d, bits, projection_dim, dialect):
+    encoder = pv.fde.Encoder(d, repetitions=6, simhash_bits=bits, projection_dim=projection_dim, dialect=dialect)
+    sets = sample(rng, SIZES, d)
+    sparse, dense = encoder.encode_queries(sets, sparse=True), encoder.encode_queries(sets)
+    assert_exact(sparse.to_dense(), dense)
+    assert_exact(sparse.to_dense().view(np.int32), dense.view(np.int32))
+    ids = [ref.bucket_ids(tokens, encoder.hyperplanes, dialect) for tokens in sets]
+    held = [sorted({r * 2**bits + b for row in query for r, b in enumerate(row)}) for query in ids]
+    assert_exact(sparse.blocks, np.concatenate(held))
+    assert_exact(np.diff(sparse.offsets), [len(blocks) for blocks in held])
+    assert (sparse.block, sparse.shape) == (projection_dim or d, dense.shape)
+
+
+def test_sparse_queries_in_any_batch_on_any_threads_with_progress(rng, lib):
+    encoder = pv.fde.Encoder(24, repetitions=5, simhash_bits=4, projection_dim=8)
+    sets = sample(rng, rng.integers(0, 9, 2100), 24)
+    expected, dones = encoder.encode_queries(sets), []
+    given_sets = [lib(x) for x in sets]
+    for options in ({"num_threads": 1}, {"num_threads": 2}, {"num_threads": 7, "progress": lambda *d: dones.append(d)}):
+        sparse = encoder.encode_queries(given_sets, sparse=True, **options)
+        assert type(sparse.values) is type(given_sets[0])
+        assert_exact(sparse.to_dense(), expected)
+    assert dones == [(1024, 2100), (2048, 2100), (2100, 2100)]
+    assert encoder.encode_queries([], sparse=True).shape == (0, encoder.output_dim)
+    assert len(encoder.encode_queries([given_sets[0][:0]], sparse=True).values) == 0
+
+
 def test_values_of_fastembed():
     """The figures of fastembed's own test, tests/test_postprocess.py: Muvera(dim=128, k_sim=5, dim_proj=16, r_reps=20,
     random_seed=42), whose one generator draws the planes repetition by repetition, then all projections."""
@@ -504,6 +533,16 @@ def zeros(*shape, dtype=np.float32):
             lambda: encoder().encode_queries([zeros(2, 4, dtype=np.float64)]),
             TypeError,
             "fde.Encoder.encode_queries: tokens must be float32, got float64; cast it with .astype('float32')",
+        ),
+        (
+            lambda: encoder(final_dim=9).encode_queries(zeros(2, 3, 4), sparse=True),
+            ValueError,
+            "fde.Encoder.encode_queries: sparse must be False with a final_dim, got final_dim=9",
+        ),
+        (
+            lambda: encoder().encode_queries(zeros(2, 3, 4), sparse=True, out=zeros(2, 8)),
+            ValueError,
+            "fde.Encoder.encode_queries: out must be None with sparse=True, got ndarray",
         ),
         (
             lambda: encoder().encode_docs(zeros(2, 3, 4), out=zeros(2, 9)),

@@ -5,6 +5,8 @@
 
 namespace polyvec {
 
+constexpr const char* fde_queries = "fde.Encoder.encode_queries";
+
 template <class Exec>
 void bind_fde(py::module_& m) {
     py::class_<FdeMatrices>(m, "FdeMatrices")
@@ -24,7 +26,7 @@ void bind_fde(py::module_& m) {
         "fde_encode",
         [](const FdeMatrices& matrices, const py::object& tokens, const py::object& offsets, const py::object& out,
            bool mean, bool fill, bool lowest_bucket, std::intptr_t where) {
-            const char* op = mean ? "fde.Encoder.encode_docs" : "fde.Encoder.encode_queries";
+            const char* op = mean ? "fde.Encoder.encode_docs" : fde_queries;
             Args args = args_for<Exec>(op, where);
             const Array a = args.in("tokens", tokens);
             run_op<Exec>(FdeEncode{op, matrices, TokenSets{a, args.in("offsets", offsets)}, args.out("out", out), mean,
@@ -41,6 +43,31 @@ void bind_fde(py::module_& m) {
             run_op<Exec>(FdePartition{matrices, a, args.out("out", out)}, where, a);
         },
         py::arg("matrices"), py::arg("tokens"), py::arg("out"), py::arg("where"));
+    m.def(
+        "fde_count_blocks",
+        [](const FdeMatrices& matrices, const py::object& tokens, const py::object& offsets, const py::object& ids,
+           const py::object& counts, std::intptr_t where) {
+            Args args = args_for<Exec>(fde_queries, where);
+            const Array a = args.in("tokens", tokens);
+            run_op<Exec>(FdeCountBlocks{fde_queries, matrices, TokenSets{a, args.in("offsets", offsets)},
+                                        args.in("ids", ids), args.out("counts", counts)},
+                         where, a);
+        },
+        py::arg("matrices"), py::arg("tokens"), py::arg("offsets"), py::arg("ids"), py::arg("counts"),
+        py::arg("where"));
+    m.def(
+        "fde_encode_blocks",
+        [](const FdeMatrices& matrices, const py::object& tokens, const py::object& offsets, const py::object& ids,
+           const py::object& bounds, const py::object& values, const py::object& blocks, std::intptr_t where) {
+            Args args = args_for<Exec>(fde_queries, where);
+            const Array a = args.in("tokens", tokens);
+            run_op<Exec>(
+                FdeEncodeBlocks{fde_queries, matrices, TokenSets{a, args.in("offsets", offsets)}, args.in("ids", ids),
+                                args.in("bounds", bounds), args.out("values", values), args.out("blocks", blocks)},
+                where, a);
+        },
+        py::arg("matrices"), py::arg("tokens"), py::arg("offsets"), py::arg("ids"), py::arg("bounds"),
+        py::arg("values"), py::arg("blocks"), py::arg("where"));
 }
 
 }  // namespace polyvec

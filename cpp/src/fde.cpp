@@ -69,25 +69,109 @@ private:
     Aligned<std::uint8_t> rows_;
 };
 
-/// One worker: encodes sets one after the other.
-class Encoder {
+/// The buckets of one set in one repetition, and their blocks.
+class Blocks {
 public:
-    Encoder(const FdeEncode& op, std::int64_t longest_set, std::int64_t longest_piece)
-        : op_(op),
-          m_(op.matrices),
+    Blocks(const FdeMatrices& m, bool mean, std::int64_t longest_set)
+        : m_(m),
           kernel_(*kernels().fde),
-          buckets_(m_.buckets()),
-          block_size_(buckets_ * m_.width),
-          signs_(m_, longest_piece),
+          mean_(mean),
+          buckets_(m.buckets()),
           next_(aligned<std::uint32_t>(longest_set)),
           first_(aligned<std::uint32_t>(buckets_)),
           filled_(aligned<std::uint32_t>(buckets_)),
-          nearest_(aligned<std::uint64_t>(buckets_)),
-          fill_(aligned<std::uint32_t>(buckets_)),
           rows_(aligned<const float*>(buckets_ + 3)),
           blocks_(aligned<std::uint32_t>(buckets_ + 3)),
           empty_(aligned<std::uint32_t>(buckets_)),
-          sums_(aligned<float>(std::min(buckets_, longest_set / 2) * m_.d)),
+          sums_(aligned<float>(std::min(buckets_, longest_set / 2) * m.d)) {}
+
+    /// Writes the blocks that are not empty, one after the other, and which they are; returns how many.
+    template <class BucketOf>
+    std::int64_t encode_compact(const float* tokens, std::int64_t n, BucketOf bucket_of, std::int64_t r, float* values,
+                                std::int32_t* blocks) {
+        chain(n, bucket_of);
+        const std::int64_t rows = reduce(tokens);
+        for (std::int64_t k = 0; k < rows; ++k) {
+            blocks[k] = static_cast<std::int32_t>(r * buckets_ + blocks_[k]);
+            blocks_[k] = static_cast<std::uint32_t>(k);
+        }
+        project(rows, r, values);
+        return rows;
+    }
+
+protected:
+    /// Chains the tokens of each bucket in their order.
+    template <class BucketOf>
+    void chain(std::int64_t n, BucketOf bucket_of) {
+        std::fill_n(first_.get(), buckets_, fde_end);
+        for (std::int64_t t = n; t-- > 0;) {
+            std::uint32_t& first = first_[bucket_of(t)];
+            next_[t] = first;
+            first = static_cast<std::uint32_t>(t);
+        }
+    }
+
+    /// One row a bucket that is not empty, and the list of those that are; returns how many rows.
+    std::int64_t reduce(const float* tokens) {
+        std::int64_t rows = 0, empty = 0;
+        for (std::int64_t b = 0; b < buckets_; ++b) {  // without branches: nobody can foretell them
+            const bool none = first_[b] == fde_end;
+            blocks_[rows] = empty_[empty] = static_cast<std::uint32_t>(b);
+            empty += none;
+            rows += !none;
+        }
+        float* sum = sums_.get();
+        for (std::int64_t k = 0; k < rows; ++k) {
+            const std::uint32_t b = blocks_[k], first = first_[b];
+            if (next_[first] == fde_end) {
+                rows_[k] = tokens + first * m_.d;
+                filled_[b] = b;
+            } else {
+                kernel_.reduce(tokens, m_.d, next_.get(), first, mean_, sum);
+                rows_[k] = sum;
+                filled_[b] = fde_end;
+                sum += m_.d;
+            }
+        }
+        return rows;
+    }
+
+    /// Writes the rows, projected, to their blocks.
+    void project(std::int64_t rows, std::int64_t r, float* blocks) {
+        if (!m_.projections) {
+            for (std::int64_t k = 0; k < rows; ++k) std::copy_n(rows_[k], m_.d, blocks + blocks_[k] * m_.d);
+            return;
+        }
+        for (; rows % 4; ++rows) {  // the tile likes fours, and a row may be written twice
+            rows_[rows] = rows_[rows - 1];
+            blocks_[rows] = blocks_[rows - 1];
+        }
+        kernel_.project(rows_.get(), blocks_.get(), rows, m_.d,
+                        m_.projections.get() + r * m_.d * packed_columns(m_.width), m_.width, blocks);
+    }
+
+    const FdeMatrices& m_;
+    const FdeKernels& kernel_;
+    const bool mean_;
+    const std::int64_t buckets_;
+    Aligned<std::uint32_t> next_, first_;  // a token's successor in its bucket, a bucket's first token
+    Aligned<std::uint32_t> filled_;        // the block that holds the projection of a bucket's first token
+    Aligned<const float*> rows_;           // what is projected, or copied ...
+    Aligned<std::uint32_t> blocks_;        // ... to which block
+    Aligned<std::uint32_t> empty_;         // the empty buckets
+    Aligned<float> sums_;                  // the rows of buckets of two tokens or more
+};
+
+/// One worker: encodes sets one after the other.
+class Encoder : Blocks {
+public:
+    Encoder(const FdeEncode& op, std::int64_t longest_set, std::int64_t longest_piece)
+        : Blocks(op.matrices, op.mean, longest_set),
+          op_(op),
+          block_size_(buckets_ * m_.width),
+          signs_(m_, longest_piece),
+          nearest_(aligned<std::uint64_t>(buckets_)),
+          fill_(aligned<std::uint32_t>(buckets_)),
           repetition_(aligned<float>(m_.sketch_index ? block_size_ : 0)) {}
 
     void encode_sets(std::int64_t begin, std::int64_t end) {
@@ -120,53 +204,8 @@ private:
         } else if (empty) {
             std::fill_n(blocks, block_size_, 0.0f);
         }
-        if (m_.projections) {
-            for (; rows % 4; ++rows) {  // the tile likes fours, and a row may be written twice
-                rows_[rows] = rows_[rows - 1];
-                blocks_[rows] = blocks_[rows - 1];
-            }
-            kernel_.project(rows_.get(), blocks_.get(), rows, m_.d,
-                            m_.projections.get() + r * m_.d * packed_columns(m_.width), m_.width, blocks);
-        } else {
-            for (std::int64_t k = 0; k < rows; ++k) std::copy_n(rows_[k], m_.d, blocks + blocks_[k] * m_.d);
-        }
+        project(rows, r, blocks);
         if (op_.fill) copy_filled(empty, blocks);
-    }
-
-    /// Chains the tokens of each bucket in their order.
-    template <class BucketOf>
-    void chain(std::int64_t n, BucketOf bucket_of) {
-        std::fill_n(first_.get(), buckets_, fde_end);
-        for (std::int64_t t = n; t-- > 0;) {
-            std::uint32_t& first = first_[bucket_of(t)];
-            next_[t] = first;
-            first = static_cast<std::uint32_t>(t);
-        }
-    }
-
-    /// One row a bucket that is not empty, and the list of those that are; returns how many rows.
-    std::int64_t reduce(const float* tokens) {
-        std::int64_t rows = 0, empty = 0;
-        for (std::int64_t b = 0; b < buckets_; ++b) {  // without branches: nobody can foretell them
-            const bool none = first_[b] == fde_end;
-            blocks_[rows] = empty_[empty] = static_cast<std::uint32_t>(b);
-            empty += none;
-            rows += !none;
-        }
-        float* sum = sums_.get();
-        for (std::int64_t k = 0; k < rows; ++k) {
-            const std::uint32_t b = blocks_[k], first = first_[b];
-            if (next_[first] == fde_end) {
-                rows_[k] = tokens + first * m_.d;
-                filled_[b] = b;
-            } else {
-                kernel_.reduce(tokens, m_.d, next_.get(), first, op_.mean, sum);
-                rows_[k] = sum;
-                filled_[b] = fde_end;
-                sum += m_.d;
-            }
-        }
-        return rows;
     }
 
     /// Finds the token of each empty bucket and adds it to the rows, unless it is one of them already; returns how
@@ -220,20 +259,26 @@ private:
     }
 
     const FdeEncode& op_;
-    const FdeMatrices& m_;
-    const FdeKernels& kernel_;
-    const std::int64_t buckets_, block_size_;
+    const std::int64_t block_size_;
     Signs signs_;
-    Aligned<std::uint32_t> next_, first_;  // a token's successor in its bucket, a bucket's first token
-    Aligned<std::uint32_t> filled_;        // the block that holds the projection of a bucket's first token
-    Aligned<std::uint64_t> nearest_;       // of a sign word: the distance to a token, and which it is
-    Aligned<std::uint32_t> fill_;          // of each empty bucket: the one whose first token fills it
-    Aligned<const float*> rows_;           // what is projected, or copied ...
-    Aligned<std::uint32_t> blocks_;        // ... to which block
-    Aligned<std::uint32_t> empty_;         // the empty buckets
-    Aligned<float> sums_;                  // the rows of buckets of two tokens or more
-    Aligned<float> repetition_;            // a repetition's blocks on their way into the final sketch
+    Aligned<std::uint64_t> nearest_;  // of a sign word: the distance to a token, and which it is
+    Aligned<std::uint32_t> fill_;     // of each empty bucket: the one whose first token fills it
+    Aligned<float> repetition_;       // a repetition's blocks on their way into the final sketch
 };
+
+/// Bucket ids of the tokens from `first` on, in repetition r, as a function of the token.
+auto given_buckets(const Array& ids, std::int64_t first, std::int64_t r) {
+    return [ids = ids.as<const std::int32_t>() + first * ids.dim(1) + r, stride = ids.dim(1)](std::int64_t token) {
+        return ids[token * stride];
+    };
+}
+
+std::int64_t longest(const char* op, const TokenSets& sets) {
+    std::int64_t longest = 0;
+    for (std::int64_t i = 0; i < sets.size(); ++i) longest = std::max(longest, sets.length(i));
+    require(longest < fde_end, op, "tokens must have fewer than ", fde_end, " rows a set, got ", longest);
+    return longest;
+}
 
 /// Cuts the sets into pieces of at least tokens_per_piece tokens: where each begins, and the end.
 std::vector<std::int64_t> cut(const TokenSets& sets) {
@@ -313,11 +358,10 @@ FdeMatrices::FdeMatrices(const Array& planes_in, const Array& projections_in, co
 void run(const FdeEncode& op, Cpu cpu) {
     const std::vector<std::int64_t> pieces = cut(op.sets);
     const std::int64_t n = static_cast<std::int64_t>(pieces.size()) - 1;
-    std::int64_t longest_set = 0, longest_piece = 0;
-    for (std::int64_t i = 0; i < op.sets.size(); ++i) longest_set = std::max(longest_set, op.sets.length(i));
+    std::int64_t longest_piece = 0;
     for (std::int64_t p = 0; p < n; ++p)
         longest_piece = std::max(longest_piece, op.sets.begin(pieces[p + 1]) - op.sets.begin(pieces[p]));
-    require(longest_set < fde_end, op.op, "tokens must have fewer than ", fde_end, " rows a set, got ", longest_set);
+    const std::int64_t longest_set = longest(op.op, op.sets);
 
     std::vector<Encoder> workers;
     for (int w = 0; w < workers_for(n, 1, cpu.num_threads); ++w) workers.emplace_back(op, longest_set, longest_piece);
@@ -336,6 +380,49 @@ void run(const FdePartition& op, Cpu cpu) {
             const auto bucket_of = signs.buckets(0, r);
             for (std::int64_t t = 0; t < end - begin; ++t)
                 out[t * repetitions + r] = static_cast<std::int32_t>(bucket_of(t));
+        }
+    });
+}
+
+void run(const FdeCountBlocks& op, Cpu cpu) {
+    const std::vector<std::int64_t> pieces = cut(op.sets);
+    const std::int64_t n = static_cast<std::int64_t>(pieces.size()) - 1, buckets = op.matrices.buckets();
+    parallel_for(n, 1, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+        std::vector<std::int64_t> last(buckets, -1);  // the last set and repetition that had a token in a bucket
+        for (std::int64_t i = pieces[begin]; i < pieces[end]; ++i) {
+            std::int64_t count = 0;
+            for (std::int64_t r = 0; r < op.matrices.repetitions; ++r) {
+                const auto bucket_of = given_buckets(op.ids, op.sets.begin(i), r);
+                for (std::int64_t t = 0; t < op.sets.length(i); ++t) {
+                    std::int64_t& seen = last[bucket_of(t)];
+                    count += seen != i * op.matrices.repetitions + r;
+                    seen = i * op.matrices.repetitions + r;
+                }
+            }
+            op.counts.as<std::int64_t>()[i] = count;
+        }
+    });
+}
+
+void run(const FdeEncodeBlocks& op, Cpu cpu) {
+    const TokenSets& sets = op.sets;
+    const std::vector<std::int64_t> pieces = cut(sets);
+    const std::int64_t n = static_cast<std::int64_t>(pieces.size()) - 1, longest_set = longest(op.op, sets);
+    std::vector<Blocks> workers;
+    for (int w = 0; w < workers_for(n, 1, cpu.num_threads); ++w) workers.emplace_back(op.matrices, false, longest_set);
+    parallel_for(n, 1, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int worker) {
+        for (std::int64_t p = begin; p < end; ++p) {
+            const std::int64_t* bounds = op.bounds.as<const std::int64_t>();
+            std::vector<std::int64_t> at(bounds + pieces[p], bounds + pieces[p + 1]);
+            for (std::int64_t r = 0; r < op.matrices.repetitions; ++r) {  // outside: its matrices are read once
+                for (std::int64_t i = pieces[p]; i < pieces[p + 1]; ++i) {
+                    if (sets.length(i) == 0) continue;
+                    std::int64_t& to = at[i - pieces[p]];
+                    to += workers[worker].encode_compact(
+                        sets.set<float>(i), sets.length(i), given_buckets(op.ids, sets.begin(i), r), r,
+                        op.values.as<float>() + to * op.matrices.width, op.blocks.as<std::int32_t>() + to);
+                }
+            }
         }
     });
 }

@@ -64,6 +64,9 @@ def codes_search(
     where: int,
 ) -> None: ...
 def codes_unit_rows(x: typing.Any, where: int) -> None: ...
+def fde_count_blocks(
+    matrices: FdeMatrices, tokens: typing.Any, offsets: typing.Any, ids: typing.Any, counts: typing.Any, where: int
+) -> None: ...
 def fde_encode(
     matrices: FdeMatrices,
     tokens: typing.Any,
@@ -72,6 +75,16 @@ def fde_encode(
     mean: bool,
     fill: bool,
     lowest_bucket: bool,
+    where: int,
+) -> None: ...
+def fde_encode_blocks(
+    matrices: FdeMatrices,
+    tokens: typing.Any,
+    offsets: typing.Any,
+    ids: typing.Any,
+    bounds: typing.Any,
+    values: typing.Any,
+    blocks: typing.Any,
     where: int,
 ) -> None: ...
 def fde_partition(matrices: FdeMatrices, tokens: typing.Any, out: typing.Any, where: int) -> None: ...

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from polyvec import _backend, _core, _fde_dialects, _files
-from polyvec._arrays import as_array, as_count, as_ids, choice, output
+from polyvec._arrays import as_array, as_count, as_ids, choice, empty, output
+from polyvec._block_sparse import BlockSparse
 from polyvec._progress import Progress, reporting
 from polyvec._ragged import as_ragged
 
@@ -197,31 +198,43 @@ class Encoder:
         self.output_dim: int = self._matrices.output_dim
 
     def encode_queries(
-        self, tokens: Any, *, out: Any = None, num_threads: int | None = None, progress: Progress = None
+        self,
+        tokens: Any,
+        *,
+        sparse: bool = False,
+        out: Any = None,
+        num_threads: int | None = None,
+        progress: Progress = None,
     ) -> Any:
         """Encode queries: the blocks are sums of tokens, and empty buckets stay 0.
 
         Parameters
         ----------
         tokens : token sets, float32, width dim
+        sparse : bool
+            Return the blocks of the buckets that hold a token, and not the zeros of all others.
         out, num_threads, progress
-            As for `encode_docs`.
+            As for `encode_docs`; sparse encodings take no `out`, as their size is not known before.
 
         Returns
         -------
         array of shape (n, output_dim), float32; the tokens' library and device
             0 for a query without tokens.
+        BlockSparse of shape (n, output_dim), if sparse
+            Its blocks are those of the buckets. `to_dense()` has the bits of the dense encodings.
 
         Raises
         ------
         ValueError
-            Tokens of another width, offsets that run backwards, an `out` of another shape.
+            Tokens of another width, offsets that run backwards, an `out` of another shape; sparse encodings with a
+            final_dim, which leaves no zeros, or with an `out`.
         TypeError
             Tokens that are not float32.
 
         Notes
         -----
-        As for `encode_docs`.
+        As for `encode_docs`. Of a query of 32 ColBERTv2 tokens, about 53, 34 and 21 % of the blocks hold a token at 4,
+        5 and 6 simhash_bits.
 
         References
         ----------
@@ -236,8 +249,17 @@ class Encoder:
         array([[3., 3., 3., 3.]], dtype=float32)
         >>> encoder.encode_docs(tokens)
         array([[1., 1., 1., 1.]], dtype=float32)
+        >>> pv.fde.Encoder(4).encode_queries(tokens, sparse=True)
+        BlockSparse(1 rows, 20 blocks of 4, d=2560)
         """
-        return self._encode("fde.Encoder.encode_queries", tokens, out, num_threads, progress, docs=False)
+        op = "fde.Encoder.encode_queries"
+        if not sparse:
+            return self._encode(op, tokens, out, num_threads, progress, docs=False)
+        if self.final_dim is not None:
+            raise ValueError(f"{op}: sparse must be False with a final_dim, got final_dim={self.final_dim}")
+        if out is not None:
+            raise ValueError(f"{op}: out must be None with sparse=True, got {type(out).__name__}")
+        return self._encode_sparse(op, tokens, num_threads, progress)
 
     def encode_docs(
         self, tokens: Any, *, out: Any = None, num_threads: int | None = None, progress: Progress = None
@@ -306,6 +328,34 @@ class Encoder:
                 )  # fmt: skip
                 report(len(offsets) - 1)
         return out
+
+    def _encode_sparse(self, op: str, tokens: Any, num_threads: int | None, progress: Progress) -> BlockSparse:
+        sets = as_ragged(op, "tokens", tokens, dim=self.dim)
+        n, width = len(sets), self.projection_dim or self.dim
+        ids = self.partition(sets.values, num_threads=num_threads)
+
+        def run(function: str, first: int, end: int, *arrays: Any) -> None:
+            offsets = sets.offsets[first : end + 1]
+            rows = slice(int(offsets[0]), int(offsets[-1]))
+            values = sets.values[rows]
+            _backend.run(
+                op, function, values, self._matrices, values, offsets - offsets[0], ids[rows], *arrays,
+                num_threads=num_threads,
+            )  # fmt: skip
+
+        bounds = np.zeros(n + 1, np.int64)
+        run("fde_count_blocks", 0, n, bounds[1:])
+        bounds = np.cumsum(bounds)
+        found = empty(sets.values, (int(bounds[-1]), width), "float32")
+        blocks = np.empty(len(found), np.int32)
+        with reporting(op, progress, n, "queries") as report:
+            step = _SETS_PER_REPORT if progress else max(1, n)
+            for first in range(0, n, step):
+                end = min(first + step, n)
+                rows = slice(int(bounds[first]), int(bounds[end]))
+                run("fde_encode_blocks", first, end, bounds[first : end + 1] - rows.start, found[rows], blocks[rows])
+                report(end - first)
+        return BlockSparse(found, blocks, bounds, self.output_dim)
 
     def partition(self, tokens: Any, *, out: Any = None, num_threads: int | None = None) -> Any:
         """Return the bucket of each token in each repetition.

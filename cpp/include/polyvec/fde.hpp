@@ -81,7 +81,60 @@ struct FdePartition {
     }
 };
 
+inline void require_bucket_ids(const char* op, const Array& ids, const TokenSets& sets, const FdeMatrices& matrices) {
+    require_dtype(op, ids, DType::i32);
+    require_ndim(op, ids, 2);
+    require_contiguous(op, ids);
+    require_dim(op, ids, 0, sets.tokens.dim(0), "one row a token");
+    require_dim(op, ids, 1, matrices.repetitions, "one column a repetition");
+}
+
+/// counts[i] = how many buckets of set i, in all repetitions, hold a token.
+struct FdeCountBlocks {
+    const char* op;
+    const FdeMatrices& matrices;
+    TokenSets sets;
+    Array ids;     // (T, R) int32, of FdePartition
+    Array counts;  // (n,) int64
+
+    void validate() const {
+        sets.validate(op);
+        require_bucket_ids(op, ids, sets, matrices);
+        require_out(op, counts, DType::i64);
+        require_ndim(op, counts, 1);
+        require_dim(op, counts, 0, sets.size(), "one entry a set");
+    }
+};
+
+/// The blocks of sums of buckets that hold a token: set i has rows bounds[i] .. bounds[i + 1] of values, which lie in
+/// its long encoding at the block of that row. bounds are the running sums of counts.
+struct FdeEncodeBlocks {
+    const char* op;
+    const FdeMatrices& matrices;
+    TokenSets sets;
+    Array ids;             // (T, R) int32, of FdePartition
+    Array bounds;          // (n + 1,) int64
+    Array values, blocks;  // (m, width), (m,) int32
+
+    void validate() const {
+        sets.validate(op);
+        require_dtype(op, sets.tokens, DType::f32);
+        require_dim(op, sets.tokens, 1, matrices.d, "the encoder's d");
+        require_bucket_ids(op, ids, sets, matrices);
+        require_out(op, values, DType::f32);
+        require_ndim(op, values, 2);
+        require_dim(op, values, 1, matrices.width, "the encoder's width of a block");
+        require_out(op, blocks, DType::i32);
+        require_ndim(op, blocks, 1);
+        require_dim(op, blocks, 0, values.dim(0), "one entry a row of values");
+        require_offsets(op, bounds, values.dim(0));
+        require_dim(op, bounds, 0, sets.size() + 1, "one entry a set, and the end");
+    }
+};
+
 void run(const FdeEncode&, Cpu);
 void run(const FdePartition&, Cpu);
+void run(const FdeCountBlocks&, Cpu);
+void run(const FdeEncodeBlocks&, Cpu);
 
 }  // namespace polyvec
