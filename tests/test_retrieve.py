@@ -60,6 +60,24 @@ def test_candidates_find_most_of_the_exact_result(first_stage):
     assert many >= 0.9
 
 
+def test_an_encoder_of_another_dialect_finds_and_loads(rng, tmp_path):
+    docs, queries = sample_docs(rng, 300), sample_docs(rng, 7)
+    encoder = pv.fde.Encoder(16, repetitions=10, simhash_bits=3, projection_dim=8, dialect="google")
+    index = pv.retrieve.MultiVectorIndex(16, encoder=encoder, first_stage="flat")
+    index.add(docs)
+    found = index.search(queries, 10, candidates=50)
+    candidates = pv.scan.topk(encoder.encode_queries(queries), encoder.encode_docs(docs), 50)[1]
+    exact = pv.maxsim.score(queries, docs)
+    for row, expected, scores in zip(found[1], candidates, exact, strict=True):
+        best = sorted(expected.tolist(), key=lambda i: (-scores[i], i))[:10]
+        assert_exact(row, best)
+    index.save(tmp_path / "index")
+    for a, b in zip(
+        pv.retrieve.MultiVectorIndex.load(tmp_path / "index").search(queries, 10, candidates=50), found, strict=True
+    ):
+        assert_exact(a, b)
+
+
 def test_adding_in_parts_is_adding_at_once(rng):
     docs, queries = sample_docs(rng, 600), sample_docs(rng, 5)
     ids = rng.permutation(1000)[:600]
