@@ -36,6 +36,16 @@ def assert_reduction(actual, expected, scale, *, length: int):
     _assert_within(actual, expected, (4 + 2 * np.sqrt(length)) * eps(actual.dtype) * np.asarray(scale))
 
 
+def assert_sum_of_scores(actual, expected, scale, *, length: int, terms):
+    """The sum of functions, of slope at most 1, of scores that are each a reduction: their errors add up over `terms`.
+
+    The sum itself is of parts that are small enough to keep its error below 64 roundings of the result.
+    """
+    actual = on_host(actual)
+    bound = (4 + 2 * np.sqrt(length)) * np.asarray(scale) * np.asarray(terms) + 64 * (1 + np.abs(expected))
+    _assert_within(actual, expected, eps(actual.dtype) * bound)
+
+
 def assert_exact(actual, expected):
     """Ids, codes, counts, selections: equal, not close."""
     np.testing.assert_array_equal(on_host(actual), on_host(expected))

@@ -223,7 +223,7 @@ PUBLIC = {
         "kmeans_sets",
     ],
     "polyvec.retrieve": ["LinkPredictor", "MultiVectorIndex"],
-    "polyvec.scan": ["nearest", "rank", "score_pairs", "topk"],
+    "polyvec.scan": ["hinge", "logsumexp", "nearest", "rank", "score_pairs", "topk"],
     "polyvec.torch": [
         "Assignment",
         "CodebookUsage",

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import polyvec as pv
-from accuracy import assert_exact, assert_reduction, on_host
+from accuracy import assert_exact, assert_reduction, assert_sum_of_scores, on_host
 from polyvec import _core
 from reference import scan as ref
 
@@ -252,6 +252,81 @@ def test_result_does_not_depend_on_thread_count(rng, nq, metric):
         assert_exact(a, c)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("nq", QUERIES)
+def test_logsumexp_equals_the_definition(rng, isa, nq, metric):
+    for n in ITEMS:
+        d, scale = int(rng.choice(WIDTHS)), float(rng.choice([0.05, 1, 20]))
+        q, x, bias = sample(rng, nq, d), sample(rng, n, d), sample(rng, n)
+        size = scale * (sizes(rng, q, x, metric) + np.abs(bias)).max(1, initial=0)
+        exclude = id_lists(rng, nq, n)
+        for options in ({}, {"bias": bias}, {"exclude": exclude}, {"bias": bias, "exclude": exclude}):
+            result = pv.scan.logsumexp(q, x, scale=scale, metric=metric, **options)
+            expected = ref.logsumexp(q, x, scale, metric, **options)
+            finite = np.isfinite(expected)
+            assert_exact(result[~finite], expected[~finite])
+            assert_sum_of_scores(result[finite], expected[finite], size[finite], length=max(d, 1), terms=1)
+
+
+def test_logsumexp_of_two_items_is_an_exponential(rng, isa):
+    """log(1 + e^-t), over all t for which it is more than 0."""
+    for t in np.float32([0, 1e-6, 0.1, 0.3465, 0.3466, 1, 3, 10, 16, 80, 87.2, 87.4, 200, 1e30]):
+        for nq in (1, 8):
+            result = pv.scan.logsumexp(np.ones((nq, 1), np.float32), np.float32([[-t], [0]]))
+            assert_sum_of_scores(result, np.full(nq, np.log1p(np.exp(-np.float64(t)))), 0, length=1, terms=1)
+
+
+@pytest.mark.parametrize("nq", [1, 40])
+def test_logsumexp_of_scores_without_a_value(rng, isa, nq):
+    q, x = np.ones((nq, 1), np.float32), sample(rng, 2000, 1) * 3000
+    assert_sum_of_scores(pv.scan.logsumexp(q, x), ref.logsumexp(q, x), 1e4, length=1, terms=1)
+    x[3], x[5] = np.nan, -np.inf
+    expected = ref.logsumexp(q, np.delete(x, [3, 5], axis=0))
+    assert_sum_of_scores(pv.scan.logsumexp(q, x), expected, 1e4, length=1, terms=1)
+    x[1999] = np.inf
+    assert_exact(pv.scan.logsumexp(q, x), np.full(nq, np.inf))
+    assert_exact(pv.scan.logsumexp(q, x[[3, 5]]), np.full(nq, -np.inf))
+
+
+@pytest.mark.parametrize("metric", METRICS[:2])
+@pytest.mark.parametrize("nq", QUERIES)
+def test_hinge_is_exact_on_whole_numbers(rng, isa, nq, metric):
+    for n in ITEMS[1:]:
+        d, margin = int(rng.choice(WIDTHS)), int(rng.choice([-2, 0, 1, 4]))
+        q, x, bias = whole(rng, nq, d), whole(rng, n, d), whole(rng, n) * 2
+        targets, known = rng.integers(0, n, nq), id_lists(rng, nq, n, 30)
+        for options in ({}, {"bias": bias}, {"known": known}, {"bias": bias, "known": known}):
+            result = pv.scan.hinge(q, x, targets, margin=margin, metric=metric, **options)
+            assert_exact(result, ref.hinge(q, x, targets, margin, metric, **options))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("nq", [3, 40])
+def test_hinge_of_real_numbers(rng, isa, nq, metric):
+    for d in WIDTHS[1:]:
+        q, x, bias, targets = sample(rng, nq, d), sample(rng, 700, d), sample(rng, 700), rng.integers(0, 700, nq)
+        size = (sizes(rng, q, x, metric) + np.abs(bias)).max(1)
+        result = pv.scan.hinge(q, x, targets, metric=metric, bias=bias)
+        assert_sum_of_scores(result, ref.hinge(q, x, targets, 1, metric, bias), size, length=d, terms=2 * 700)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("nq", [1, 5, 300])
+def test_sums_do_not_depend_on_thread_count(rng, isa, nq, metric):
+    q, x, bias = sample(rng, nq, 21), sample(rng, 20000, 21), sample(rng, 20000)
+    targets, lists = rng.integers(0, 20000, nq), id_lists(rng, nq, 20000)
+    results = [
+        (
+            pv.scan.logsumexp(q, x, metric=metric, bias=bias, exclude=lists, num_threads=n),
+            pv.scan.hinge(q, x, targets, metric=metric, bias=bias, known=lists, num_threads=n),
+        )
+        for n in (1, 2, 7)
+    ]
+    for other in results[1:]:
+        assert_exact(other[0], results[0][0])
+        assert_exact(other[1], results[0][1])
+
+
 NARROW = [np.uint16, np.float16, np.int8]
 
 
@@ -299,6 +374,20 @@ def test_narrow_items_are_exact_on_whole_numbers(rng, isa, scan, nq, dtype):
                 strict=True,
             ):
                 assert_exact(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("metric", METRICS[:2])
+@pytest.mark.parametrize("nq", [3, 40])
+def test_sums_over_narrow_items(rng, isa, nq, metric, dtype):
+    for d in (3, 64, 67):
+        q, (items, scales), targets = sample(rng, nq, d), narrow_items(rng, 300, d, dtype), rng.integers(0, 300, nq)
+        x, met = ref.decoded(items, **scales), ref.rounded(q, dtype)
+        size = sizes(rng, met, x, metric).max(1)
+        result = pv.scan.logsumexp(q, items, metric=metric, **scales)
+        assert_sum_of_scores(result, ref.logsumexp(met, x, 1, metric), size, length=d, terms=1)
+        result = pv.scan.hinge(q, items, targets, metric=metric, **scales)
+        assert_sum_of_scores(result, ref.hinge(met, x, targets, 1, metric), size, length=d, terms=2 * 300)
 
 
 @pytest.mark.parametrize("metric", METRICS[:2])
@@ -399,6 +488,8 @@ def test_the_caller_gets_the_library_it_gave(rng, lib):
     assert_exact(pair[1], pv.scan.topk(x[:2], x, 3)[1])
     for function, arguments, shape, dtype in (
         (pv.scan.rank, ([1, 2],), 2, np.float64),
+        (pv.scan.hinge, ([1, 2],), 2, np.float32),
+        (pv.scan.logsumexp, (), 2, np.float32),
         (pv.scan.score_pairs, ([[1, 1], [2, 7]],), (2, 2), np.float32),
     ):
         out = lib(np.zeros(shape, dtype))
@@ -560,6 +651,51 @@ NAN = np.full((3, 4), np.nan, np.float32)
             lambda: pv.scan.rank(NAN, zeros(9, 4), [0, 1, 2]),
             ValueError,
             "scan.rank: targets must have scores that are numbers, got NaN for query 0",
+        ),
+        (
+            lambda: pv.scan.logsumexp(zeros(2, 4), zeros(9, 4), scale=0),
+            ValueError,
+            "scan.logsumexp: scale must be a positive finite number, got 0",
+        ),
+        (
+            lambda: pv.scan.logsumexp(zeros(2, 4), zeros(9, 4), scale=float("nan")),
+            ValueError,
+            "scan.logsumexp: scale must be a positive finite number, got nan",
+        ),
+        (
+            lambda: pv.scan.logsumexp(zeros(2, 4), zeros(9, 4), scale="1"),
+            TypeError,
+            "scan.logsumexp: scale must be a number, got str",
+        ),
+        (
+            lambda: pv.scan.logsumexp(zeros(2, 4), zeros(9, 4), metric="dot"),
+            ValueError,
+            "scan.logsumexp: metric must be one of 'ip', 'l2', 'cosine', got 'dot'",
+        ),
+        (
+            lambda: pv.scan.logsumexp(zeros(2, 4), zeros(9, 4), exclude=([0, 0, 1], [9])),
+            IndexError,
+            "scan.logsumexp: exclude ids must be in [0, 9), got 9 at position 0",
+        ),
+        (
+            lambda: pv.scan.hinge(zeros(2, 4), zeros(9, 4), [0, 9]),
+            IndexError,
+            "scan.hinge: targets must be in [0, 9), got 9 at position 1",
+        ),
+        (
+            lambda: pv.scan.hinge(zeros(2, 4), zeros(9, 4), [0, 1], margin=float("inf")),
+            ValueError,
+            "scan.hinge: margin must be a finite number, got inf",
+        ),
+        (
+            lambda: pv.scan.hinge(zeros(2, 4), zeros(9, 4), [0, 1], margin=None),
+            TypeError,
+            "scan.hinge: margin must be a number, got NoneType",
+        ),
+        (
+            lambda: pv.scan.hinge(NAN, zeros(9, 4), [0, 1, 2]),
+            ValueError,
+            "scan.hinge: targets must have scores that are numbers, got NaN for query 0",
         ),
         (
             lambda: pv.scan.score_pairs(zeros(2, 4), zeros(9, 4), [[0], [-1]]),

@@ -81,4 +81,48 @@ void bind_scan(py::module_& m) {
         py::arg("metric"), py::arg("where"));
 }
 
+/// What has no CUDA form yet.
+template <class Exec>
+void bind_scan_sums(py::module_& m) {
+    m.def(
+        "scan_logsumexp",
+        [](const py::object& queries, const py::object& items, const py::object& scales, const py::object& bias,
+           const py::object& exclude_offsets, const py::object& exclude_ids, const py::object& out, float scale,
+           const std::string& metric, std::intptr_t where) {
+            Args args = args_for<Exec>(ScanLogSumExp::op, where);
+            const Array a = args.in("queries", queries);
+            run_op<Exec>(
+                ScanLogSumExp{a,
+                              {args.in("items", items), args.in("scales", scales)},
+                              args.in("bias", bias),
+                              {args.in("exclude offsets", exclude_offsets), args.in("exclude ids", exclude_ids)},
+                              args.out("out", out),
+                              scale,
+                              metric_from(ScanLogSumExp::op, metric)},
+                where, a);
+        },
+        py::arg("queries"), py::arg("items"), py::arg("scales"), py::arg("bias"), py::arg("exclude_offsets"),
+        py::arg("exclude_ids"), py::arg("out"), py::arg("scale"), py::arg("metric"), py::arg("where"));
+    m.def(
+        "scan_hinge",
+        [](const py::object& queries, const py::object& items, const py::object& scales, const py::object& targets,
+           const py::object& bias, const py::object& known_offsets, const py::object& known_ids, const py::object& out,
+           float margin, const std::string& metric, std::intptr_t where) {
+            Args args = args_for<Exec>(ScanHinge::op, where);
+            const Array a = args.in("queries", queries);
+            run_op<Exec>(ScanHinge{a,
+                                   {args.in("items", items), args.in("scales", scales)},
+                                   args.in("targets", targets),
+                                   args.in("bias", bias),
+                                   {args.in("known offsets", known_offsets), args.in("known ids", known_ids)},
+                                   args.out("out", out),
+                                   margin,
+                                   metric_from(ScanHinge::op, metric)},
+                         where, a);
+        },
+        py::arg("queries"), py::arg("items"), py::arg("scales"), py::arg("targets"), py::arg("bias"),
+        py::arg("known_offsets"), py::arg("known_ids"), py::arg("out"), py::arg("margin"), py::arg("metric"),
+        py::arg("where"));
+}
+
 }  // namespace polyvec

@@ -4,6 +4,7 @@
 // Queries lie in lanes, so an epilogue is a handful of vector operations a row. What it keeps of each query lies in
 // memory between two tiles: the tile needs every register, and one that is spilled in its loop halves the speed.
 #include "elements.hpp"
+#include "exp.hpp"
 #include "tables.hpp"
 #include "tile.hpp"
 #include "tile_narrow.hpp"
@@ -14,6 +15,7 @@ namespace {
 constexpr int R = panel_registers;
 constexpr size_t L = lanes<float>;
 constexpr size_t width = panel_width<float>;
+static_assert(width <= max_panel_width);
 
 // What rows store. The others lie in tile_narrow.hpp.
 struct Float32 {
@@ -235,6 +237,38 @@ void squares(const void* rows, size_t n, size_t d, float* out) noexcept {
     }
 }
 
+/// Sums of 16 rows are added up at a time: no sum runs over many terms of one size.
+template <class Term>
+POLYVEC_INLINE Vec<float> sum_of_lanes(const float* values, size_t n, Term&& term) noexcept {
+    Vec<float> total{};
+    for (size_t k = 0; k < n;) {
+        Vec<float> sum{};
+        for (const size_t end = n - k < 16 ? n : k + 16; k < end; ++k) sum += term(load(values + k * width));
+        total += sum;
+    }
+    return total;
+}
+
+void exponentials(const float* values, size_t n, float scale, float* largest, float* sum) noexcept {
+    for (size_t lane = 0; lane < width; lane += L) {
+        Vec<float> top = broadcast(-__builtin_inff());
+        for (size_t k = 0; k < n; ++k) top = max(load(values + k * width + lane), top);
+        store(largest + lane, top);
+        store(sum + lane, sum_of_lanes(values + lane, n, [=](Vec<float> value) __attribute__((always_inline)) {
+                  return exp<float>(max((value - top) * scale, broadcast(-__builtin_inff())));  // NaN: 0
+              }));
+    }
+}
+
+void excesses(const float* values, size_t n, const float* threshold, float* sum) noexcept {
+    for (size_t lane = 0; lane < width; lane += L) {
+        const Vec<float> above = load(threshold + lane);
+        store(sum + lane, sum_of_lanes(values + lane, n, [=](Vec<float> value) __attribute__((always_inline)) {
+                  return max(value - above, Vec<float>{});
+              }));
+    }
+}
+
 template <class Format, class Elements>
 constexpr ScanKernel make(decltype(ScanKernel::round) round) {
     return {Format::align,   words<Format>,      pack<Format>,     round, values<Format>, select<Format>, count<Format>,
@@ -244,8 +278,12 @@ constexpr ScanKernel make(decltype(ScanKernel::round) round) {
 }  // namespace
 
 extern const ScanKernels scan_kernels;
-const ScanKernels scan_kernels{
-    width, make<Float32, Float32Elements>(nullptr), make<Bfloat16, Bfloat16Elements>(round<Bfloat16>),
-    make<Float16, Float16Elements>(nullptr), make<SignedInt8, Int8Elements>(round<SignedInt8>)};
+const ScanKernels scan_kernels{width,
+                               exponentials,
+                               excesses,
+                               make<Float32, Float32Elements>(nullptr),
+                               make<Bfloat16, Bfloat16Elements>(round<Bfloat16>),
+                               make<Float16, Float16Elements>(nullptr),
+                               make<SignedInt8, Int8Elements>(round<SignedInt8>)};
 
 }  // namespace polyvec::POLYVEC_ISA

@@ -205,8 +205,15 @@ struct ScanKernel {
     void (*squares)(const void* rows, std::size_t n, std::size_t d, float* out) noexcept;
 };
 
+constexpr std::size_t max_panel_width = 64;
+
 struct ScanKernels {
-    std::size_t panel_width;  // queries in a panel
+    std::size_t panel_width;  // queries in a panel, at most max_panel_width
+    /// Of values (n, panel_width), for each lane the largest and the sum of exp(scale * (value - largest)), for
+    /// scale > 0; NaN values do not take part. A largest of +-inf comes with any sum.
+    void (*exponentials)(const float* values, std::size_t n, float scale, float* largest, float* sum) noexcept;
+    /// For each lane the sum of max(0, value - threshold[lane]); NaN values do not take part.
+    void (*excesses)(const float* values, std::size_t n, const float* threshold, float* sum) noexcept;
     ScanKernel f32, bf16, f16, i8;
 };
 

@@ -1,5 +1,7 @@
 #include "polyvec/scan.hpp"
 
+#include <numeric>
+
 #include "polyvec/topk.hpp"
 #include "scan_sweep.hpp"
 
@@ -16,7 +18,7 @@ public:
           factors_(op.metric, op.items, op.bias),
           hits_(aligned<ScanHit>(block * batch.width)),
           floor_(batch.width),
-          products_(block * few) {}
+          values_(block * few) {}
 
     /// best: the collectors of the batch's queries.
     void operator()(const Sweep::Step& step, TopK* best) {
@@ -31,8 +33,6 @@ public:
     }
 
 private:
-    static constexpr std::int64_t few = 6;  // queries that are faster by themselves than as a panel
-
     void by_panel(std::int64_t p, std::int64_t first, std::int64_t n, TopK* best) {
         for (std::int64_t end = first + n, rows; first < end; first += rows) {
             // Until the collectors have seen enough, everything is a hit: a few items at a time then.
@@ -48,18 +48,10 @@ private:
     }
 
     void by_row(std::int64_t p, std::int64_t first, std::int64_t n, TopK* best) {
-        const std::int64_t lanes = batch_.lanes(p);
-        ScanBlock block = factors_.block(nullptr, first, n);
-        batch_.set_excluded(p, block);
-        factors_.kernel.products(batch_.row(p * batch_.width), lanes, factors_.row(first), n, batch_.d,
-                                 products_.data());
-        for (const auto* pair = block.excluded; pair != block.excluded_end; ++pair)
-            products_[*pair % batch_.width * n + *pair / batch_.width - first] = std::nanf("");
-        for (std::int64_t lane = 0; lane < lanes; ++lane) {
+        values_by_row(factors_, batch_, p, first, n, values_.data());
+        for (std::int64_t lane = 0; lane < batch_.lanes(p); ++lane) {
             for (std::int64_t i = 0; i < n; ++i) {
-                float value = products_[lane * n + i];
-                if (block.scale) value *= block.scale[i];
-                if (block.offset) value += block.offset[i];
+                const float value = values_[lane * n + i];
                 if (value > best[lane].threshold()) best[lane].push(value, first + i);
             }
         }
@@ -68,7 +60,7 @@ private:
     const Batch& batch_;
     Factors factors_;
     Aligned<ScanHit> hits_;
-    std::vector<float> floor_, products_;
+    std::vector<float> floor_, values_;
 };
 
 /// Replaces the values of `hits` by -(|query - x|^2 - bias), computed without cancellation.
@@ -101,14 +93,15 @@ void topk(const ScanTopK& op, const Batch& batch, int num_threads) {
 }
 
 /// The value of each query's target, of the same bits as the sweep will meet; lanes without a query hold 0.
-std::vector<float> target_values(const ScanRank& op, const Batch& batch, int num_threads) {
+template <class Op>
+std::vector<float> target_values(const Op& op, const Batch& batch, int num_threads) {
     std::vector<float> values(batch.panels * batch.width);
     parallel_for(batch.panels, 1, num_threads, [&](std::int64_t p, std::int64_t, int) {
         Factors factors(op.metric, op.items, op.bias);
         std::vector<float> lanes(batch.width);
         for (std::int64_t lane = 0; lane < batch.lanes(p); ++lane) {
             const std::int64_t i = p * batch.width + lane;
-            const std::int64_t target = op.targets.as<const std::int64_t>()[batch.first + i];
+            const std::int64_t target = op.targets.template as<const std::int64_t>()[batch.first + i];
             factors.compute(target, 1);
             factors.kernel.values(factors.block(batch.panel(p), target, 1), lanes.data());
             values[i] = lanes[lane];
@@ -148,13 +141,114 @@ void rank(const ScanRank& op, const Batch& batch, int num_threads) {
     }
 }
 
+/// Calls add(values, n, lane, range) with the values (n, panel width) of every block of items and panel of queries,
+/// which start with query `lane`; values of a range come in order. NaN where a pair does not take part.
+template <class Op, class Add>
+void for_each_block_of_values(const Op& op, const Batch& batch, const Sweep& sweep, const Add& add) {
+    struct Scratch {
+        Factors factors;
+        Aligned<float> values;
+        std::vector<float> by_row;
+    };
+    std::vector<Scratch> scratch;
+    for (int i = 0; i < sweep.workers(); ++i) {
+        scratch.push_back({Factors(op.metric, op.items, op.bias), aligned<float>(sweep.block * batch.width), {}});
+        std::fill_n(scratch.back().values.get(), sweep.block * batch.width, 0.0f);
+    }
+    sweep.run([&](const Sweep::Step& step, int worker) {
+        auto& [factors, values, by_row] = scratch[worker];
+        factors.compute(step.first, step.n);
+        for (std::int64_t p = step.begin; p < step.end; ++p) {
+            const std::int64_t lanes = batch.lanes(p);
+            if (lanes <= few) {
+                by_row.resize(step.n * lanes);
+                values_by_row(factors, batch, p, step.first, step.n, by_row.data());
+                for (std::int64_t i = 0; i < step.n; ++i) {
+                    for (std::int64_t lane = 0; lane < lanes; ++lane)
+                        values[i * batch.width + lane] = by_row[lane * step.n + i];
+                }
+            } else {
+                ScanBlock block = factors.block(batch.panel(p), step.first, step.n);
+                batch.set_excluded(p, block);
+                factors.kernel.values(block, values.get());
+            }
+            add(values.get(), step.n, p * batch.width, step.range);
+        }
+    });
+}
+
+/// A value's share in the score that sums are made of: l2 values are half of it, but for what depends on the query.
+double score_factor(Metric metric) {
+    return metric == Metric::l2 ? 2 : 1;
+}
+
+/// sum * exp(largest), of exponentials that do not fit a number.
+struct ScaledSum {
+    double largest = -std::numeric_limits<double>::infinity(), sum = 0;
+
+    void add(double other_largest, double other_sum) {
+        if (std::isinf(other_largest)) {  // nothing, or everything
+            largest = std::max(largest, other_largest);
+        } else if (other_largest > largest) {
+            sum = sum * std::exp(largest - other_largest) + other_sum;
+            largest = other_largest;
+        } else {
+            sum += other_sum * std::exp(other_largest - largest);
+        }
+    }
+    double log() const { return std::isinf(largest) ? largest : largest + std::log(sum); }
+};
+
+void logsumexp(const ScanLogSumExp& op, const Batch& batch, int num_threads) {
+    const Sweep sweep(batch, op.items, num_threads, Sweep::Ranges::fixed);
+    const std::int64_t lanes = batch.panels * batch.width;
+    const double scale = score_factor(op.metric) * op.scale;
+    std::vector<ScaledSum> sums(sweep.ranges() * lanes);
+    for_each_block_of_values(op, batch, sweep,
+                             [&](const float* values, std::int64_t n, std::int64_t lane, std::int64_t range) {
+                                 float largest[max_panel_width], sum[max_panel_width];
+                                 kernels().scan->exponentials(values, n, static_cast<float>(scale), largest, sum);
+                                 for (std::int64_t i = 0; i < batch.width; ++i)
+                                     sums[range * lanes + lane + i].add(scale * largest[i], sum[i]);
+                             });
+    for (std::int64_t i = 0; i < batch.n; ++i) {
+        ScaledSum all;
+        for (std::int64_t range = 0; range < sweep.ranges(); ++range)
+            all.add(sums[range * lanes + i].largest, sums[range * lanes + i].sum);
+        const float* query = batch.row(i);
+        const double square = op.metric == Metric::l2 ? std::inner_product(query, query + batch.d, query, 0.0) : 0;
+        op.out.as<float>()[batch.first + i] = static_cast<float>(all.log() - op.scale * square);
+    }
+}
+
+void hinge(const ScanHinge& op, const Batch& batch, int num_threads) {
+    const Sweep sweep(batch, op.items, num_threads, Sweep::Ranges::fixed);
+    const std::int64_t lanes = batch.panels * batch.width;
+    const double factor = score_factor(op.metric);
+    std::vector<float> thresholds = target_values(op, batch, num_threads);
+    for (float& value : thresholds) value -= static_cast<float>(op.margin / factor);
+    std::vector<double> sums(sweep.ranges() * lanes);
+    for_each_block_of_values(op, batch, sweep,
+                             [&](const float* values, std::int64_t n, std::int64_t lane, std::int64_t range) {
+                                 float sum[max_panel_width];
+                                 kernels().scan->excesses(values, n, &thresholds[lane], sum);
+                                 for (std::int64_t i = 0; i < batch.width; ++i)
+                                     sums[range * lanes + lane + i] += sum[i];
+                             });
+    for (std::int64_t i = 0; i < batch.n; ++i) {
+        double all = 0;
+        for (std::int64_t range = 0; range < sweep.ranges(); ++range) all += sums[range * lanes + i];
+        op.out.as<float>()[batch.first + i] = static_cast<float>(factor * all);
+    }
+}
+
 }  // namespace
 
 void run(const ScanTopK& op, Cpu cpu) {
     const std::int64_t kept = 32 * op.scores.dim(1);  // a collector holds twice k hits
     for (std::int64_t first = 0; first < op.queries.dim(0);) {
         Batch batch(op.queries, first, kept, op.metric, op.items, cpu.num_threads);
-        batch.exclude(op.exclude, nullptr, cpu.num_threads);
+        batch.exclude(op.exclude, Batch::Targets::none, {}, cpu.num_threads);
         topk(op, batch, cpu.num_threads);
         first += batch.n;
     }
@@ -163,7 +257,7 @@ void run(const ScanTopK& op, Cpu cpu) {
 void run(const ScanRank& op, Cpu cpu) {
     for (std::int64_t first = 0; first < op.queries.dim(0);) {
         Batch batch(op.queries, first, 0, op.metric, op.items, cpu.num_threads);
-        batch.exclude(op.known, op.targets.as<const std::int64_t>(), cpu.num_threads);
+        batch.exclude(op.known, Batch::Targets::keep, op.targets, cpu.num_threads);
         rank(op, batch, cpu.num_threads);
         first += batch.n;
     }
@@ -243,6 +337,24 @@ void run(const ScanPairs& op, Cpu cpu) {
             for (std::int64_t c = 0; c < n; ++c) out[c] += op.metric == Metric::l2 ? -bias[ids[c]] : bias[ids[c]];
         }
     });
+}
+
+void run(const ScanLogSumExp& op, Cpu cpu) {
+    for (std::int64_t first = 0; first < op.queries.dim(0);) {
+        Batch batch(op.queries, first, Sweep::max_ranges * sizeof(ScaledSum), op.metric, op.items, cpu.num_threads);
+        batch.exclude(op.exclude, Batch::Targets::none, {}, cpu.num_threads);
+        logsumexp(op, batch, cpu.num_threads);
+        first += batch.n;
+    }
+}
+
+void run(const ScanHinge& op, Cpu cpu) {
+    for (std::int64_t first = 0; first < op.queries.dim(0);) {
+        Batch batch(op.queries, first, Sweep::max_ranges * sizeof(double), op.metric, op.items, cpu.num_threads);
+        batch.exclude(op.known, Batch::Targets::exclude, op.targets, cpu.num_threads);
+        hinge(op, batch, cpu.num_threads);
+        first += batch.n;
+    }
 }
 
 }  // namespace polyvec

@@ -217,17 +217,20 @@ public:
     std::int64_t panel_bytes() const { return panel_words_ * 4; }
     std::int64_t lanes(std::int64_t p) const { return std::min(width, n - p * width); }
 
-    /// Sorts the pairs of the lists into panels, all but those of a query and its `keep` (may be null).
-    void exclude(const IdLists& lists, const std::int64_t* keep, int num_threads) {
+    /// Sorts the pairs of the lists into panels, without those of a query and its target (`keep`), or with them.
+    enum class Targets { none, keep, exclude };
+    void exclude(const IdLists& lists, Targets rule, const Array& targets, int num_threads) {
         excluded_.resize(panels);
-        if (!lists.offsets) return;
-        const auto* offsets = lists.offsets.as<const std::int64_t>() + first;
-        const auto* ids = lists.ids.as<const std::int64_t>();
+        const auto* offsets = lists.offsets ? lists.offsets.as<const std::int64_t>() + first : nullptr;
+        const auto* ids = lists.ids ? lists.ids.as<const std::int64_t>() : nullptr;
+        const auto* target = rule == Targets::none ? nullptr : targets.as<const std::int64_t>() + first;
         parallel_for(panels, 1, num_threads, [&](std::int64_t p, std::int64_t, int) {
             for (std::int64_t lane = 0; lane < lanes(p); ++lane) {
                 const std::int64_t query = p * width + lane;
-                for (std::int64_t i = offsets[query]; i < offsets[query + 1]; ++i)
-                    if (!keep || ids[i] != keep[first + query]) excluded_[p].push_back(ids[i] * width + lane);
+                const auto add = [&](std::int64_t id) { excluded_[p].push_back(id * width + lane); };
+                if (rule == Targets::exclude) add(target[query]);
+                for (std::int64_t i = offsets ? offsets[query] : 0; offsets && i < offsets[query + 1]; ++i)
+                    if (rule != Targets::keep || ids[i] != target[query]) add(ids[i]);
             }
             std::sort(excluded_[p].begin(), excluded_[p].end());
         });
@@ -254,6 +257,24 @@ private:
     std::vector<std::optional<Prepared>> prepared_;  // the queries of each panel
     std::vector<std::vector<std::uint64_t>> excluded_;
 };
+
+constexpr std::int64_t few = 6;  // queries that are faster by themselves than as a panel
+
+/// values (lanes, n): those of panel p, of few queries, with `n` of the chosen items from `first` on; NaN for excluded
+/// pairs.
+inline void values_by_row(const Factors& factors, const Batch& batch, std::int64_t p, std::int64_t first,
+                          std::int64_t n, float* values) {
+    ScanBlock block = factors.block(nullptr, first, n);
+    batch.set_excluded(p, block);
+    factors.kernel.products(batch.row(p * batch.width), batch.lanes(p), factors.row(first), n, batch.d, values);
+    for (const auto* pair = block.excluded; pair != block.excluded_end; ++pair)
+        values[*pair % batch.width * n + *pair / batch.width - first] = std::nanf("");
+    for (std::int64_t lane = 0; lane < batch.lanes(p); ++lane) {
+        float* row = values + lane * n;
+        for (std::int64_t i = 0; block.scale && i < n; ++i) row[i] *= block.scale[i];
+        for (std::int64_t i = 0; block.offset && i < n; ++i) row[i] += block.offset[i];
+    }
+}
 
 /// How a batch meets n items: in groups of panels, which share each block of items, and in ranges of items that run
 /// side by side. Results are kept for each range apart, and merged.

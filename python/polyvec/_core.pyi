@@ -256,6 +256,31 @@ def quantize_pq_search(
     squared: bool,
     where: int,
 ) -> None: ...
+def scan_hinge(
+    queries: typing.Any,
+    items: typing.Any,
+    scales: typing.Any,
+    targets: typing.Any,
+    bias: typing.Any,
+    known_offsets: typing.Any,
+    known_ids: typing.Any,
+    out: typing.Any,
+    margin: float,
+    metric: str,
+    where: int,
+) -> None: ...
+def scan_logsumexp(
+    queries: typing.Any,
+    items: typing.Any,
+    scales: typing.Any,
+    bias: typing.Any,
+    exclude_offsets: typing.Any,
+    exclude_ids: typing.Any,
+    out: typing.Any,
+    scale: float,
+    metric: str,
+    where: int,
+) -> None: ...
 def scan_nearest(
     x: typing.Any,
     centroids: typing.Any,

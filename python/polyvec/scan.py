@@ -42,7 +42,7 @@ from typing import Any
 from polyvec import _backend
 from polyvec._arrays import ArrayT, as_array, as_count, as_id_lists, as_ids, choice, dtype_name, output, outputs
 
-__all__ = ["nearest", "rank", "score_pairs", "topk"]
+__all__ = ["hinge", "logsumexp", "nearest", "rank", "score_pairs", "topk"]
 
 _METRICS = ("ip", "l2", "cosine")
 
@@ -64,6 +64,12 @@ def _vectors(op: str, queries: Any, items: Any, scales: Any, names: tuple[str, s
 
 def _bias(op: str, bias: Any) -> Any:
     return None if bias is None else as_array(op, "bias", bias, ndim=1)
+
+
+def _number(op: str, name: str, value: Any) -> float:
+    if isinstance(value, bool) or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    return float(value)
 
 
 def topk(
@@ -351,4 +357,171 @@ def score_pairs(
     rows = as_ids(op, "ids", ids, ndim=2, like=q)
     out = output(op, out, q, (int(q.shape[0]), int(rows.shape[1])), "float32")
     _backend.run(op, "scan_score_pairs", q, q, x, s, rows, _bias(op, bias), out, metric, num_threads=num_threads)
+    return out  # type: ignore[no-any-return]
+
+
+def logsumexp(
+    queries: ArrayT,
+    items: Any,
+    *,
+    scale: float = 1.0,
+    metric: str = "ip",
+    bias: Any = None,
+    scales: Any = None,
+    exclude: tuple[Any, Any] | None = None,
+    out: Any = None,
+    num_threads: int | None = None,
+) -> ArrayT:
+    """Return the log of the sum over all items of exp(scale * score) for each query: the normaliser of a softmax.
+
+    `scale * score - logsumexp` is the log-probability of an item, so this is what a contrastive loss takes beside the
+    scores of its pairs. For "l2" the score is minus the squared distance, so that higher is better here as well.
+
+    Parameters
+    ----------
+    queries : array of shape (nq, d), float32
+    items : array of shape (n, d), float32 | bfloat16 | float16 | int8
+    scale : float
+        1 / temperature: positive, finite in float32.
+    metric : {"ip", "l2", "cosine"}
+        "l2": the score is minus the squared distance, -(|q - x|^2 - bias).
+    bias : array of shape (n,), float32, optional
+        Added to the score of each item.
+    scales : array of shape (n,), float32, optional
+        What int8 items are multiplied by.
+    exclude : (offsets, ids), optional
+        Integer arrays of shapes (nq + 1,) and (m,): for query i the items `ids[offsets[i]:offsets[i + 1]]`, in any
+        order, do not take part.
+    out : array of shape (nq,), float32, optional
+        Written and returned.
+    num_threads : int, optional
+        CPU threads; the process setting when None.
+
+    Returns
+    -------
+    array of shape (nq,), float32, queries' library and device
+        -inf where no item takes part.
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit, an unknown metric, a scale that is not positive, offsets that run backwards, NaN or Inf
+        in queries of int8 items.
+    TypeError
+        A dtype that is not listed, ids that are not integers, a scale that is not a number.
+    IndexError
+        An excluded id outside the items.
+
+    Notes
+    -----
+    2 nq n d flops, accumulated in float32, and one exponential a pair, of differences from the largest score met, so
+    that nothing overflows; their sums are put together in float64. The nq x n scores are never stored: it needs about
+    20 MB, and 1 MB a thread. An item whose score is NaN counts for nothing, and an infinite score makes the result
+    infinite. "l2" goes by 2 q . x - |x|^2 - |q|^2, whose rounding is about 1e-7 (|q| + |x|)^2. Items are split among
+    threads by a fixed grid: the result does not depend on the number of threads.
+
+    References
+    ----------
+    Representation Learning with Contrastive Predictive Coding (van den Oord et al. 2018), section 2.3: InfoNCE.
+    Online normalizer calculation for softmax (Milakov and Gimelshein 2018), section 3: sums beside a running maximum.
+
+    Examples
+    --------
+    >>> import numpy as np, polyvec as pv
+    >>> items = np.float32([[0, 0], [1, 0], [1, 0]])
+    >>> pv.scan.logsumexp(np.float32([[2, 5]]), items, exclude=([0, 1], [0])).round(4)  # log(2) + 2
+    array([2.6931], dtype=float32)
+    """
+    op = "scan.logsumexp"
+    q, x, s = _vectors(op, queries, items, scales, ("queries", "items"))
+    choice(op, "metric", metric, _METRICS)
+    scale = _number(op, "scale", scale)
+    out = output(op, out, q, (int(q.shape[0]),), "float32")
+    lists = as_id_lists(op, "exclude", exclude, q)
+    settings = out, scale, metric
+    _backend.run(op, "scan_logsumexp", q, q, x, s, _bias(op, bias), *lists, *settings, num_threads=num_threads)
+    return out  # type: ignore[no-any-return]
+
+
+def hinge(
+    queries: ArrayT,
+    items: Any,
+    targets: Any,
+    *,
+    margin: float = 1.0,
+    metric: str = "ip",
+    bias: Any = None,
+    scales: Any = None,
+    known: tuple[Any, Any] | None = None,
+    out: Any = None,
+    num_threads: int | None = None,
+) -> ArrayT:
+    """Return the sum over all other items x of max(0, margin - score(target) + score(x)) for each query.
+
+    The margin ranking loss with every item as a negative, but the target and the known ones. For "l2" the score is
+    minus the squared distance: an item counts that is not by `margin` farther away than the target.
+
+    Parameters
+    ----------
+    queries : array of shape (nq, d), float32
+    items : array of shape (n, d), float32 | bfloat16 | float16 | int8
+    targets : integer array of shape (nq,)
+        The item that should be ahead of the others.
+    margin : float
+        Finite in float32.
+    metric : {"ip", "l2", "cosine"}
+        "l2": the score is minus the squared distance, -(|q - x|^2 - bias).
+    bias : array of shape (n,), float32, optional
+        Added to the score of each item.
+    scales : array of shape (n,), float32, optional
+        What int8 items are multiplied by.
+    known : (offsets, ids), optional
+        Integer arrays of shapes (nq + 1,) and (m,): for query i the items `ids[offsets[i]:offsets[i + 1]]`, in any
+        order, do not count.
+    out : array of shape (nq,), float32, optional
+        Written and returned.
+    num_threads : int, optional
+        CPU threads; the process setting when None.
+
+    Returns
+    -------
+    array of shape (nq,), float32, queries' library and device
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit, an unknown metric, a margin that is not finite, offsets that run backwards, a target
+        whose score is NaN, NaN or Inf in queries of int8 items.
+    TypeError
+        A dtype that is not listed, ids that are not integers, a margin that is not a number.
+    IndexError
+        A target or a known id outside the items.
+
+    Notes
+    -----
+    2 nq n d flops, accumulated in float32; the terms are summed in float32 a few at a time, and these sums in float64.
+    The nq x n scores are never stored: it needs about 20 MB, and 1 MB a thread. An item whose score is NaN counts for
+    nothing. Items are split among threads by a fixed grid: the result does not depend on the number of threads.
+
+    References
+    ----------
+    Translating Embeddings for Modeling Multi-relational Data (Bordes et al. 2013), section 2, equation 1: the loss, of
+    sampled negatives.
+
+    Examples
+    --------
+    >>> import numpy as np, polyvec as pv
+    >>> items = np.float32([[3], [2], [2.5], [1]])
+    >>> pv.scan.hinge(np.ones((2, 1), np.float32), items, [0, 1], known=([0, 0, 1], [0]))
+    array([0.5, 1.5], dtype=float32)
+    """
+    op = "scan.hinge"
+    q, x, s = _vectors(op, queries, items, scales, ("queries", "items"))
+    choice(op, "metric", metric, _METRICS)
+    margin = _number(op, "margin", margin)
+    targets = as_ids(op, "targets", targets, like=q)
+    out = output(op, out, q, (int(q.shape[0]),), "float32")
+    lists = as_id_lists(op, "known", known, q)
+    settings = out, margin, metric
+    _backend.run(op, "scan_hinge", q, q, x, s, targets, _bias(op, bias), *lists, *settings, num_threads=num_threads)
     return out  # type: ignore[no-any-return]

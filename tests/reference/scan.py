@@ -81,3 +81,24 @@ def rank(queries, items, targets, metric="ip", bias=None, known=None, ties="real
 def score_pairs(queries, items, ids, metric="ip", bias=None):
     """The chosen entries of the score matrix."""
     return np.take_along_axis(scores(queries, items, metric, bias), np.asarray(ids), 1)
+
+
+def logsumexp(queries, items, scale=1, metric="ip", bias=None, exclude=None):
+    """One number a query; the score of "l2" is minus the distance."""
+    value = scale * (-1 if metric == "l2" else 1) * scores(queries, items, metric, bias)
+    if exclude is not None:
+        for row, ids in zip(value, lists(exclude, len(value)), strict=True):
+            row[ids] = -np.inf
+    return np.logaddexp.reduce(value, axis=1)
+
+
+def hinge(queries, items, targets, margin=1, metric="ip", bias=None, known=None):
+    """One number a query; the score of "l2" is minus the distance."""
+    value = (-1 if metric == "l2" else 1) * scores(queries, items, metric, bias)
+    rows = np.arange(len(value))
+    terms = np.maximum(0, margin - value[rows, targets][:, None] + value)
+    terms[rows, targets] = 0
+    if known is not None:
+        for row, ids in zip(terms, lists(known, len(value)), strict=True):
+            row[ids] = 0
+    return terms.sum(1)

@@ -7,6 +7,7 @@
 /// |q|) rounded to bfloat16, or to 127 steps of its largest element.
 #pragma once
 
+#include <cmath>
 #include <limits>
 
 #include "polyvec/array.hpp"
@@ -56,6 +57,15 @@ inline void require_scan(const char* op, const Array& queries, const ScanItems& 
     require_ndim(op, bias, 1);
     require_contiguous(op, bias);
     require_dim(op, bias, 0, items.rows.dim(0), "one entry an item");
+}
+
+/// One item a query.
+inline void require_targets(const char* op, const Array& targets, const Array& queries, const ScanItems& items) {
+    require_ndim(op, targets, 1);
+    require_dtype(op, targets, DType::i64);
+    require_contiguous(op, targets);
+    require_dim(op, targets, 0, queries.dim(0), "one entry a query");
+    require_ids(op, targets, items.rows.dim(0));
 }
 
 /// The k best items of each query, best first; equal scores by smaller id. Missing ones are id -1, score -inf (l2:
@@ -121,11 +131,7 @@ struct ScanRank {
 
     void validate() const {
         require_scan(op, queries, items, bias);
-        require_ndim(op, targets, 1);
-        require_dtype(op, targets, DType::i64);
-        require_contiguous(op, targets);
-        require_dim(op, targets, 0, queries.dim(0), "one entry a query");
-        require_ids(op, targets, items.rows.dim(0));
+        require_targets(op, targets, queries, items);
         known.validate(op, queries.dim(0), items.rows.dim(0));
         require_out(op, ranks, DType::f64);
         require_ndim(op, ranks, 1);
@@ -156,10 +162,59 @@ struct ScanPairs {
     }
 };
 
+/// out[i]: the log of the sum over all items of exp(scale * score), of which the l2 score is -(|q - x|^2 - bias).
+struct ScanLogSumExp {
+    static constexpr const char* op = "scan.logsumexp";
+    Array queries;  // (nq, d)
+    ScanItems items;
+    Array bias;       // (n,), or absent
+    IdLists exclude;  // items that do not take part
+    Array out;        // (nq,) float32
+    float scale = 1;
+    Metric metric = Metric::ip;
+
+    void validate() const {
+        require_scan(op, queries, items, bias);
+        exclude.validate(op, queries.dim(0), items.rows.dim(0));
+        require(scale > 0 && scale <= std::numeric_limits<float>::max(), op,
+                "scale must be a positive finite number, got ", scale);
+        require_out(op, out, DType::f32);
+        require_ndim(op, out, 1);
+        require_dim(op, out, 0, queries.dim(0), "one entry a query");
+    }
+};
+
+/// out[i]: the sum over all items x but the target t and the `known` ones of max(0, margin - score(t) + score(x)), of
+/// which the l2 score is -(|q - x|^2 - bias).
+struct ScanHinge {
+    static constexpr const char* op = "scan.hinge";
+    Array queries;  // (nq, d)
+    ScanItems items;
+    Array targets;  // (nq,) int64
+    Array bias;     // (n,), or absent
+    IdLists known;  // items that do not take part
+    Array out;      // (nq,) float32
+    float margin = 1;
+    Metric metric = Metric::ip;
+
+    void validate() const {
+        require_scan(op, queries, items, bias);
+        require_targets(op, targets, queries, items);
+        known.validate(op, queries.dim(0), items.rows.dim(0));
+        require(std::abs(margin) <= std::numeric_limits<float>::max(), op, "margin must be a finite number, got ",
+                margin);
+        require_out(op, out, DType::f32);
+        require_ndim(op, out, 1);
+        require_dim(op, out, 0, queries.dim(0), "one entry a query");
+    }
+};
+
 void run(const ScanTopK&, Cpu);
 void run(const ScanNearest&, Cpu);
 void run(const ScanRank&, Cpu);
 void run(const ScanPairs&, Cpu);
+void run(const ScanLogSumExp&, Cpu);
+void run(const ScanHinge&, Cpu);
 
 // On a GPU, where ids cannot be checked before: an excluded or known id outside the items names none, the rank of a
 // target outside them or of score NaN is NaN, and so is the score of a pair; the nearest to a row with NaN is -1.
