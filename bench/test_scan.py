@@ -138,3 +138,40 @@ def test_score_pairs(compare, rng):
         flops=2 * ids.size * 512,
         bytes=4 * ids.size * 512,
     )
+
+
+@pytest.mark.parametrize("nq", [1, 1000])
+def test_logsumexp(compare, rng, nq):
+    """A softmax over all items; the rival stores its scores, 200 MB for 1000 queries."""
+    torch = pytest.importorskip("torch")
+    queries, items = (torch.from_numpy(sample(rng, n, 384)) for n in (nq, 50_000))
+    expected = (0.1 * queries @ items.T).logsumexp(1)
+    compare(
+        lambda: pv.scan.logsumexp(queries, items, scale=0.1),
+        {"torch": lambda: (0.1 * queries @ items.T).logsumexp(1)},
+        check=lambda result: np.testing.assert_allclose(result, expected, rtol=0, atol=1e-4),
+        flops=2 * nq * items.numel(),
+        bytes=4 * items.numel(),
+    )
+
+
+@pytest.mark.parametrize("nq", [1, 1000])
+def test_hinge(compare, rng, nq):
+    """All items but one as negatives; the rival stores its scores, 200 MB for 1000 queries."""
+    torch = pytest.importorskip("torch")
+    queries, items = (torch.from_numpy(sample(rng, n, 384)) for n in (nq, 50_000))
+    targets = torch.from_numpy(rng.integers(0, 50_000, nq))
+
+    def in_torch():
+        scores = queries @ items.T
+        terms = (1 + scores - scores.gather(1, targets[:, None])).clamp(min=0)
+        return terms.sum(1) - 1  # the target's own term is the margin
+
+    expected = in_torch()
+    compare(
+        lambda: pv.scan.hinge(queries, items, targets),
+        {"torch": in_torch},
+        check=lambda result: np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1),
+        flops=2 * nq * items.numel(),
+        bytes=4 * items.numel(),
+    )
