@@ -458,6 +458,62 @@ def test_candidates_of_colbert_tokens_hold_the_exact_best(data):
     assert recall_of_candidates(docs, queries, 3, 15) >= 0.8
 
 
+# Ball carving
+
+
+def assert_carved(actual, sets, threshold):
+    assert len(actual) == len(sets)
+    for carved, tokens in zip(actual, sets, strict=True):
+        expected = [np.float64(tokens[ball]).sum(0).astype(np.float32) for ball in ref.carve(tokens, threshold)]
+        assert_exact(np.asarray(carved), np.array(expected, np.float32).reshape(-1, tokens.shape[1]))
+
+
+@pytest.mark.parametrize("d", [1, 7, 8, 19, 128])
+@pytest.mark.parametrize("threshold", [-2.0, 0.0, 0.7, 2.0])
+def test_balls_are_those_of_the_definition(rng, isa, d, threshold):
+    sets = sample(rng, SIZES, d)
+    carved = pv.fde.carve(sets, threshold=threshold)
+    assert_carved(carved, sets, threshold)
+    if threshold == 2:
+        np.testing.assert_array_equal(carved.values, np.concatenate(sets))
+    for threads in (2, 7):
+        np.testing.assert_array_equal(
+            pv.fde.carve(sets, threshold=threshold, num_threads=threads).values, carved.values
+        )
+
+
+def test_a_product_at_the_threshold_joins_and_first_tokens_go_first():
+    tokens = np.float32([[1, 0], [3, 4], [2, 9], [0, 1], [0, 2]])
+    carved = pv.fde.carve([tokens, tokens[:0]], threshold=2)
+    assert carved.offsets.tolist() == [0, 2, 2]
+    assert carved.values.tolist() == [[6, 13], [0, 3]]
+
+
+def test_a_token_with_nan_is_a_ball_of_its_own():
+    tokens = np.float32([[1, 0], [np.nan, 0], [1, 0]])
+    np.testing.assert_array_equal(pv.fde.carve([tokens]).values, np.float32([[2, 0], [np.nan, 0]]))
+
+
+def test_carving_gives_the_library_it_got(rng, lib):
+    sets = sample(rng, [9, 3], 6)
+    carved = pv.fde.carve((lib(np.concatenate(sets)), [0, 9, 12]))
+    assert type(carved.values) is type(lib(sets[0]))
+    assert_carved([np.asarray(c) for c in carved], sets, 0.7)
+
+
+def test_carved_colbert_queries_score_like_whole_ones(data):
+    """The published figures: 9 to 15 of 32 tokens are left, and the order of documents stays nearly the same."""
+    arrays = np.load(data / "colbert-nanofiqa" / "tokens.npz")
+    docs, queries = (pv.Ragged(arrays[f"{kind}_tokens"], arrays[f"{kind}_offsets"]) for kind in ("doc", "query"))
+    carved = pv.fde.carve(queries)
+    assert carved.lengths.min() >= 9
+    assert carved.lengths.max() <= 15
+    whole, fewer = pv.maxsim.score(queries, docs), pv.maxsim.score(carved, docs)
+    ranks = [scores.argsort(1).argsort(1) for scores in (whole, fewer)]
+    spearman = [np.corrcoef(a, b)[0, 1] for a, b in zip(*ranks, strict=True)]
+    assert np.mean(spearman) >= 0.995
+
+
 # Errors
 
 
@@ -563,6 +619,21 @@ def zeros(*shape, dtype=np.float32):
             lambda: encoder().partition(zeros(4)),
             ValueError,
             "fde.Encoder.partition: tokens must have 2 axes, got shape (4,)",
+        ),
+        (
+            lambda: pv.fde.carve([zeros(3, 4, dtype=np.float64)]),
+            TypeError,
+            "fde.carve: queries must be float32, got float64; cast it with .astype('float32')",
+        ),
+        (
+            lambda: pv.fde.carve([zeros(3, 4)], threshold=float("nan")),
+            ValueError,
+            "fde.carve: threshold must not be NaN, got nan",
+        ),
+        (
+            lambda: pv.fde.carve([zeros(3, 4)], threshold="most"),
+            TypeError,
+            "fde.carve: threshold must be a number, got str",
         ),
     ],
 )

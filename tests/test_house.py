@@ -193,7 +193,7 @@ PUBLIC = {
         "scan",
         "set_num_threads",
     ],
-    "polyvec.fde": ["Encoder"],
+    "polyvec.fde": ["Encoder", "carve"],
     "polyvec.hnsw": ["Index", "knn_graph"],
     "polyvec.hypercomplex": ["conjugate", "flow_keys", "flow_query", "norm", "normalize", "product", "relation_query"],
     "polyvec.maxsim": [

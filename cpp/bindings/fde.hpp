@@ -68,6 +68,29 @@ void bind_fde(py::module_& m) {
         },
         py::arg("matrices"), py::arg("tokens"), py::arg("offsets"), py::arg("ids"), py::arg("bounds"),
         py::arg("values"), py::arg("blocks"), py::arg("where"));
+    m.def(
+        "fde_carve",
+        [](const py::object& tokens, const py::object& offsets, double threshold, const py::object& ids,
+           const py::object& counts, std::intptr_t where) {
+            Args args = args_for<Exec>(FdeCarve::op, where);
+            const Array a = args.in("queries", tokens);
+            run_op<Exec>(FdeCarve{TokenSets{a, args.in("offsets", offsets)}, threshold, args.out("ids", ids),
+                                  args.out("counts", counts)},
+                         where, a);
+        },
+        py::arg("tokens"), py::arg("offsets"), py::arg("threshold"), py::arg("ids"), py::arg("counts"),
+        py::arg("where"));
+    m.def(
+        "fde_sum_balls",
+        [](const py::object& tokens, const py::object& offsets, const py::object& ids, const py::object& bounds,
+           const py::object& out, std::intptr_t where) {
+            Args args = args_for<Exec>(FdeSumBalls::op, where);
+            const Array a = args.in("queries", tokens);
+            run_op<Exec>(FdeSumBalls{TokenSets{a, args.in("offsets", offsets)}, args.in("ids", ids),
+                                     args.in("bounds", bounds), args.out("out", out)},
+                         where, a);
+        },
+        py::arg("tokens"), py::arg("offsets"), py::arg("ids"), py::arg("bounds"), py::arg("out"), py::arg("where"));
 }
 
 }  // namespace polyvec

@@ -288,6 +288,28 @@ std::vector<std::int64_t> cut(const TokenSets& sets) {
     return pieces;
 }
 
+/// Calls f(i) for every set.
+template <class F>
+void for_each_set(const TokenSets& sets, Cpu cpu, F f) {
+    const std::vector<std::int64_t> pieces = cut(sets);
+    const std::int64_t n = static_cast<std::int64_t>(pieces.size()) - 1;
+    parallel_for(n, 1, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+        for (std::int64_t i = pieces[begin]; i < pieces[end]; ++i) f(i);
+    });
+}
+
+/// <x, y> in float64, where products of floats are exact, and in one order: a ball is the same at every level.
+double product(const float* x, const float* y, std::int64_t d) {
+    double lanes[8] = {};
+    std::int64_t i = 0;
+    for (; i + 8 <= d; i += 8)
+        for (int lane = 0; lane < 8; ++lane) lanes[lane] += static_cast<double>(x[i + lane]) * y[i + lane];
+    for (; i < d; ++i) lanes[i % 8] += static_cast<double>(x[i]) * y[i];
+    double sum = 0;
+    for (const double lane : lanes) sum += lane;
+    return sum;
+}
+
 }  // namespace
 
 FdeMatrices::FdeMatrices(const Array& planes_in, const Array& projections_in, const Array& index_in,
@@ -424,6 +446,44 @@ void run(const FdeEncodeBlocks& op, Cpu cpu) {
                 }
             }
         }
+    });
+}
+
+void run(const FdeCarve& op, Cpu cpu) {
+    const std::int64_t d = op.sets.dim();
+    for_each_set(op.sets, cpu, [&](std::int64_t i) {
+        constexpr std::int32_t left = -1;
+        const std::int64_t n = op.sets.length(i);
+        const float* tokens = op.sets.set<float>(i);
+        std::int32_t* ids = op.ids.as<std::int32_t>() + op.sets.begin(i);
+        std::fill_n(ids, n, left);
+        std::int32_t balls = 0;
+        for (std::int64_t centre = 0; centre < n; ++centre) {
+            if (ids[centre] != left) continue;
+            ids[centre] = balls;
+            for (std::int64_t t = centre + 1; t < n; ++t)
+                if (ids[t] == left && product(tokens + centre * d, tokens + t * d, d) >= op.threshold) ids[t] = balls;
+            ++balls;
+        }
+        op.counts.as<std::int64_t>()[i] = balls;
+    });
+}
+
+void run(const FdeSumBalls& op, Cpu cpu) {
+    const std::int64_t d = op.sets.dim();
+    for_each_set(op.sets, cpu, [&](std::int64_t i) {
+        const float* tokens = op.sets.set<float>(i);
+        const std::int32_t* ids = op.ids.as<const std::int32_t>() + op.sets.begin(i);
+        const std::int64_t* bounds = op.bounds.as<const std::int64_t>() + i;
+        const std::int64_t balls = bounds[1] - bounds[0];
+        std::vector<double> sums(static_cast<std::size_t>(balls * d));
+        for (std::int64_t t = 0; t < op.sets.length(i); ++t) {
+            require(ids[t] >= 0 && ids[t] < balls, op.op, "ids must be below the balls of their set, got ", ids[t]);
+            double* sum = sums.data() + ids[t] * d;
+            for (std::int64_t c = 0; c < d; ++c) sum[c] += tokens[t * d + c];
+        }
+        float* out = op.out.as<float>() + bounds[0] * d;
+        for (std::int64_t c = 0; c < balls * d; ++c) out[c] = static_cast<float>(sums[static_cast<std::size_t>(c)]);
     });
 }
 

@@ -272,6 +272,13 @@ def as_count(op: str, name: str, value: Any, *, least: int = 1) -> int:
     return count
 
 
+def as_number(op: str, name: str, value: Any) -> float:
+    """Check a number argument."""
+    if isinstance(value, bool) or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
 def choice(op: str, name: str, value: Any, options: Sequence[Any]) -> Any:
     """Return `value` when it is one of `options`."""
     if value not in options:

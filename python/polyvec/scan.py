@@ -40,7 +40,18 @@ from __future__ import annotations
 from typing import Any
 
 from polyvec import _backend
-from polyvec._arrays import ArrayT, as_array, as_count, as_id_lists, as_ids, choice, dtype_name, output, outputs
+from polyvec._arrays import (
+    ArrayT,
+    as_array,
+    as_count,
+    as_id_lists,
+    as_ids,
+    as_number,
+    choice,
+    dtype_name,
+    output,
+    outputs,
+)
 
 __all__ = ["hinge", "logsumexp", "nearest", "rank", "score_pairs", "topk"]
 
@@ -64,12 +75,6 @@ def _vectors(op: str, queries: Any, items: Any, scales: Any, names: tuple[str, s
 
 def _bias(op: str, bias: Any) -> Any:
     return None if bias is None else as_array(op, "bias", bias, ndim=1)
-
-
-def _number(op: str, name: str, value: Any) -> float:
-    if isinstance(value, bool) or not (hasattr(value, "__float__") or hasattr(value, "__index__")):
-        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}")
-    return float(value)
 
 
 def topk(
@@ -435,7 +440,7 @@ def logsumexp(
     op = "scan.logsumexp"
     q, x, s = _vectors(op, queries, items, scales, ("queries", "items"))
     choice(op, "metric", metric, _METRICS)
-    scale = _number(op, "scale", scale)
+    scale = as_number(op, "scale", scale)
     out = output(op, out, q, (int(q.shape[0]),), "float32")
     lists = as_id_lists(op, "exclude", exclude, q)
     settings = out, scale, metric
@@ -518,7 +523,7 @@ def hinge(
     op = "scan.hinge"
     q, x, s = _vectors(op, queries, items, scales, ("queries", "items"))
     choice(op, "metric", metric, _METRICS)
-    margin = _number(op, "margin", margin)
+    margin = as_number(op, "margin", margin)
     targets = as_ids(op, "targets", targets, like=q)
     out = output(op, out, q, (int(q.shape[0]),), "float32")
     lists = as_id_lists(op, "known", known, q)

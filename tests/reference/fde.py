@@ -59,6 +59,16 @@ def blocks(tokens, bits, encoder, docs):
     return out
 
 
+def carve(tokens, threshold):
+    """The balls of one set, each the list of its tokens."""
+    products = np.asarray(tokens, np.float64) @ np.asarray(tokens, np.float64).T
+    left, balls = list(range(len(tokens))), []
+    while left:
+        balls.append([t for t in left if t == left[0] or products[left[0], t] >= threshold])
+        left = [t for t in left if t not in balls[-1]]
+    return balls
+
+
 def encode(tokens, encoder, docs):
     """The encoding of one set with the matrices and options of `encoder`, and the sums of absolute terms behind it."""
     bits = sign_bits(tokens, encoder.hyperplanes)

@@ -132,9 +132,57 @@ struct FdeEncodeBlocks {
     }
 };
 
+/// Ball carving: the first token left of a set takes every token left whose product with it is at least the threshold,
+/// and itself, until none is left. ids[t] = the ball of token t, counted within its set; counts[i] = the balls of set
+/// i.
+struct FdeCarve {
+    static constexpr const char* op = "fde.carve";
+    TokenSets sets;
+    double threshold;
+    Array ids;     // (T,) int32
+    Array counts;  // (n,) int64
+
+    void validate() const {
+        sets.validate(op);
+        require_dtype(op, sets.tokens, DType::f32);
+        require(threshold == threshold, op, "threshold must not be NaN, got nan");
+        require_out(op, ids, DType::i32);
+        require_ndim(op, ids, 1);
+        require_dim(op, ids, 0, sets.tokens.dim(0), "one entry a token");
+        require_out(op, counts, DType::i64);
+        require_ndim(op, counts, 1);
+        require_dim(op, counts, 0, sets.size(), "one entry a set");
+    }
+};
+
+/// Row bounds[i] + b of out = the sum of the tokens of ball b of set i. bounds are the running sums of counts.
+struct FdeSumBalls {
+    static constexpr const char* op = FdeCarve::op;
+    TokenSets sets;
+    Array ids;     // (T,) int32, of FdeCarve
+    Array bounds;  // (n + 1,) int64
+    Array out;     // (m, d)
+
+    void validate() const {
+        sets.validate(op);
+        require_dtype(op, sets.tokens, DType::f32);
+        require_dtype(op, ids, DType::i32);
+        require_ndim(op, ids, 1);
+        require_contiguous(op, ids);
+        require_dim(op, ids, 0, sets.tokens.dim(0), "one entry a token");
+        require_out(op, out, DType::f32);
+        require_ndim(op, out, 2);
+        require_dim(op, out, 1, sets.dim(), "the tokens' d");
+        require_offsets(op, bounds, out.dim(0));
+        require_dim(op, bounds, 0, sets.size() + 1, "one entry a set, and the end");
+    }
+};
+
 void run(const FdeEncode&, Cpu);
 void run(const FdePartition&, Cpu);
 void run(const FdeCountBlocks&, Cpu);
 void run(const FdeEncodeBlocks&, Cpu);
+void run(const FdeCarve&, Cpu);
+void run(const FdeSumBalls&, Cpu);
 
 }  // namespace polyvec
