@@ -370,6 +370,39 @@ def test_encodings_into_a_file_with_progress(rng, tmp_path):
     assert_exact(encoder.encode_queries(sets, progress=lambda *_: None), encoder.encode_queries(sets))
 
 
+@pytest.mark.parametrize("options", [{}, {"final_dim": 40}])
+def test_narrow_encodings_are_rounded_floats(rng, isa, options):
+    encoder = pv.fde.Encoder(12, repetitions=3, simhash_bits=3, projection_dim=5, **options)
+    sets = sample(rng, SIZES, 12)
+    for encode in (encoder.encode_docs, encoder.encode_queries):
+        exact = encode(sets)
+        assert_exact(encode(sets, dtype="float16"), exact.astype(np.float16))
+        codes, scales = encode(sets, dtype="int8")
+        assert_exact(scales, abs(exact).max(1) / np.float32(127))
+        assert abs(codes.astype(int)).max() == 127
+        assert (abs(codes * scales[:, None] - exact) <= 0.5001 * scales[:, None]).all()
+        for threads in (2, 7):
+            again = encode(sets, dtype="int8", num_threads=threads, progress=lambda done, total: None)
+            assert_exact(again[0], codes)
+            assert_exact(again[1], scales)
+
+
+def test_narrow_encodings_into_a_file_serve_a_scan(rng, tmp_path, lib):
+    encoder = pv.fde.Encoder(16, repetitions=4, simhash_bits=2, projection_dim=8)
+    sets = sample(rng, [5] * 40, 16)
+    half = np.lib.format.open_memmap(tmp_path / "half.npy", "w+", np.float16, (40, encoder.output_dim))
+    assert encoder.encode_docs(sets, dtype="float16", out=half, progress=lambda done, total: None) is half
+    assert_exact(np.load(tmp_path / "half.npy"), encoder.encode_docs(sets).astype(np.float16))
+    out = np.empty((40, encoder.output_dim), np.int8), np.empty(40, np.float32)
+    codes, scales = encoder.encode_docs(sets, dtype="int8", out=out)
+    assert codes is out[0]
+    assert scales is out[1]
+    queries = encoder.encode_queries(sets)
+    for items, options in ((half, {}), (codes, {"scales": scales})):
+        best = pv.scan.topk(lib(queries), lib(np.array(items)), 1, **options)[1]
+        assert np.asarray(best)[:, 0].tolist() == list(range(40))
+
+
 def test_the_caller_gets_the_library_it_gave(rng, lib):
     encoder = pv.fde.Encoder(8, repetitions=3, projection_dim=4)
     sets = [lib(x) for x in sample(rng, [3, 9], 8)]
@@ -619,6 +652,36 @@ def zeros(*shape, dtype=np.float32):
             lambda: encoder().partition(zeros(4)),
             ValueError,
             "fde.Encoder.partition: tokens must have 2 axes, got shape (4,)",
+        ),
+        (
+            lambda: encoder().encode_docs([zeros(3, 4)], dtype="bfloat16"),
+            ValueError,
+            "fde.Encoder.encode_docs: dtype must be one of 'float32', 'float16', 'int8', got 'bfloat16'",
+        ),
+        (
+            lambda: encoder().encode_docs([zeros(3, 4)], dtype="int8", out=zeros(1, 8)),
+            TypeError,
+            "fde.Encoder.encode_docs: out must be a pair of arrays (codes, scales) in int8, got ndarray",
+        ),
+        (
+            lambda: encoder().encode_queries([zeros(3, 4)], dtype="float16", out=zeros(1, 8)),
+            TypeError,
+            "fde.Encoder.encode_queries: out must be float16, got float32",
+        ),
+        (
+            lambda: encoder(projection_dim=None).encode_docs([zeros(3, 4), zeros(1, 4) + 65520], dtype="float16"),
+            ValueError,
+            "fde.Encoder.encode_docs: tokens must have encodings of at most 65504 in float16, got 65520 in set 1",
+        ),
+        (
+            lambda: encoder().encode_docs([zeros(3, 4) * np.nan], dtype="int8"),
+            ValueError,
+            "fde.Encoder.encode_docs: tokens must have encodings that are finite in int8, got nan in set 0",
+        ),
+        (
+            lambda: encoder().encode_queries([zeros(3, 4)], dtype="int8", sparse=True),
+            ValueError,
+            "fde.Encoder.encode_queries: dtype must be float32 with sparse=True, got int8",
         ),
         (
             lambda: pv.fde.carve([zeros(3, 4, dtype=np.float64)]),

@@ -25,16 +25,16 @@ void bind_fde(py::module_& m) {
     m.def(
         "fde_encode",
         [](const FdeMatrices& matrices, const py::object& tokens, const py::object& offsets, const py::object& out,
-           bool mean, bool fill, bool lowest_bucket, std::intptr_t where) {
+           const py::object& scales, bool mean, bool fill, bool lowest_bucket, std::intptr_t where) {
             const char* op = mean ? "fde.Encoder.encode_docs" : fde_queries;
             Args args = args_for<Exec>(op, where);
             const Array a = args.in("tokens", tokens);
-            run_op<Exec>(FdeEncode{op, matrices, TokenSets{a, args.in("offsets", offsets)}, args.out("out", out), mean,
-                                   fill, lowest_bucket},
+            run_op<Exec>(FdeEncode{op, matrices, TokenSets{a, args.in("offsets", offsets)}, args.out("out", out),
+                                   args.out("scales", scales), mean, fill, lowest_bucket},
                          where, a);
         },
-        py::arg("matrices"), py::arg("tokens"), py::arg("offsets"), py::arg("out"), py::arg("mean"), py::arg("fill"),
-        py::arg("lowest_bucket"), py::arg("where"));
+        py::arg("matrices"), py::arg("tokens"), py::arg("offsets"), py::arg("out"), py::arg("scales"), py::arg("mean"),
+        py::arg("fill"), py::arg("lowest_bucket"), py::arg("where"));
     m.def(
         "fde_partition",
         [](const FdeMatrices& matrices, const py::object& tokens, const py::object& out, std::intptr_t where) {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "polyvec/aligned.hpp"
+#include "polyvec/narrow.hpp"
 #include "polyvec/parallel.hpp"
 #include "tables.hpp"
 
@@ -172,9 +173,39 @@ public:
           signs_(m_, longest_piece),
           nearest_(aligned<std::uint64_t>(buckets_)),
           fill_(aligned<std::uint32_t>(buckets_)),
-          repetition_(aligned<float>(m_.sketch_index ? block_size_ : 0)) {}
+          repetition_(aligned<float>(m_.sketch_index ? block_size_ : 0)),
+          row_(aligned<float>(op.out.dtype == DType::f32 ? 0 : m_.output_dim)) {}
 
     void encode_sets(std::int64_t begin, std::int64_t end) {
+        if (op_.out.dtype == DType::f32) return encode_floats(begin, end);
+        for (std::int64_t i = begin; i < end; ++i) {
+            encode_floats(i, i + 1);
+            round(i);
+        }
+    }
+
+private:
+    /// Where the encoding of set i is computed.
+    float* out(std::int64_t i) const {
+        return op_.out.dtype == DType::f32 ? op_.out.as<float>() + i * m_.output_dim : row_.get();
+    }
+
+    void round(std::int64_t i) {
+        const float* row = row_.get();
+        const std::int64_t begin = i * m_.output_dim;
+        const bool half = op_.out.dtype == DType::f16;
+        const float limit = half ? 65520 : std::numeric_limits<float>::infinity();
+        for (std::int64_t c = 0; c < m_.output_dim; ++c)
+            require(std::fabs(row[c]) < limit, op_.op, "tokens must have encodings ",
+                    half ? "of at most 65504 in float16" : "that are finite in int8", ", got ", row[c], " in set ", i);
+        if (half) {
+            std::transform(row, row + m_.output_dim, op_.out.as<std::uint16_t>() + begin, to_float16);
+        } else {
+            op_.scales.as<float>()[i] = to_int8<0>(row, m_.output_dim, op_.out.as<std::int8_t>() + begin);
+        }
+    }
+
+    void encode_floats(std::int64_t begin, std::int64_t end) {
         const TokenSets& sets = op_.sets;
         signs_.compute(sets.set<float>(begin), sets.begin(end) - sets.begin(begin));
         for (std::int64_t i = begin; i < end; ++i)
@@ -189,9 +220,6 @@ public:
             }
         }
     }
-
-private:
-    float* out(std::int64_t i) const { return op_.out.as<float>() + i * m_.output_dim; }
 
     /// Writes the blocks of one repetition; those of empty buckets are 0, unless they are filled.
     template <class BucketOf>
@@ -264,6 +292,7 @@ private:
     Aligned<std::uint64_t> nearest_;  // of a sign word: the distance to a token, and which it is
     Aligned<std::uint32_t> fill_;     // of each empty bucket: the one whose first token fills it
     Aligned<float> repetition_;       // a repetition's blocks on their way into the final sketch
+    Aligned<float> row_;              // an encoding on its way to fewer bits
 };
 
 /// Bucket ids of the tokens from `first` on, in repetition r, as a function of the token.

@@ -6,41 +6,13 @@
 #include <numeric>
 #include <vector>
 
+#include "polyvec/narrow.hpp"
 #include "polyvec/parallel.hpp"
 
 namespace polyvec {
 namespace {
 
 constexpr std::int64_t token_block = 1 << 10;  // of a piece of packing
-
-/// Rounded to even; the values are finite.
-std::uint16_t to_bfloat16(float x) {
-    const auto bits = std::bit_cast<std::uint32_t>(x);
-    return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-/// Rounded to even; |x| < 65520.
-std::uint16_t to_float16(float x) {
-    const auto bits = std::bit_cast<std::uint32_t>(x);
-    const std::uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-    if (magnitude < 0x38800000) {  // subnormal: the sum rounds to multiples of 2^-24
-        const float sum = std::bit_cast<float>(magnitude) + 0.5f;
-        return static_cast<std::uint16_t>(sign | (std::bit_cast<std::uint32_t>(sum) - 0x3f000000));
-    }
-    return static_cast<std::uint16_t>(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13));
-}
-
-/// codes = 128 + x / scale, rounded to even; 128 where the token is zero.
-float to_int8(const float* x, std::int64_t d, unsigned char* codes) {
-    float largest = 0;
-    for (std::int64_t i = 0; i < d; ++i) largest = std::max(largest, std::fabs(x[i]));
-    const float steps = largest > 0 ? 127 / largest : 0;
-    for (std::int64_t i = 0; i < d; ++i) {
-        const float rounded = x[i] * steps + 0x1.8p23f;  // the integer is in the lowest bits
-        codes[i] = static_cast<unsigned char>(std::bit_cast<std::uint32_t>(rounded) + 128);
-    }
-    return largest / 127;
-}
 
 /// Reads stored tokens of integers or residual codes: scales[t] * (centroid + rounded). The queries are rounded to
 /// steps of their own where they meet `rounded`.
@@ -98,7 +70,7 @@ void run(const MaxsimPack& op, Cpu cpu) {
             const float* x = op.tokens.as<const float>() + t * d;
             if (op.codes.dtype == DType::u8) {
                 unsigned char* codes = op.codes.as<unsigned char>() + t * width;
-                op.scales.as<float>()[t] = to_int8(x, d, codes);
+                op.scales.as<float>()[t] = to_int8<128>(x, d, codes);
                 std::fill(codes + d, codes + width, static_cast<unsigned char>(128));
             } else {
                 if (op.codes.dtype == DType::f16)

@@ -75,6 +75,7 @@ def fde_encode(
     tokens: typing.Any,
     offsets: typing.Any,
     out: typing.Any,
+    scales: typing.Any,
     mean: bool,
     fill: bool,
     lowest_bucket: bool,

@@ -202,6 +202,7 @@ class Encoder:
         tokens: Any,
         *,
         sparse: bool = False,
+        dtype: str = "float32",
         out: Any = None,
         num_threads: int | None = None,
         progress: Progress = None,
@@ -213,13 +214,13 @@ class Encoder:
         tokens : token sets, float32, width dim
         sparse : bool
             Return the blocks of the buckets that hold a token, and not the zeros of all others.
-        out, num_threads, progress
-            As for `encode_docs`; sparse encodings take no `out`, as their size is not known before.
+        dtype, out, num_threads, progress
+            As for `encode_docs`; sparse encodings are float32 and take no `out`, as their size is not known before.
 
         Returns
         -------
-        array of shape (n, output_dim), float32; the tokens' library and device
-            0 for a query without tokens.
+        array of shape (n, output_dim), dtype; the tokens' library and device
+            0 for a query without tokens. With "int8" a pair, as for `encode_docs`.
         BlockSparse of shape (n, output_dim), if sparse
             Its blocks are those of the buckets. `to_dense()` has the bits of the dense encodings.
 
@@ -227,7 +228,7 @@ class Encoder:
         ------
         ValueError
             Tokens of another width, offsets that run backwards, an `out` of another shape; sparse encodings with a
-            final_dim, which leaves no zeros, or with an `out`.
+            final_dim, which leaves no zeros, with an `out` or another dtype.
         TypeError
             Tokens that are not float32.
 
@@ -254,7 +255,9 @@ class Encoder:
         """
         op = "fde.Encoder.encode_queries"
         if not sparse:
-            return self._encode(op, tokens, out, num_threads, progress, docs=False)
+            return self._encode(op, tokens, dtype, out, num_threads, progress, docs=False)
+        if dtype != "float32":
+            raise ValueError(f"{op}: dtype must be float32 with sparse=True, got {dtype}")
         if self.final_dim is not None:
             raise ValueError(f"{op}: sparse must be False with a final_dim, got final_dim={self.final_dim}")
         if out is not None:
@@ -262,15 +265,25 @@ class Encoder:
         return self._encode_sparse(op, tokens, num_threads, progress)
 
     def encode_docs(
-        self, tokens: Any, *, out: Any = None, num_threads: int | None = None, progress: Progress = None
+        self,
+        tokens: Any,
+        *,
+        dtype: str = "float32",
+        out: Any = None,
+        num_threads: int | None = None,
+        progress: Progress = None,
     ) -> Any:
         """Encode documents: the blocks are means of tokens, and empty buckets are filled.
 
         Parameters
         ----------
         tokens : token sets, float32, width dim
-        out : array of shape (n, output_dim), float32, optional
-            Written and returned. It may be a `numpy.memmap`: with `progress`, it is filled 1024 sets at a time.
+        dtype : {"float32", "float16", "int8"}
+            What encodings are rounded to, in half or a quarter of the memory; `scan` searches all three. In "int8" a
+            row has its own scale, its largest absolute value / 127.
+        out : array of shape (n, output_dim), dtype, optional
+            Written and returned; with "int8" a pair of it and a float32 array of shape (n,). It may be a
+            `numpy.memmap`: with `progress`, it is filled 1024 sets at a time.
         num_threads : int, optional
             CPU threads; the process setting when None.
         progress : bool or callable, optional
@@ -278,13 +291,16 @@ class Encoder:
 
         Returns
         -------
-        array of shape (n, output_dim), float32; the tokens' library and device
+        array of shape (n, output_dim), dtype; the tokens' library and device
             0 for a document without tokens.
+        scales : array of shape (n,), float32, if "int8"
+            An encoding is its row times its scale: `scan.topk(queries, codes, k, scales=scales)`.
 
         Raises
         ------
         ValueError
-            Tokens of another width, offsets that run backwards, an `out` of another shape.
+            Tokens of another width, offsets that run backwards, an `out` of another shape, encodings beyond 65504 in
+            float16 or not finite in int8.
         TypeError
             Tokens that are not float32.
 
@@ -307,27 +323,36 @@ class Encoder:
         >>> encoder = pv.fde.Encoder(4, repetitions=2, simhash_bits=1, projection_dim=None)
         >>> encoder.encode_docs([np.ones((1, 4), np.float32), np.ones((0, 4), np.float32)]).sum(1)
         array([16.,  0.], dtype=float32)
+        >>> codes, scales = encoder.encode_docs([np.ones((1, 4), np.float32)], dtype="int8")
+        >>> pv.scan.topk(encoder.encode_queries(np.ones((1, 2, 4), np.float32)), codes, 1, scales=scales)[1]
+        array([[0]])
         """
-        return self._encode("fde.Encoder.encode_docs", tokens, out, num_threads, progress, docs=True)
+        return self._encode("fde.Encoder.encode_docs", tokens, dtype, out, num_threads, progress, docs=True)
 
     def _encode(
-        self, op: str, tokens: Any, out: Any, num_threads: int | None, progress: Progress, *, docs: bool
+        self, op: str, tokens: Any, dtype: str, out: Any, num_threads: int | None, progress: Progress, *, docs: bool
     ) -> Any:
         sets = as_ragged(op, "tokens", tokens, dim=self.dim)
-        out = output(op, out, sets.values, (len(sets), self.output_dim), "float32")
+        choice(op, "dtype", dtype, ("float32", "float16", "int8"))
+        n, scaled = len(sets), dtype == "int8"
+        if scaled and not (out is None or (isinstance(out, tuple) and len(out) == 2)):
+            raise TypeError(f"{op}: out must be a pair of arrays (codes, scales) in int8, got {type(out).__name__}")
+        rows, scales = (None, None) if out is None else out if scaled else (out, None)
+        rows = output(op, rows, sets.values, (n, self.output_dim), dtype)
+        scales = output(op, scales, sets.values, (n if scaled else 0,), "float32", name="out scales")
         fill, lowest_bucket = docs and self.fill_empty, self._rules.lowest_bucket
-        step = _SETS_PER_REPORT if progress else max(1, len(sets))
-        with reporting(op, progress, len(sets), "documents" if docs else "queries") as report:
-            for first in range(0, len(sets), step):
+        step = _SETS_PER_REPORT if progress else max(1, n)
+        with reporting(op, progress, n, "documents" if docs else "queries") as report:
+            for first in range(0, n, step):
                 offsets = sets.offsets[first : first + step + 1]
-                values = sets.values[int(offsets[0]) : int(offsets[-1])]
+                values, part = sets.values[int(offsets[0]) : int(offsets[-1])], slice(first, first + step)
                 _backend.run(
                     op, "fde_encode", values,
-                    self._matrices, values, offsets - offsets[0], out[first : first + step], docs, fill, lowest_bucket,
+                    self._matrices, values, offsets - offsets[0], rows[part], scales[part], docs, fill, lowest_bucket,
                     num_threads=num_threads,
                 )  # fmt: skip
                 report(len(offsets) - 1)
-        return out
+        return (rows, scales) if scaled else rows
 
     def _encode_sparse(self, op: str, tokens: Any, num_threads: int | None, progress: Progress) -> BlockSparse:
         sets = as_ragged(op, "tokens", tokens, dim=self.dim)

@@ -41,12 +41,13 @@ struct FdeMatrices {
     std::int64_t buckets() const { return std::int64_t(1) << bits; }
 };
 
-/// out[i] = the encoding of set i; an empty set's is zero.
+/// out[i] = the encoding of set i; an empty set's is zero. In int8 it is out[i] times scales[i].
 struct FdeEncode {
     const char* op;
     const FdeMatrices& matrices;
     TokenSets sets;
-    Array out;           // (n, output_dim)
+    Array out;           // (n, output_dim) float32, float16 or int8
+    Array scales;        // (n,) with int8
     bool mean;           // documents: means rather than sums
     bool fill;           // an empty bucket holds the token whose sign word differs from its source in the fewest bits
     bool lowest_bucket;  // ties: the first token of the lowest bucket, rather than the lowest token
@@ -55,10 +56,14 @@ struct FdeEncode {
         sets.validate(op);
         require_dtype(op, sets.tokens, DType::f32);
         require_dim(op, sets.tokens, 1, matrices.d, "the encoder's d");
-        require_out(op, out, DType::f32);
+        require_out(op, out, out.dtype == DType::f16 || out.dtype == DType::i8 ? out.dtype : DType::f32);
         require_ndim(op, out, 2);
         require_dim(op, out, 0, sets.size(), "one row a set");
         require_dim(op, out, 1, matrices.output_dim, "the encoder's output_dim");
+        if (out.dtype != DType::i8) return;
+        require_out(op, scales, DType::f32);
+        require_ndim(op, scales, 1);
+        require_dim(op, scales, 0, sets.size(), "one entry a set");
     }
 };
 
