@@ -24,6 +24,7 @@ Every library runs on one thread; `--threads 2` gives all of them two.
 from __future__ import annotations
 
 import os
+import re
 import statistics
 import time
 
@@ -62,6 +63,24 @@ def best(call, rounds=7):
 @pytest.fixture(scope="session")
 def threads(request):
     return request.config.getoption("--threads")
+
+
+@pytest.fixture
+def peak_megabytes():
+    """Measures how much more memory the process holds during a call than before it (Linux)."""
+
+    def status(field):
+        with open("/proc/self/status") as file:
+            return int(re.search(rf"{field}:\s+(\d+) kB", file.read())[1]) / 1024
+
+    def measure(call):
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # the peak becomes what is held now
+        before = status("VmRSS")
+        call()
+        return status("VmHWM") - before
+
+    return measure
 
 
 @pytest.fixture

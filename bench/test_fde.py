@@ -101,13 +101,17 @@ def test_queries(compare, rng, threads):
     )
 
 
-def test_docs_with_a_final_sketch(compare, rng, threads):
+def test_docs_with_a_final_sketch(compare, benchmark, peak_megabytes, rng, threads):
     """(40, 6, 128) to 10240: the 327,680 columns before the sketch are never stored."""
     sets = unit_tokens(rng, 16, TOKENS)
     encoder = pv.fde.Encoder(
         D, repetitions=40, simhash_bits=6, projection_dim=None, final_dim=10240, dialect="fastembed"
     )
     numpy = InNumpy(encoder)
+    many = unit_tokens(rng, 200, TOKENS)
+    kilobytes = 1024 * peak_megabytes(lambda: encoder.encode_docs(many, num_threads=threads)) / len(many)
+    benchmark.extra_info["kilobytes a document"] = kilobytes  # 40 are its encoding; the long one has 1280
+    assert kilobytes < 200
     out = np.empty((len(sets), encoder.output_dim), np.float32)
     compare(
         lambda: encoder.encode_docs(sets, out=out, num_threads=threads),

@@ -1,25 +1,9 @@
 """Learned quantisation in torch: a step of training, its time and the memory it takes beyond its inputs."""
 
-import re
-
 import pytest
 
 torch = pytest.importorskip("torch")
 pvt = pytest.importorskip("polyvec.torch")
-
-
-def peak_megabytes(call):
-    """How much more memory the process held during a call than before it."""
-
-    def status(field):
-        with open("/proc/self/status") as file:
-            return int(re.search(rf"{field}:\s+(\d+) kB", file.read())[1]) / 1024
-
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak becomes what is held now
-    before = status("VmRSS")
-    call()
-    return status("VmHWM") - before
 
 
 @pytest.fixture
@@ -29,7 +13,7 @@ def normal():
     return lambda *shape: torch.randn(shape, generator=generator).requires_grad_()
 
 
-def test_vq_assign(compare, benchmark, normal, threads):
+def test_vq_assign(compare, benchmark, peak_megabytes, normal, threads):
     """A codebook of 65,536: torch stores n x K distances."""
     torch.set_num_threads(threads)
     n, k, d = 2048, 65536, 128
@@ -51,7 +35,7 @@ def test_vq_assign(compare, benchmark, normal, threads):
 
 
 @pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])
-def test_soft_assign_and_gradients(compare, benchmark, normal, threads, hard):
+def test_soft_assign_and_gradients(compare, benchmark, peak_megabytes, normal, threads, hard):
     """A step of learning the codebooks of a product quantizer: 64 x 256 codewords."""
     torch.set_num_threads(threads)
     n, m, k, d = 256, 64, 256, 768
