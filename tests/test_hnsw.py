@@ -163,6 +163,16 @@ def test_recall_on_sentence_vectors(data, metric, storage):
 
 
 @pytest.mark.parametrize("storage", STORAGES)
+def test_recall_on_vectors_that_lie_in_order(rng, storage):
+    """Neighbours are added one after the other, so in one batch: they must find each other."""
+    x = np.cumsum(rng.standard_normal((6000, 16)), axis=0).astype(np.float32)
+    queries = x[::20] + 0.1 * rng.standard_normal((300, 16)).astype(np.float32)
+    truth = pv.scan.topk(queries, x, 10, metric="l2")[1]
+    found = build(x, storage=storage).search(queries, 10, ef=32)[1]
+    assert ref.recall(found, truth) > 0.97
+
+
+@pytest.mark.parametrize("storage", STORAGES)
 def test_many_copies_of_a_vector_do_not_cut_the_graph(rng, storage):
     x = sample(rng, 900, 12)
     x[100:400] = x[100]

@@ -10,7 +10,7 @@ namespace polyvec::hnsw {
 namespace {
 
 constexpr std::int64_t slots_per_piece = 16, rows_per_piece = 64;
-constexpr std::int64_t share_of_batch = 32, largest_batch = 1024;  // slots that do not see each other: 3 % of all
+constexpr std::int64_t share_of_batch = 32, largest_batch = 1024;  // slots that walks do not see: 3 % of all
 constexpr std::size_t few = 8;                                     // links compared at a time where one may end it
 
 }  // namespace
@@ -37,6 +37,26 @@ public:
         for (std::size_t i = 0, first = Random(centre).next(); i < copies_.size() && count < width; ++i)
             row[count++] = copies_[(first + i) % copies_.size()];
         std::fill(row + count, row + width, no_link);
+    }
+
+    /// What a walk found, and the slots [begin, slot) of its batch that belong among them. Data often lie in an order:
+    /// without these a slot would miss its nearest.
+    std::span<const Entry> with_batch(const Target& target, std::span<const Entry> found, std::size_t ef,
+                                      std::int64_t begin, std::int64_t slot, int level) {
+        slots_.clear();
+        for (std::int64_t s = begin; s < slot; ++s)
+            if (graph_.levels[s] >= level) slots_.push_back(static_cast<std::uint32_t>(s));
+        if (distances_.size() < slots_.size()) distances_.resize(slots_.size());
+        target.measure(slots_.data(), slots_.size(), distances_.data());
+        candidates_.assign(found.begin(), found.end());
+        for (std::size_t i = 0; i < slots_.size(); ++i) {
+            const Entry entry = entry_of(distances_[i], slots_[i]);
+            if (found.size() < ef || entry < found.back()) candidates_.push_back(entry);
+        }
+        std::sort(candidates_.begin() + static_cast<std::ptrdiff_t>(found.size()), candidates_.end());
+        std::inplace_merge(candidates_.begin(), candidates_.begin() + static_cast<std::ptrdiff_t>(found.size()),
+                           candidates_.end());
+        return std::span<const Entry>(candidates_).first(std::min(ef, candidates_.size()));
     }
 
     /// The same with the row's own links, which are full, and the `more` slots from `from` on.
@@ -118,7 +138,9 @@ void Builder::link_batch(std::int64_t end) {
             [&](Walk& walk, std::int64_t slot) {
                 for (int level = std::min<int>(highest, graph_.levels[slot]); level >= 0; --level) {
                     const auto s = static_cast<std::uint32_t>(slot);
-                    choosers_[worker]->choose(walk.found(level), s, graph_.params.m, graph_.row(s, level));
+                    Chooser& chooser = *choosers_[worker];
+                    const auto found = chooser.with_batch(walk.target, walk.found(level), ef_, begin, slot, level);
+                    chooser.choose(found, s, graph_.params.m, graph_.row(s, level));
                 }
             });
     });

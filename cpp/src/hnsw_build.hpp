@@ -5,10 +5,10 @@
 
 namespace polyvec::hnsw {
 
-/// Links slots in batches: each slot of a batch searches the graph as it was before the batch, by itself; then every
-/// slot that was chosen takes back the links to it, in the order of the slots. So the graph depends on the slots and on
-/// how they are split over calls, never on the number of threads, and nothing needs a lock.
-/// As in ParlayANN (Manohar et al. 2024), section 3.
+/// Links slots in batches: each slot of a batch searches the graph as it was before the batch, and is compared with
+/// those before it in the batch; then every slot that was chosen takes back the links to it, in the order of the slots.
+/// So the graph depends on the slots and on how they are split over calls, never on the number of threads, and nothing
+/// needs a lock. As in ParlayANN (Manohar et al. 2024), section 3.
 class Builder {
 public:
     Builder(Graph& graph, IdleWalks& idle, int num_threads);

@@ -57,8 +57,9 @@ class Index:
     they for it; `add` lets searches pass now and then.
 
     The same calls give the same graph, bit for bit, with any number of threads: vectors are linked in batches (up to
-    3 % of the index) that search the graph of before. `search` advances a few queries in turn on each thread, so that
-    one computes while the vectors of another come from memory: batches are faster than single queries.
+    3 % of the index) that search the graph of before and are compared with one another. `search` advances a few queries
+    in turn on each thread, so that one computes while the vectors of another come from memory: batches are faster than
+    single queries.
 
     "ip" finds true inner products as long as the norms are alike. Where they are not, or where queries come from
     elsewhere than the vectors, such a graph can miss the best (no triangle inequality holds): measure recall against
