@@ -36,13 +36,15 @@ Array slice(const Array& a, std::int64_t i) {
     return part;
 }
 
-/// Calls body(p) for every problem: the threads share problems where there are enough of them, else each problem.
+/// Calls body(p) for every problem: the threads share problems where there are enough of them, else each problem. One
+/// thread takes problems outside of parallel_for: within its body nothing asks for Ctrl-C.
 template <class F>
 void for_each_problem(std::int64_t problems, int num_threads, const F& body) {
     const auto range = [&](std::int64_t begin, std::int64_t end, int) {
         for (std::int64_t p = begin; p < end; ++p) body(p);
     };
-    if (problems >= (num_threads > 0 ? num_threads : get_num_threads())) {
+    const int threads = num_threads > 0 ? num_threads : get_num_threads();
+    if (threads > 1 && problems >= threads) {
         parallel_for(problems, 1, num_threads, range);
     } else {
         range(0, problems, 0);
