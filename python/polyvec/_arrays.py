@@ -156,6 +156,12 @@ def as_id_lists(op: str, name: str, lists: Any, like: Any) -> tuple[Any, Any]:
     return as_ids(op, f"{name} offsets", lists[0], like=like), as_ids(op, f"{name} ids", lists[1], like=like)
 
 
+def require_cpu(op: str, name: str, x: Any) -> None:
+    """Refuse an array on a GPU where only the CPU computes."""
+    if device_name(x) != "cpu":
+        raise TypeError(f"{op}: {name} must be on cpu, got {device_name(x)}; this function has no CUDA form yet")
+
+
 def as_selection(op: str, name: str, x: Any, n: int) -> np.ndarray[Any, Any] | None:
     """Check which of n codes take part: return a mask or rows of them, None for all."""
     if x is None:

@@ -58,10 +58,10 @@ def run(op: str, function: str, like: Any, *args: Any, num_threads: int | None =
     return getattr(module, function)(*args, where)
 
 
-def require_finite(op: str, name: str, x: Any, num_threads: int | None = None) -> None:
-    """Refuse NaN and Inf in `x` (n, ...) by row: for data that will be indexed. Not on a GPU: it would wait."""
+def require_finite(op: str, name: str, x: Any, num_threads: int | None = None, *, first_row: int = 0) -> None:
+    """Refuse NaN and Inf in `x` (n, ...) by row, the first being `first_row`. Not on a GPU: it would wait."""
     if device_name(x) == "cuda":
         return
     row = run(op, "first_nonfinite_row", x, x, num_threads=num_threads)
     if row >= 0:
-        raise ValueError(f"{op}: {name} must be finite, got NaN or Inf in row {row}")
+        raise ValueError(f"{op}: {name} must be finite, got NaN or Inf in row {first_row + row}")

@@ -20,11 +20,11 @@ from polyvec._arrays import (
     as_float32,
     as_selection,
     choice,
-    device_name,
     empty,
     is_array,
     output,
     outputs,
+    require_cpu,
 )
 from polyvec._files import State
 from polyvec._progress import Progress, reporting
@@ -132,7 +132,7 @@ class IntegerCodec:
         """
         op = f"{self._name}.encode"
         self._require_fitted(op)
-        rows = self._vectors(op, "x", x)
+        rows = vectors_of(op, "x", x, self.dim)
         out = output(op, out, x if is_array(x) else rows, (len(rows), self.code_size), "uint8")
         codes = np.asarray(out)
         with reporting(op, progress, len(rows), "rows") as report:
@@ -165,7 +165,7 @@ class IntegerCodec:
         """
         op = f"{self._name}.decode"
         self._require_fitted(op)
-        table = self._codes(op, codes)
+        table = codes_of(op, codes, self.code_size)
         out = output(op, out, codes if is_array(codes) else table, (len(table), self.dim), "float32")
         self._decode(op, table, np.asarray(out), num_threads)
         return out
@@ -220,8 +220,8 @@ class IntegerCodec:
         """
         op = f"{self._name}.search"
         self._require_fitted(op)
-        rows = self._vectors(op, "queries", queries)
-        table = self._codes(op, codes)
+        rows = vectors_of(op, "queries", queries, self.dim)
+        table = codes_of(op, codes, self.code_size)
         k = as_count(op, "k", k)
         mask = _mask(op, include, len(table))
         out = outputs(op, out, queries if is_array(queries) else rows, (len(rows), k), ("float32", "int64"),
@@ -338,32 +338,31 @@ class IntegerCodec:
         if not self._is_fitted():
             raise RuntimeError(f"{op}: the quantizer must be fitted before; call fit(x)")
 
-    def _vectors(self, op: str, name: str, x: Any) -> Any:
-        """Return `x` in its library: conversion waits until a block of it is needed."""
-        rows = as_array(op, name, x, dtypes=_FLOATS, ndim=2, dense=False)
-        if device_name(rows) != "cpu":
-            raise TypeError(f"{op}: {name} must be on cpu, got {device_name(rows)}; this function has no CUDA form yet")
-        if rows.shape[1] != self.dim:
-            raise ValueError(f"{op}: {name} must have d = {self.dim}, got {rows.shape[1]}")
-        return rows
-
-    def _codes(self, op: str, codes: Any) -> Any:
-        table = as_array(op, "codes", codes, dtypes=("uint8",), ndim=2)
-        if device_name(table) != "cpu":
-            raise TypeError(f"{op}: codes must be on cpu, got {device_name(table)}; this function has no CUDA form yet")
-        if table.shape[1] != self.code_size:
-            raise ValueError(f"{op}: codes must have {self.code_size} bytes a row, got {table.shape[1]}")
-        return np.asarray(table)
-
     def _prepared(self, op: str, name: str, rows: Any, begin: int, num_threads: int | None) -> Floats:
         """Return a block of rows as float32, finite and, for "cosine", of norm 1; a copy."""
         block = as_float32(rows[begin : begin + _BLOCK_ROWS], copy=True)
-        bad = _backend.run(op, "first_nonfinite_row", block, block, num_threads=num_threads)
-        if bad >= 0:
-            raise ValueError(f"{op}: {name} must be finite, got NaN or Inf in row {begin + bad}")
+        _backend.require_finite(op, name, block, num_threads, first_row=begin)
         if self.metric == "cosine":
             _backend.run(op, "codes_unit_rows", block, block, num_threads=num_threads)
         return block
+
+
+def vectors_of(op: str, name: str, x: Any, dim: int) -> Any:
+    """Check the vectors that a codec gets and return them in their library: conversion waits for a block's turn."""
+    rows = as_array(op, name, x, dtypes=_FLOATS, ndim=2, dense=False)
+    require_cpu(op, name, rows)
+    if rows.shape[1] != dim:
+        raise ValueError(f"{op}: {name} must have d = {dim}, got {rows.shape[1]}")
+    return rows
+
+
+def codes_of(op: str, codes: Any, code_size: int) -> npt.NDArray[np.uint8]:
+    """Check the codes that a codec gets and return a numpy view of them."""
+    table = as_array(op, "codes", codes, dtypes=("uint8",), ndim=2)
+    require_cpu(op, "codes", table)
+    if table.shape[1] != code_size:
+        raise ValueError(f"{op}: codes must have {code_size} bytes a row, got {table.shape[1]}")
+    return np.asarray(table)
 
 
 def _mask(op: str, include: Any, n: int) -> npt.NDArray[np.bool_] | None:
@@ -462,7 +461,7 @@ class ScalarQuantizer(IntegerCodec):
         range become its end.
         """
         op = f"{self._name}.fit"
-        rows = self._vectors(op, "x", x)
+        rows = vectors_of(op, "x", x, self.dim)
         train_size = as_count(op, "train_size", train_size)
         if len(rows) == 0:
             raise ValueError(f"{op}: x must have at least 1 row, got 0")
@@ -617,7 +616,7 @@ class RaBitQ(IntegerCodec):
             No rows, rows of another width, NaN or Inf.
         """
         op = f"{self._name}.fit"
-        rows = self._vectors(op, "x", x)
+        rows = vectors_of(op, "x", x, self.dim)
         train_size = as_count(op, "train_size", train_size)
         if len(rows) == 0:
             raise ValueError(f"{op}: x must have at least 1 row, got 0")
@@ -659,7 +658,7 @@ class RaBitQ(IntegerCodec):
         Gao and Long (2024): RaBitQ, theorem 3.2.
         """
         op = f"{self._name}.errors"
-        table = self._codes(op, codes)
+        table = codes_of(op, codes, self.code_size)
         out = empty(codes if is_array(codes) else table, (len(table),), "float32")
         np.asarray(out)[:] = np.ascontiguousarray(table[:, -2:]).view(np.float16)[:, 0]
         return out  # type: ignore[no-any-return]

@@ -16,19 +16,19 @@ from polyvec._arrays import (
     as_float32,
     as_selection,
     choice,
-    device_name,
     is_array,
     output,
     outputs,
+    require_cpu,
 )
 from polyvec._block_sparse import BlockSparse
+from polyvec._codes import codes_of, vectors_of
 from polyvec._files import State
 from polyvec._kmeans import lloyd, seed_centroids, step
 from polyvec._progress import Progress, reporting
 
 _OPQ_ROUNDS = 10
 _BLOCK_ELEMENTS = 1 << 24  # of vectors that are converted, rotated and checked at a time: 64 MB
-_FLOATS = ("float32", "float16", "bfloat16")
 
 
 class PackedCodes:
@@ -58,9 +58,9 @@ class PackedCodes:
 
     def __init__(self, blocks: npt.NDArray[np.uint8], n: int) -> None:
         op = "quantize.PackedCodes"
-        self.blocks: npt.NDArray[np.uint8] = _on_host(
-            op, "blocks", as_array(op, "blocks", blocks, dtypes=("uint8",), ndim=3)
-        )
+        blocks = as_array(op, "blocks", blocks, dtypes=("uint8",), ndim=3)
+        require_cpu(op, "blocks", blocks)
+        self.blocks: npt.NDArray[np.uint8] = np.asarray(blocks)
         self.n = as_count(op, "n", n, least=0)
         width = self.blocks.shape[2]
         if width not in (16, 64):
@@ -214,7 +214,7 @@ class ProductQuantizer:
         principal directions evenly over the subspaces.
         """
         op = "quantize.ProductQuantizer.fit"
-        rows = self._vectors(op, "x", x)
+        rows = vectors_of(op, "x", x, self.dim)
         max_iter = as_count(op, "max_iter", max_iter)
         codewords = 1 << self.bits
         train_size = 256 * codewords if train_size is None else as_count(op, "train_size", train_size, least=codewords)
@@ -302,7 +302,7 @@ class ProductQuantizer:
         """
         op = "quantize.ProductQuantizer.encode"
         codebooks = self._fitted(op)
-        rows = self._vectors(op, "x", x)
+        rows = vectors_of(op, "x", x, self.dim)
         like = x if is_array(x) else rows
         out = output(op, out, like, (len(rows), self.code_size), "uint8")
         codes, size = np.asarray(out), max(1, _BLOCK_ELEMENTS // self.dim)
@@ -310,9 +310,7 @@ class ProductQuantizer:
             for begin in range(0, len(rows), size):
                 block = slice(begin, min(begin + size, len(rows)))
                 part = as_float32(rows[block])
-                bad = _backend.run(op, "first_nonfinite_row", part, part, num_threads=num_threads)
-                if bad >= 0:
-                    raise ValueError(f"{op}: x must be finite, got NaN or Inf in row {begin + bad}")
+                _backend.require_finite(op, "x", part, num_threads, first_row=begin)
                 part = self._rotated(part)
                 _backend.run(op, "quantize_pq_encode", part, part, codebooks, codes[block], num_threads=num_threads)
                 report(len(part))
@@ -340,7 +338,7 @@ class ProductQuantizer:
         """
         op = "quantize.ProductQuantizer.decode"
         codebooks = self._fitted(op)
-        table = self._codes(op, codes)
+        table = codes_of(op, codes, self.code_size)
         like = codes if is_array(codes) else table
         out = output(op, out, like, (len(table), self.dim), "float32")
         rows = np.asarray(out)
@@ -370,7 +368,7 @@ class ProductQuantizer:
             Codes of another size.
         """
         op = "quantize.ProductQuantizer.pack"
-        table = self._codes(op, codes)
+        table = codes_of(op, codes, self.code_size)
         width, columns = (64, self.code_size) if self.bits == 8 else (16, -(-self.code_size // 4) * 4)
         blocks = np.empty((-(-len(table) // width), columns, width), np.uint8)
         _backend.run(op, "quantize_pq_pack", table, table, blocks, num_threads=num_threads)
@@ -434,10 +432,10 @@ class ProductQuantizer:
         like = queries.values if isinstance(queries, BlockSparse) else queries
         if isinstance(queries, BlockSparse):
             queries = queries.to_dense()
-        rows = self._rotated(as_float32(self._vectors(op, "queries", queries)))
+        rows = self._rotated(as_float32(vectors_of(op, "queries", queries, self.dim)))
         table, n = (self._blocks(op, codes), len(codes)) if isinstance(codes, PackedCodes) else (None, 0)
         if table is None:
-            table = self._codes(op, codes)
+            table = codes_of(op, codes, self.code_size)
             n = len(table)
         k = as_count(op, "k", k)
         taking_part = as_selection(op, "include", include, n)
@@ -540,21 +538,6 @@ class ProductQuantizer:
             raise RuntimeError(f"{op}: the quantizer must be fitted before; call fit(x)")
         return self.codebooks
 
-    def _vectors(self, op: str, name: str, x: Any) -> Any:
-        """Return `x` in its library: conversion waits until a block of it is needed."""
-        rows = as_array(op, name, x, dtypes=_FLOATS, ndim=2, dense=False)
-        if device_name(rows) != "cpu":
-            raise TypeError(f"{op}: {name} must be on cpu, got {device_name(rows)}; this function has no CUDA form yet")
-        if rows.shape[1] != self.dim:
-            raise ValueError(f"{op}: {name} must have d = {self.dim}, got {rows.shape[1]}")
-        return rows
-
-    def _codes(self, op: str, codes: Any) -> npt.NDArray[np.uint8]:
-        table = _on_host(op, "codes", as_array(op, "codes", codes, dtypes=("uint8",), ndim=2))
-        if table.shape[1] != self.code_size:
-            raise ValueError(f"{op}: codes must have {self.code_size} bytes a row, got {table.shape[1]}")
-        return table
-
     def _blocks(self, op: str, codes: PackedCodes) -> npt.NDArray[np.uint8]:
         shape = (self.code_size, 64) if self.bits == 8 else (-(-self.code_size // 4) * 4, 16)
         if codes.blocks.shape[1:] != shape:
@@ -569,13 +552,6 @@ class ProductQuantizer:
         if rotation is not None:
             x = x @ rotation.T
         return np.ascontiguousarray(x.reshape(len(x), self.m, -1).transpose(1, 0, 2))
-
-
-def _on_host(op: str, name: str, x: Any) -> npt.NDArray[Any]:
-    """Return a numpy view of an array of any library."""
-    if device_name(x) != "cpu":
-        raise TypeError(f"{op}: {name} must be on cpu, got {device_name(x)}; this function has no CUDA form yet")
-    return np.asarray(x)
 
 
 def _tensor(state: State, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:

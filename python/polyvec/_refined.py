@@ -178,7 +178,7 @@ class Refined:
                 else:
                     with np.errstate(over="ignore"):
                         vectors[block] = rows
-                    _require_finite(op, vectors[block], begin)
+                    _backend.require_finite(op, "x", vectors[block], num_threads, first_row=begin)
                 if bounds is not None:
                     bounds[block] = self._bounds(rows, codes[block], num_threads)
                 report(len(rows))
@@ -260,7 +260,7 @@ class Refined:
         rescored, todo, wanted = np.zeros(len(rows), np.int64), np.arange(len(rows)), min(self.factor * k, max(n, 1))
         largest: tuple[float, ...] = ()
         if certified:
-            _require_finite(op, rows, 0, "queries")
+            _backend.require_finite(op, "queries", rows, num_threads)
             largest = tuple(float(np.max(encoded.bounds[:, part], initial=0)) for part in (0, 1))
         options = {} if include is None else {"include": include}
         while len(todo):
@@ -356,8 +356,7 @@ class Refined:
         decoded = np.float64(self.codec.decode(codes, num_threads=num_threads))
         exact = np.float64(rows)
         if self.codec.metric == "cosine":
-            norms = np.linalg.norm(exact, axis=1, keepdims=True)
-            exact = np.divide(exact, norms, out=np.zeros_like(exact), where=norms > 0)
+            exact = _unit(exact)
         lost = np.linalg.norm(exact - decoded, axis=1)
         return np.stack([lost, self.codec._reach(decoded)], 1).astype(np.float32)
 
@@ -405,8 +404,7 @@ class Refined:
         """Whether a vector that was no candidate may score as well as the k-th best."""
         q = np.float64(queries)
         if self.codec.metric == "cosine":
-            norms = np.linalg.norm(q, axis=1, keepdims=True)
-            q = np.divide(q, norms, out=np.zeros_like(q), where=norms > 0)
+            q = _unit(q)
         lost, reach = largest
         complete = candidates[:, -1] >= 0  # else all are candidates
         last, least = (np.where(complete, column, 0).astype(np.float64) for column in (coarse[:, -1], scores[:, -1]))
@@ -421,7 +419,8 @@ class Refined:
         return np.asarray(lacks & complete, np.bool_)
 
 
-def _require_finite(op: str, rows: Any, begin: int, name: str = "x") -> None:
-    bad = np.flatnonzero(~np.isfinite(rows).all(1))
-    if len(bad):
-        raise ValueError(f"{op}: {name} must be finite, got NaN or Inf in row {begin + int(bad[0])}")
+def _unit(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the rows divided by their norms; a row of zeros stays one."""
+    norms = np.linalg.norm(x, axis=1, keepdims=True)
+    unit: npt.NDArray[np.float64] = np.divide(x, norms, out=np.zeros_like(x), where=norms > 0)
+    return unit
