@@ -9,9 +9,13 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <utility>
+#include <vector>
 
 #include "polyvec/exec.hpp"
 #include "status.hpp"
+
+alignas(16) extern __shared__ unsigned char dynamic_shared_memory[];  // what a launch gives to each block
 
 namespace polyvec {
 
@@ -40,6 +44,24 @@ inline bool wait_after_launch() {
     return wait;
 }
 
+/// Queues `kernel(args...)` in blocks of threads, each with `bytes` of `dynamic_shared_memory`.
+template <class... Params, class... Args>
+void launch(const char* op, Cuda cuda, dim3 grid, dim3 block, std::size_t bytes, void (*kernel)(Params...),
+            const Args&... args) {
+    constexpr std::size_t granted = 48 << 10;  // more must be asked for
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = bytes;
+    config.stream = reinterpret_cast<cudaStream_t>(cuda.stream);
+    const DeviceGuard guard(op, cuda.device);
+    if (bytes > granted)
+        check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+    check(op, cudaLaunchKernelEx(&config, kernel, args...));
+    check(op, cudaGetLastError());
+    if (wait_after_launch()) check(op, cudaStreamSynchronize(config.stream));
+}
+
 constexpr unsigned threads_per_block = 256;
 constexpr unsigned max_grid_y = 65535;
 
@@ -52,15 +74,10 @@ void launch_rows(const char* op, Cuda cuda, std::int64_t rows, std::int64_t d, v
     if (rows == 0 || d == 0) return;  // CUDA refuses an empty grid
     unsigned lanes = 1;
     while (lanes < d && lanes < threads_per_block / 2) lanes *= 2;
-    cudaLaunchConfig_t config{};
-    config.blockDim = dim3(lanes, threads_per_block / lanes);
-    config.gridDim = dim3(static_cast<unsigned>((rows + config.blockDim.y - 1) / config.blockDim.y),
-                          static_cast<unsigned>(std::min<std::int64_t>((d + lanes - 1) / lanes, max_grid_y)));
-    config.stream = reinterpret_cast<cudaStream_t>(cuda.stream);
-    const DeviceGuard guard(op, cuda.device);
-    check(op, cudaLaunchKernelEx(&config, kernel, args...));
-    check(op, cudaGetLastError());
-    if (wait_after_launch()) check(op, cudaStreamSynchronize(config.stream));
+    const dim3 block(lanes, threads_per_block / lanes);
+    const dim3 grid(static_cast<unsigned>((rows + block.y - 1) / block.y),
+                    static_cast<unsigned>(std::min<std::int64_t>((d + lanes - 1) / lanes, max_grid_y)));
+    launch(op, cuda, grid, block, 0, kernel, args...);
 }
 
 /// Memory that an op needs for itself: taken and given back in the order of the stream, so that nothing waits for it.
@@ -86,6 +103,36 @@ private:
     int device_;
     cudaStream_t stream_;
     T* memory_;
+};
+
+/// A copy of a vector, on a device as long as this lives. The copying is queued: the vector must outlive it.
+template <class T>
+class DeviceArray {
+public:
+    DeviceArray() = default;
+    DeviceArray(const char* op, Cuda cuda, const std::vector<T>& x) {
+        const DeviceGuard guard(op, cuda.device);
+        const std::size_t bytes = x.size() * sizeof(T);
+        void* memory = nullptr;
+        if (bytes > 0) check(op, cudaMalloc(&memory, bytes));
+        memory_ = static_cast<T*>(memory);
+        if (bytes > 0)
+            check(op, cudaMemcpyAsync(memory, x.data(), bytes, cudaMemcpyHostToDevice,
+                                      reinterpret_cast<cudaStream_t>(cuda.stream)));
+    }
+    DeviceArray(DeviceArray&& other) noexcept { *this = std::move(other); }
+    DeviceArray& operator=(DeviceArray&& other) noexcept {
+        std::swap(memory_, other.memory_);
+        return *this;
+    }
+    ~DeviceArray() {
+        if (memory_) cudaFree(memory_);
+    }
+
+    const T* get() const { return memory_; }
+
+private:
+    T* memory_ = nullptr;
 };
 
 template <class T>

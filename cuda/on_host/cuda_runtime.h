@@ -1,22 +1,34 @@
-/// The part of CUDA that polyvec uses, on a CPU: a launch calls the kernel once a thread, one after the other.
+/// The part of CUDA that polyvec uses, on a CPU: a launch runs its blocks one after the other.
 ///
-/// It lets the tests run the code of the kernels, and their callers, where there is no GPU. It shows wrong indices and
-/// wrong arithmetic; it says nothing about races, memory spaces, launch limits or rounding on a GPU. Kernels that share
-/// memory or wait for one another cannot run here. For tests only: no wheel contains it.
+/// It lets the tests run the code of the kernels, and their callers, where there is no GPU. It shows wrong indices,
+/// wrong arithmetic and barriers that not all threads reach; it says nothing about races, memory spaces or rounding on
+/// a GPU. For tests only: no wheel contains it.
 #pragma once
 
 #include <cmath>
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
+
+#include "block.hpp"
 
 #define __global__
 #define __device__
 #define __host__
+#define __forceinline__ inline
 #define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ thread_local
 
 struct dim3 {
     unsigned x = 1, y = 1, z = 1;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
 };
 inline thread_local dim3 gridDim, blockDim, blockIdx, threadIdx;
 
@@ -34,6 +46,13 @@ inline unsigned __float_as_uint(float x) {
     return bits;
 }
 
+inline int __popc(unsigned x) {
+    return __builtin_popcount(x);
+}
+inline int __ffs(unsigned x) {
+    return __builtin_ffs(static_cast<int>(x));
+}
+
 template <class T>
 T atomicAdd(T* sum, T x) {
     const T before = *sum;
@@ -41,7 +60,65 @@ T atomicAdd(T* sum, T x) {
     return before;
 }
 
-enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation = 2, cudaErrorInsufficientDriver = 35 };
+inline void __syncthreads() {
+    on_host::Block::current().sync();
+}
+inline void __syncwarp(unsigned mask = ~0u) {
+    on_host::Block::current().sync_warp(mask);
+}
+
+template <class T>
+T __shfl_sync(unsigned mask, T x, int lane) {
+    return on_host::Block::current().exchange(mask, x, [&](auto of) { return of(static_cast<unsigned>(lane) % 32); });
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T x, int bits) {
+    return __shfl_sync(mask, x, static_cast<int>(on_host::Block::current().lane()) ^ bits);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T x, unsigned distance) {
+    const unsigned lane = on_host::Block::current().lane();
+    return __shfl_sync(mask, x, static_cast<int>(lane < distance ? lane : lane - distance));
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T x, unsigned distance) {
+    const unsigned lane = on_host::Block::current().lane();
+    return __shfl_sync(mask, x, static_cast<int>(lane + distance < 32 ? lane + distance : lane));
+}
+
+/// The lanes of `mask` whose value, or this lane's value and theirs, fulfil a condition, as bits.
+template <class T, class F>
+unsigned lanes_that(unsigned mask, T x, F condition) {
+    return on_host::Block::current().exchange(mask, x, [&](auto of) {
+        unsigned found = 0;
+        for (unsigned lane = 0; lane < 32; ++lane)
+            if (mask >> lane & 1 && condition(of(lane))) found |= 1u << lane;
+        return found;
+    });
+}
+inline unsigned __ballot_sync(unsigned mask, int condition) {
+    return lanes_that(mask, condition, [](int other) { return other != 0; });
+}
+template <class T>
+unsigned __match_any_sync(unsigned mask, T x) {
+    return lanes_that(mask, x, [&](T other) { return other == x; });
+}
+inline int __any_sync(unsigned mask, int condition) {
+    return __ballot_sync(mask, condition) != 0;
+}
+inline int __all_sync(unsigned mask, int condition) {
+    return __ballot_sync(mask, !condition) == 0;
+}
+
+enum cudaError_t {
+    cudaSuccess,
+    cudaErrorInvalidValue,
+    cudaErrorMemoryAllocation,
+    cudaErrorInsufficientDriver = 35,
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToDevice };
 using cudaStream_t = struct Stream*;
 
 struct cudaLaunchConfig_t {
@@ -50,18 +127,42 @@ struct cudaLaunchConfig_t {
     cudaStream_t stream = nullptr;
 };
 
+constexpr std::size_t shared_memory_limit = 227 << 10;  // of a Hopper GPU
+/// What kernels declare as `extern __shared__`.
+alignas(16) inline thread_local unsigned char dynamic_shared_memory[shared_memory_limit];
+
 template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), const Args&... args) {
-    const auto for_each = [](const dim3& n, dim3& at, auto f) {
-        for (at.z = 0; at.z < n.z; ++at.z)
-            for (at.y = 0; at.y < n.y; ++at.y)
-                for (at.x = 0; at.x < n.x; ++at.x) f();
-    };
-    gridDim = config->gridDim, blockDim = config->blockDim;
-    for_each(gridDim, blockIdx, [&] { for_each(blockDim, threadIdx, [&] { kernel(args...); }); });
+    const dim3 grid = gridDim = config->gridDim, block = blockDim = config->blockDim;
+    const unsigned threads = block.x * block.y * block.z;
+    if (threads == 0 || threads > 1024 || config->dynamicSmemBytes > shared_memory_limit) return cudaErrorInvalidValue;
+    for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
+        for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
+            for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
+                std::memset(dynamic_shared_memory, 0xff, config->dynamicSmemBytes);  // NaN
+                on_host::Block::current().run(
+                    threads, [&] { kernel(args...); },
+                    [&](unsigned i) { threadIdx = {i % block.x, i / block.x % block.y, i / block.x / block.y}; });
+            }
+    return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
     return cudaSuccess;
 }
 
+inline cudaError_t cudaMalloc(void** memory, std::size_t bytes) {
+    *memory = std::malloc(bytes);
+    return *memory ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+inline cudaError_t cudaFree(void* memory) {
+    std::free(memory);
+    return cudaSuccess;
+}
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind, cudaStream_t) {
+    if (bytes) std::memcpy(to, from, bytes);
+    return cudaSuccess;
+}
 inline cudaError_t cudaMallocAsync(void** memory, std::size_t bytes, cudaStream_t) {
     *memory = std::malloc(bytes);
     return *memory ? cudaSuccess : cudaErrorMemoryAllocation;
@@ -83,6 +184,10 @@ struct cudaDeviceProp {
 };
 inline cudaError_t cudaGetDeviceCount(int* count) {
     *count = 1;
+    return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : static_cast<int>(shared_memory_limit);
     return cudaSuccess;
 }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* device, int) {
@@ -108,8 +213,12 @@ inline cudaError_t cudaGetLastError() {
     return cudaSuccess;
 }
 inline const char* cudaGetErrorString(cudaError_t status) {
-    return status == cudaErrorMemoryAllocation ? "out of memory" : "no error";
+    return status == cudaSuccess                 ? "no error"
+           : status == cudaErrorMemoryAllocation ? "out of memory"
+                                                 : "invalid argument";
 }
 inline const char* cudaGetErrorName(cudaError_t status) {
-    return status == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation" : "cudaSuccess";
+    return status == cudaSuccess                 ? "cudaSuccess"
+           : status == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation"
+                                                 : "cudaErrorInvalidValue";
 }
