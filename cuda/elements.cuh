@@ -40,4 +40,20 @@ __device__ inline float rounded_to_bfloat16(float x) {
     return __uint_as_float((bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u);
 }
 
+/// `x` rounded to float16, to even: beyond its range infinite, NaN stays NaN.
+__device__ inline std::uint16_t bits_of_float16(float x) {
+    const unsigned sign = __float_as_uint(x) >> 16 & 0x8000u, magnitude = __float_as_uint(x) & 0x7fffffffu;
+    unsigned bits;
+    if (magnitude > 0x7f800000u) {
+        bits = 0x7e00u;
+    } else if (magnitude >= 0x477ff000u) {  // halfway between the largest number and the next
+        bits = 0x7c00u;
+    } else if (magnitude < 0x38800000u) {  // subnormal: the last bit of 0.5 is the unit
+        bits = __float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000u;
+    } else {
+        bits = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13;
+    }
+    return static_cast<std::uint16_t>(sign | bits);
+}
+
 }  // namespace polyvec

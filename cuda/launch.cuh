@@ -48,7 +48,7 @@ inline bool wait_after_launch() {
 template <class... Params, class... Args>
 void launch(const char* op, Cuda cuda, dim3 grid, dim3 block, std::size_t bytes, void (*kernel)(Params...),
             const Args&... args) {
-    constexpr std::size_t granted = 48 << 10;  // more must be asked for
+    constexpr std::size_t granted = 40 << 10;  // of 48 KB, with what kernels declare; more must be asked for
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = block;
@@ -64,6 +64,19 @@ void launch(const char* op, Cuda cuda, dim3 grid, dim3 block, std::size_t bytes,
 
 constexpr unsigned threads_per_block = 256;
 constexpr unsigned max_grid_y = 65535;
+
+/// Enough blocks for n items, `per_block` in each, in x; `rows` of them in y, where kernels go on in steps.
+inline dim3 blocks_for(std::int64_t n, std::int64_t per_block, std::int64_t rows = 1) {
+    return dim3(static_cast<unsigned>((n + per_block - 1) / per_block),
+                static_cast<unsigned>(std::min<std::int64_t>(rows, max_grid_y)));
+}
+
+/// What the device has of `attribute`.
+inline std::int64_t attribute_of(const char* op, Cuda cuda, cudaDeviceAttr attribute) {
+    int value = 0;
+    check(op, cudaDeviceGetAttribute(&value, attribute, cuda.device));
+    return value;
+}
 
 /// Queues `kernel(args...)` with a thread for each of `rows` x `d` positions; the kernel visits its own by
 /// `for_each_position`. Neighbouring threads have neighbouring positions of a row, or neighbouring rows when d is

@@ -1,10 +1,14 @@
-// MaxSim on a GPU, in its plain form: a thread a pair of a query and a document, which computes one inner product after
-// the other. Products are summed in the tokens' dtype, maxima in float64, as on a CPU.
+// MaxSim on a GPU. Tokens of up to 32 bits meet on the tensor cores: by maxsim_streams.cuh whatever the format and the
+// number of queries, by maxsim_tiles.cuh where many queries meet all documents. float64, and rows too wide for shared
+// memory, take the plain form: a thread a pair, which computes one inner product after the other. Products are summed
+// in float32 (float64 for float64), maxima in float64, as on a CPU.
 #include <cmath>
 
-#include "best.cuh"
 #include "launch.cuh"
+#include "maxsim_streams.cuh"
+#include "maxsim_tiles.cuh"
 #include "polyvec/maxsim.hpp"
+#include "select.cuh"
 
 namespace polyvec {
 namespace {
@@ -71,33 +75,19 @@ struct Pairs {
     }
 };
 
-/// Of all queries and documents, or of those at the same position; rows (null, or as MaxsimMatch says).
-template <class T>
-__global__ void score_kernel(const __grid_constant__ Pairs<T> score, T* out, std::int32_t* rows,
-                             std::int64_t query_tokens, std::int64_t queries, std::int64_t docs, bool all) {
-    for_each_position(queries, all ? docs : 1, [&](std::int64_t q, std::int64_t column) {
-        const std::int64_t doc = all ? column : q;
-        std::int32_t* found = rows ? rows + (all ? doc * query_tokens : 0) + score.queries.offsets[q] : nullptr;
-        out[all ? q * docs + doc : q] = score(q, doc, found);
-    });
-}
-
-/// lists, ids: the candidates of each query, or null: all documents.
-template <class T>
-__global__ void topk_kernel(const __grid_constant__ Pairs<T> score, const std::int64_t* lists, const std::int64_t* ids,
-                            std::int64_t docs, const __grid_constant__ Parts parts, float* scores, std::int64_t* found,
-                            std::int64_t queries, std::int64_t k, float sign) {
-    for_each_position(queries, parts.count, [&](std::int64_t q, std::int64_t part) {
-        const std::int64_t begin = lists ? lists[q] : 0, n = lists ? lists[q + 1] - begin : docs;
-        const std::int64_t at = (q * parts.count + part) * k;
-        Best best{scores + at, found + at, k};
-        for (std::int64_t i = n * part / parts.count; i < n * (part + 1) / parts.count; ++i) {
-            const std::int64_t doc = ids ? ids[begin + i] : i;
-            if (doc < 0 || doc >= docs) continue;
-            const float value = static_cast<float>(score(q, doc));
-            if (best.takes(value, doc)) best.push(value, doc);
+/// Scores by Work::place, a thread for `columns` of a query's documents; rows (null, or as MaxsimMatch says).
+template <class T, class Score>
+__global__ void score_kernel(const __grid_constant__ Pairs<T> score, const __grid_constant__ streams::Work work,
+                             Score* out, std::int32_t* rows, std::int64_t query_tokens, std::int64_t queries,
+                             std::int64_t columns) {
+    for_each_position(queries, columns, [&](std::int64_t q, std::int64_t i) {
+        for (; i < work.count(q); i += columns) {
+            const std::int64_t doc = work.id(q, i);
+            std::int32_t* found =
+                rows ? rows + (work.pairs ? 0 : doc * query_tokens) + score.queries.offsets[q] : nullptr;
+            out[work.place(q, i)] =
+                doc >= 0 && doc < work.docs ? static_cast<Score>(score(q, doc, found)) : static_cast<Score>(NAN);
         }
-        best.finish(sign);
     });
 }
 
@@ -120,72 +110,378 @@ __global__ void align_kernel(const T* query, const T* doc, std::int64_t* ids, T*
     });
 }
 
-/// A thread a set and a column: sums run over the other sets and over query tokens in their order.
+/// The set that row `i` belongs to.
+__device__ std::int64_t set_of(const std::int64_t* offsets, std::int64_t sets, std::int64_t i) {
+    std::int64_t below = 0, above = sets;
+    while (above - below > 1) {
+        const std::int64_t middle = (below + above) / 2;
+        (offsets[middle] <= i ? below : above) = middle;
+    }
+    return below;
+}
+
+/// Sums of products of tokens, and a sum as a token.
 template <class T>
-__global__ void gradient_kernel(const __grid_constant__ Sets<T> queries, const __grid_constant__ Sets<T> docs,
-                                const T* weights, const std::int32_t* rows, T* gradient, std::int64_t n_queries,
-                                std::int64_t n_docs, std::int64_t query_tokens, std::int64_t d, bool of_docs,
-                                bool all) {
-    const Sets<T>&sets = of_docs ? docs : queries, &others = of_docs ? queries : docs;
-    for_each_position(of_docs ? n_docs : n_queries, d, [&](std::int64_t set, std::int64_t c) {
-        for (std::int64_t i = sets.offsets[set]; i < sets.offsets[set + 1]; ++i) gradient[i * d + c] = 0;
-        const std::int64_t end = all ? (of_docs ? n_queries : n_docs) : set + 1;
-        for (std::int64_t other = all ? 0 : set; other < end; ++other) {
-            const std::int64_t query = of_docs ? other : set, doc = of_docs ? set : other;
-            const T weight = weights[all ? query * n_docs + doc : query];
-            const std::int32_t* found = rows + (all ? doc * query_tokens : 0);
-            for (std::int64_t i = queries.offsets[query]; i < queries.offsets[query + 1]; ++i) {
-                if (found[i] < 0) continue;
-                const std::int64_t j = docs.offsets[doc] + found[i];
-                T& sum = gradient[(of_docs ? j : i) * d + c];
-                sum = fma(weight, others.tokens[(of_docs ? i : j) * d + c], sum);
+using SumOfTokens = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+__device__ T token_of(SumOfTokens<T> x) {
+    if constexpr (std::is_same_v<T, BFloat16>) {
+        return {static_cast<std::uint16_t>(__float_as_uint(rounded_to_bfloat16(x)) >> 16)};
+    } else if constexpr (std::is_same_v<T, Float16>) {
+        return {bits_of_float16(x)};
+    } else {
+        return x;
+    }
+}
+
+/// What gradients need: tokens of both sides and the rows that MaxsimMatch wrote.
+template <class T>
+struct Matches {
+    Sets<T> queries, docs;
+    std::int64_t n_queries, n_docs, query_tokens, d;
+    const SumOfTokens<T>* weights;  // the gradient of the scores
+    const std::int32_t* rows;
+    bool all;
+};
+
+constexpr int columns_per_lane = 4;
+
+/// A warp a query token and 128 columns: sums over documents in their order.
+template <class T>
+__global__ void query_gradient_kernel(const __grid_constant__ Matches<T> m, T* gradient) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const std::int64_t i = std::int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+    if (i >= m.query_tokens) return;
+    const std::int64_t query = set_of(m.queries.offsets, m.n_queries, i);
+    const std::int64_t begin = m.all ? 0 : query, end = m.all ? m.n_docs : query + 1;
+    for (std::int64_t first = std::int64_t(blockIdx.y) * 32 * columns_per_lane; first < m.d;
+         first += std::int64_t(gridDim.y) * 32 * columns_per_lane) {
+        SumOfTokens<T> sums[columns_per_lane] = {};
+        for (std::int64_t base = begin; base < end; base += 32) {
+            const std::int64_t doc = base + lane;
+            std::int32_t row = -1;
+            std::int64_t at = 0;
+            SumOfTokens<T> weight = 0;
+            if (doc < end) {
+                row = m.rows[(m.all ? doc * m.query_tokens : 0) + i];
+                at = m.docs.offsets[doc] + row;
+                weight = m.weights[m.all ? query * m.n_docs + doc : query];
+            }
+            for (unsigned left = __ballot_sync(whole_warp, row >= 0); left; left &= left - 1) {
+                const int from = __ffs(static_cast<int>(left)) - 1;
+                const T* token = m.docs.tokens + __shfl_sync(whole_warp, at, from) * m.d;
+                const SumOfTokens<T> by = __shfl_sync(whole_warp, weight, from);
+                for (int c = 0; c < columns_per_lane; ++c) {
+                    const std::int64_t column = first + c * 32 + lane;
+                    if (column < m.d) sums[c] = fma(by, static_cast<SumOfTokens<T>>(value_of(token[column])), sums[c]);
+                }
             }
         }
-    });
+        for (int c = 0; c < columns_per_lane; ++c) {
+            const std::int64_t column = first + c * 32 + lane;
+            if (column < m.d) gradient[i * m.d + column] = token_of<T>(sums[c]);
+        }
+    }
 }
+
+/// A warp a document token and 128 columns: of the query tokens that found it, in their order. sets: each query
+/// token's.
+template <class T>
+__global__ void doc_gradient_kernel(const __grid_constant__ Matches<T> m, const std::int32_t* sets,
+                                    std::int64_t doc_tokens, T* gradient) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const std::int64_t j = std::int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
+    if (j >= doc_tokens) return;
+    const std::int64_t doc = set_of(m.docs.offsets, m.n_docs, j), row = j - m.docs.offsets[doc];
+    const std::int64_t begin = m.all ? 0 : m.queries.offsets[doc];
+    const std::int64_t end = m.all ? m.query_tokens : m.queries.offsets[doc + 1];
+    const std::int32_t* found = m.rows + (m.all ? doc * m.query_tokens : 0);
+    for (std::int64_t first = std::int64_t(blockIdx.y) * 32 * columns_per_lane; first < m.d;
+         first += std::int64_t(gridDim.y) * 32 * columns_per_lane) {
+        SumOfTokens<T> sums[columns_per_lane] = {};
+        for (std::int64_t base = begin; base < end; base += 32) {
+            const std::int64_t i = base + lane;
+            for (unsigned left = __ballot_sync(whole_warp, i < end && found[i] == row); left; left &= left - 1) {
+                const std::int64_t token = base + __ffs(static_cast<int>(left)) - 1;
+                const SumOfTokens<T> by = m.weights[m.all ? sets[token] * m.n_docs + doc : doc];
+                for (int c = 0; c < columns_per_lane; ++c) {
+                    const std::int64_t column = first + c * 32 + lane;
+                    if (column < m.d)
+                        sums[c] = fma(by, static_cast<SumOfTokens<T>>(value_of(m.queries.tokens[token * m.d + column])),
+                                      sums[c]);
+                }
+            }
+        }
+        for (int c = 0; c < columns_per_lane; ++c) {
+            const std::int64_t column = first + c * 32 + lane;
+            if (column < m.d) gradient[j * m.d + column] = token_of<T>(sums[c]);
+        }
+    }
+}
+
+__global__ void sets_kernel(const std::int64_t* offsets, std::int64_t sets, std::int64_t tokens, std::int32_t* out) {
+    for_each_position(
+        tokens, 1, [&](std::int64_t i, std::int64_t) { out[i] = static_cast<std::int32_t>(set_of(offsets, sets, i)); });
+}
+
+/// The scores of a call and, where they are wanted, the rows that they are of.
+struct Scores {
+    const char* op;
+    Cuda cuda;
+    TokenSets queries;
+    StoredTokens docs;
+    Missing missing;
+    streams::Work work;
+    std::int64_t columns;  // documents a query, about
+    DType dtype;           // of the scores: float32, or float64 for float64 tokens
+    void* out;             // by Work::place
+    std::int32_t* rows;    // null when not wanted
+};
 
 template <class F>
 void with_float(DType dtype, F f) {
     dtype == DType::f32 ? f.template operator()<float>() : f.template operator()<double>();
 }
 
-void require_floats(const char* op, const StoredTokens& docs) {
-    require<TypeError>(docs.format() == StoredTokens::floats, op,
-                       "docs must be float32 or float64 on a GPU, got packed tokens");
+/// Calls f with a constant: the type of tokens as they are.
+template <class F>
+void with_tokens(DType dtype, F f) {
+    if (dtype == DType::f32) {
+        f.template operator()<float>();
+    } else if (dtype == DType::f64) {
+        f.template operator()<double>();
+    } else if (dtype == DType::f16) {
+        f.template operator()<Float16>();
+    } else {
+        f.template operator()<BFloat16>();
+    }
 }
 
-template <class T>
-void score(const char* op, Cuda cuda, const Pairs<T>& pairs, const TokenSets& queries, const TokenSets& docs,
-           const Array& out, const Array& rows) {
-    const bool all = out.ndim == 2;
-    launch_rows(op, cuda, queries.size(), all ? docs.size() : 1, score_kernel<T>, pairs, out.as<T>(),
-                rows.as<std::int32_t>(), queries.tokens.dim(0), queries.size(), docs.size(), all);
+template <class T, class Score>
+void score_plainly(const Scores& call) {
+    const Pairs<T> pairs{sets_of<T>(call.queries), sets_of<T>(call.docs), call.queries.dim(), call.missing};
+    launch_rows(call.op, call.cuda, call.queries.size(), call.columns, score_kernel<T, Score>, pairs, call.work,
+                static_cast<Score*>(call.out), call.rows, call.queries.tokens.dim(0), call.queries.size(),
+                call.columns);
 }
 
-template <class Op>
-void score(const Op& op, Cuda cuda) {
-    require_floats(op.op, op.docs);
-    with_float(op.out.dtype, [&]<class T>() {
-        const Pairs<T> pairs{sets_of<T>(op.queries), sets_of<T>(op.docs), op.queries.dim(), op.missing};
-        score(op.op, cuda, pairs, op.queries, op.docs, op.out, Array());
+/// Rounds queries to 16 bits.
+void round_queries(const Scores& call, Words to, std::uint16_t* out) {
+    const std::int64_t n = call.queries.tokens.size();
+    if (n == 0) return;
+    with_tokens(call.queries.tokens.dtype, [&]<class T>() {
+        launch(call.op, call.cuda, blocks_for(n, threads_per_block), dim3(threads_per_block), 0,
+               streams::halves_kernel<T>, call.queries.tokens.as<const T>(), n, to, out);
     });
+}
+
+/// Calls f(Tokens()) for the form in which streams read the documents.
+template <class F>
+void with_stored(const StoredTokens& docs, std::int64_t row_bytes, F f) {
+    const bool whole = row_bytes % 16 == 0 && reinterpret_cast<std::uintptr_t>(docs.tokens.data) % 16 == 0;
+    const auto plain = [&]<Words words>() {
+        whole ? f(streams::PlainTokens<words, true>()) : f(streams::PlainTokens<words, false>());
+    };
+    switch (docs.format()) {
+        case StoredTokens::floats:
+            plain.template operator()<Words::f32>();
+            break;
+        case StoredTokens::bfloat16:
+            plain.template operator()<Words::bf16>();
+            break;
+        case StoredTokens::float16:
+            plain.template operator()<Words::f16>();
+            break;
+        case StoredTokens::int8:
+            plain.template operator()<Words::s8>();
+            break;
+        case StoredTokens::residual4:
+            f(streams::ResidualTokens<4>());
+            break;
+        case StoredTokens::residual2:
+            f(streams::ResidualTokens<2>());
+            break;
+    }
+}
+
+/// false where a query of 32 tokens does not fit into shared memory.
+bool score_by_streams(const Scores& call) {
+    const auto& [op, cuda, queries, docs, missing, work, columns, dtype, out, found] = call;
+    const std::int64_t d = queries.dim(), tokens = queries.tokens.dim(0), n = queries.size();
+    const std::int64_t row_bytes = docs.tokens.dim(1) * static_cast<std::int64_t>(size_of(docs.tokens.dtype));
+    bool fits = true;
+    with_stored(docs, row_bytes, [&]<class Tokens>(Tokens) {
+        constexpr bool bytes = Tokens::words == Words::s8;
+        const std::int64_t words = bytes ? (d + 3) / 4 : Tokens::words == Words::f32 ? d : (d + 1) / 2;
+        const auto chunks = static_cast<int>((words + words_per_chunk - 1) / words_per_chunk);
+        constexpr std::int64_t fragment_bytes = streams::fragments_per_chunk * sizeof(uint4), budget = 48 << 10;
+        const std::int64_t pass_bytes = std::max(1, chunks) * fragment_bytes,
+                           passes = (tokens + streams::rows - 1) / streams::rows;
+        const std::int64_t resident =
+            std::clamp<std::int64_t>(budget / pass_bytes, 1, std::max<std::int64_t>(1, passes));
+        if (resident * pass_bytes > attribute_of(op, cuda, cudaDevAttrMaxSharedMemoryPerBlockOptin) - 2048) {
+            fits = false;
+            return;
+        }
+
+        // Queries in the words of the documents.
+        const DType own = Tokens::words == Words::bf16  ? DType::bf16
+                          : Tokens::words == Words::f16 ? DType::f16
+                                                        : DType::f32;
+        const bool as_they_are = !bytes && queries.tokens.dtype == own;
+        const Scratch<std::uint16_t> halves(op, cuda, as_they_are || bytes ? 0 : tokens * d);
+        const Scratch<unsigned> quads(op, cuda, bytes ? tokens * words : 0);
+        const Scratch<float> factors(op, cuda, bytes ? tokens : 0);
+        streams::Queries rows{queries.tokens.data,
+                              d,
+                              Tokens::words == Words::f32 ? 4 : 2,
+                              nullptr,
+                              queries.offsets.as<const std::int64_t>(),
+                              n,
+                              tokens};
+        streams::Docs stored{docs.tokens.as<const unsigned char>(),
+                             row_bytes,
+                             docs.offsets.as<const std::int64_t>(),
+                             docs.size(),
+                             docs.scales.as<const float>(),
+                             docs.centroid_ids.as<const std::int32_t>(),
+                             docs.centroids ? docs.centroids.dim(0) : 0,
+                             docs.weights.as<const float>(),
+                             nullptr};
+        const Scratch<float4> centroid_scores(
+            op, cuda, Tokens::residual ? (tokens / streams::rows + n) * stored.centroids * 8 : 0);
+        if constexpr (bytes) {
+            rows = {quads.get(), words, 4, factors.get(), rows.offsets, n, tokens};
+            stored.centroid_scores = centroid_scores.get();
+            if (tokens > 0)
+                with_tokens(queries.tokens.dtype, [&]<class T>() {
+                    const T* floats = queries.tokens.as<const T>();
+                    launch(op, cuda, blocks_for(tokens, streams::warps), dim3(streams::warps * 32), 0,
+                           streams::bytes_kernel<Tokens, T>, floats, tokens, d, words, stored.weights, quads.get(),
+                           factors.get());
+                    if (!Tokens::residual || stored.centroids == 0) return;
+                    launch(op, cuda, blocks_for(stored.centroids * 8, threads_per_block, n), dim3(threads_per_block), 0,
+                           streams::centroid_kernel<T>, floats, rows.offsets, n, docs.centroids.as<const float>(),
+                           stored.centroids, d, centroid_scores.get());
+                });
+        } else if (!as_they_are) {
+            round_queries(call, Tokens::words, halves.get());
+            rows.rows = halves.get();
+        }
+
+        // A block keeps its query and goes on to further documents; few documents are shared by the warps of a block.
+        const std::int64_t blocks = 4 * attribute_of(op, cuda, cudaDevAttrMultiProcessorCount);
+        const bool split = n * columns < 16 * blocks * streams::warps;
+        const std::int64_t needed = split ? columns : (columns + streams::warps - 1) / streams::warps;
+        const dim3 grid = blocks_for(std::clamp<std::int64_t>((4 * blocks + n - 1) / n, 1, needed), 1, n);
+        const auto score = [&](auto* kernel) {
+            launch(op, cuda, grid, dim3(streams::warps * 32), resident * pass_bytes, kernel, rows, stored, work, chunks,
+                   resident * streams::rows, split, missing, static_cast<float*>(out), found);
+        };
+        if constexpr (!bytes) {
+            if (found) return score(streams::score_kernel<Tokens, true>);
+        }
+        score(streams::score_kernel<Tokens, false>);
+    });
+    return fits;
+}
+
+/// Many queries of 16 bits against all documents: false where they do not have the form that tiles take.
+bool score_by_tiles(const Scores& call) {
+#ifdef POLYVEC_SM_90A
+    const auto& [op, cuda, queries, docs, missing, work, columns, dtype, out, found] = call;
+    const std::int64_t d = queries.dim(), tokens = queries.tokens.dim(0), n_docs = docs.size();
+    const StoredTokens::Format format = docs.format();
+    if (format != StoredTokens::bfloat16 && format != StoredTokens::float16) return false;
+    if (work.pairs || work.lists || tokens < tiles::block_rows / 2 || d % 8 != 0 || d > tiles::most_d || d == 0 ||
+        docs.tokens.dim(1) != d || reinterpret_cast<std::uintptr_t>(docs.tokens.data) % 16 != 0)
+        return false;
+    if (attribute_of(op, cuda, cudaDevAttrComputeCapabilityMajor) != 9) return false;
+
+    const Words words = format == StoredTokens::bfloat16 ? Words::bf16 : Words::f16;
+    const bool as_they_are = queries.tokens.dtype == (words == Words::bf16 ? DType::bf16 : DType::f16);
+    const Scratch<std::uint16_t> halves(op, cuda, as_they_are ? 0 : tokens * d);
+    if (!as_they_are) round_queries(call, words, halves.get());
+    const std::uint16_t* rows = as_they_are ? queries.tokens.as<const std::uint16_t>() : halves.get();
+
+    // Documents in slices whose maxima take little memory.
+    constexpr std::int64_t most_maxima = 1 << 26;
+    const std::int64_t slice = std::clamp<std::int64_t>(most_maxima / tokens, 1, n_docs);
+    const Scratch<float> best(op, cuda, slice * tokens);
+    const std::int64_t row_blocks = (tokens + tiles::block_rows - 1) / tiles::block_rows;
+    const std::int64_t blocks = 8 * attribute_of(op, cuda, cudaDevAttrMultiProcessorCount);
+    for (std::int64_t first = 0; first < n_docs; first += slice) {
+        const std::int64_t count = std::min(slice, n_docs - first);
+        const auto* offsets = docs.offsets.as<const std::int64_t>() + first;
+        std::int32_t* found_here = found ? found + first * tokens : nullptr;
+        const tiles::Tokens sets{rows, docs.tokens.as<const std::uint16_t>(), offsets, tokens, count, d};
+        const dim3 grid = blocks_for(row_blocks, 1, std::clamp<std::int64_t>(blocks / row_blocks, 1, count));
+        const auto run = [&]<Words w, int steps>() {
+            launch(op, cuda, grid, dim3(tiles::threads), tiles::shared_bytes<steps>,
+                   found ? tiles::row_maxima_kernel<w, steps, true> : tiles::row_maxima_kernel<w, steps, false>, sets,
+                   best.get(), found_here);
+        };
+        const auto run_width = [&]<Words w>() {
+            d <= 64   ? run.template operator()<w, 4>()
+            : d <= 96 ? run.template operator()<w, 6>()
+                      : run.template operator()<w, 8>();
+        };
+        words == Words::bf16 ? run_width.template operator()<Words::bf16>()
+                             : run_width.template operator()<Words::f16>();
+        launch(op, cuda, blocks_for(queries.size(), 128, count), dim3(128), 0,
+               found ? tiles::sum_kernel<true> : tiles::sum_kernel<false>, best.get(), found_here,
+               queries.offsets.as<const std::int64_t>(), offsets, queries.size(), count, tokens, missing,
+               static_cast<float*>(out) + first, n_docs);
+    }
+    return true;
+#else
+    return static_cast<void>(call), false;
+#endif
+}
+
+void score(const Scores& call) {
+    if (call.queries.size() == 0 || call.columns == 0) return;
+    if (call.queries.tokens.dtype == DType::f64)
+        return call.dtype == DType::f64 ? score_plainly<double, double>(call) : score_plainly<double, float>(call);
+    if (score_by_tiles(call) || score_by_streams(call)) return;
+    require(call.docs.format() == StoredTokens::floats, call.op,
+            "queries must have a d that fits into shared memory, got ", call.queries.dim());
+    score_plainly<float, float>(call);
+}
+
+streams::Work all_of(const StoredTokens& docs) {
+    return {nullptr, nullptr, false, docs.size()};
+}
+streams::Work pairs_of(const StoredTokens& docs) {
+    return {nullptr, nullptr, true, docs.size()};
 }
 
 }  // namespace
 
 void run(const MaxsimScore& op, Cuda cuda) {
-    score(op, cuda);
+    score(Scores{op.op, cuda, op.queries, op.docs, op.missing, all_of(op.docs), op.docs.size(), op.out.dtype,
+                 op.out.data, nullptr});
 }
 
 void run(const MaxsimScorePairs& op, Cuda cuda) {
-    score(op, cuda);
+    score(
+        Scores{op.op, cuda, op.queries, op.docs, op.missing, pairs_of(op.docs), 1, op.out.dtype, op.out.data, nullptr});
 }
 
 void run(const MaxsimMatch& op, Cuda cuda) {
-    with_float(op.out.dtype, [&]<class T>() {
-        const Pairs<T> pairs{sets_of<T>(op.queries), sets_of<T>(op.docs), op.queries.dim(), {}};
-        score(op.op, cuda, pairs, op.queries, op.docs, op.out, op.rows);
-    });
+    const StoredTokens docs{op.docs, {}, {}, {}, {}};
+    const bool all = op.out.ndim == 2;
+    score(Scores{op.op,
+                 cuda,
+                 op.queries,
+                 docs,
+                 {},
+                 all ? all_of(docs) : pairs_of(docs),
+                 all ? docs.size() : 1,
+                 op.out.dtype,
+                 op.out.data,
+                 op.rows.as<std::int32_t>()});
 }
 
 void run(const MaxsimScoreMatrix& op, Cuda cuda) {
@@ -196,21 +492,49 @@ void run(const MaxsimScoreMatrix& op, Cuda cuda) {
     });
 }
 
+/// All scores of a slice of the documents, and the best of them.
 void run(const MaxsimTopk& op, Cuda cuda) {
-    require_floats(op.op, op.docs);
-    const std::int64_t n = op.queries.size(), docs = op.docs.size(), k = op.scores.dim(1);
-    const auto& [lists, ids] = op.candidates;
-    const std::int64_t candidates = lists ? ids.dim(0) / std::max<std::int64_t>(n, 1) : docs;
-    const Parts parts(n, candidates, k);
-    with_float(op.queries.tokens.dtype, [&]<class T>() {
-        const Pairs<T> pairs{sets_of<T>(op.queries), sets_of<T>(op.docs), op.queries.dim(), op.missing};
-        best_of_parts(op.op, cuda, parts, op.scores.as<float>(), op.ids.as<std::int64_t>(), n, k, 1,
-                      [&, &lists = lists, &ids = ids](float* scores, std::int64_t* found, float sign) {
-                          launch_rows(op.op, cuda, n, parts.count, topk_kernel<T>, pairs,
-                                      lists.as<const std::int64_t>(), ids.as<const std::int64_t>(), docs, parts, scores,
-                                      found, n, k, sign);
-                      });
-    });
+    const std::int64_t n = op.queries.size(), k = op.scores.dim(1), n_docs = op.docs.size();
+    require(k <= selection::most_k, op.op, "k must be at most ", selection::most_k, " on a GPU, got ", k);
+    if (n == 0) return;
+    if (op.candidates.offsets) {
+        const auto *lists = op.candidates.offsets.as<const std::int64_t>(),
+                   *ids = op.candidates.ids.as<const std::int64_t>();
+        const std::int64_t candidates = op.candidates.ids.dim(0), columns = (candidates + n - 1) / n;
+        const Scratch<float> scores(op.op, cuda, candidates);
+        score(Scores{op.op,
+                     cuda,
+                     op.queries,
+                     op.docs,
+                     op.missing,
+                     {lists, ids, false, n_docs},
+                     columns,
+                     DType::f32,
+                     scores.get(),
+                     nullptr});
+        select_best(op.op, cuda, {scores.get(), ids, lists, columns, n}, op.scores.as<float>(),
+                    op.ids.as<std::int64_t>(), k);
+        return;
+    }
+    constexpr std::int64_t most_scores = 1 << 27;
+    const std::int64_t slice = std::clamp<std::int64_t>(most_scores / n, 1, std::max<std::int64_t>(n_docs, 1));
+    const std::int64_t slices = std::max<std::int64_t>(1, (n_docs + slice - 1) / slice);
+    const Scratch<float> scores(op.op, cuda, n * slice), slice_scores(op.op, cuda, slices > 1 ? n * slices * k : 0);
+    const Scratch<std::int64_t> slice_ids(op.op, cuda, slices > 1 ? n * slices * k : 0);
+    float* best = slices > 1 ? slice_scores.get() : op.scores.as<float>();
+    std::int64_t* best_ids = slices > 1 ? slice_ids.get() : op.ids.as<std::int64_t>();
+    for (std::int64_t i = 0; i < slices; ++i) {
+        StoredTokens docs = op.docs;
+        docs.offsets.data = docs.offsets.as<std::int64_t>() + i * slice;
+        docs.offsets.shape[0] = std::min(slice, n_docs - i * slice) + 1;
+        score(Scores{op.op, cuda, op.queries, docs, op.missing, all_of(docs), docs.size(), DType::f32, scores.get(),
+                     nullptr});
+        select_best(op.op, cuda, {scores.get(), nullptr, nullptr, docs.size(), n, i * slice}, best + i * k,
+                    best_ids + i * k, k, 1, slices * k);
+    }
+    if (slices > 1)
+        select_best(op.op, cuda, {best, best_ids, nullptr, slices * k, n}, op.scores.as<float>(),
+                    op.ids.as<std::int64_t>(), k);
 }
 
 void run(const MaxsimAlign& op, Cuda cuda) {
@@ -222,11 +546,31 @@ void run(const MaxsimAlign& op, Cuda cuda) {
 }
 
 void run(const MaxsimMatchGradient& op, Cuda cuda) {
-    const std::int64_t n_queries = op.queries.size(), n_docs = op.docs.size(), d = op.queries.dim();
-    with_float(op.gradient.dtype, [&]<class T>() {
-        launch_rows(op.op, cuda, op.of_docs ? n_docs : n_queries, d, gradient_kernel<T>, sets_of<T>(op.queries),
-                    sets_of<T>(op.docs), op.out.as<const T>(), op.rows.as<const std::int32_t>(), op.gradient.as<T>(),
-                    n_queries, n_docs, op.queries.tokens.dim(0), d, op.of_docs, op.out.ndim == 2);
+    const std::int64_t d = op.queries.dim(), query_tokens = op.queries.tokens.dim(0),
+                       doc_tokens = op.docs.tokens.dim(0);
+    const std::int64_t rows = op.of_docs ? doc_tokens : query_tokens;
+    if (rows == 0 || d == 0) return;
+    const dim3 grid = blocks_for(rows, 4, (d + 32 * columns_per_lane - 1) / (32 * columns_per_lane)), block(128);
+    const Scratch<std::int32_t> sets(op.op, cuda, op.of_docs ? query_tokens : 0);
+    if (op.of_docs)
+        launch_rows(op.op, cuda, query_tokens, 1, sets_kernel, op.queries.offsets.as<const std::int64_t>(),
+                    op.queries.size(), query_tokens, sets.get());
+    with_tokens(op.gradient.dtype, [&]<class T>() {
+        const Matches<T> matches{sets_of<T>(op.queries),
+                                 sets_of<T>(op.docs),
+                                 op.queries.size(),
+                                 op.docs.size(),
+                                 query_tokens,
+                                 d,
+                                 op.out.as<const SumOfTokens<T>>(),
+                                 op.rows.as<const std::int32_t>(),
+                                 op.out.ndim == 2};
+        if (op.of_docs) {
+            launch(op.op, cuda, grid, block, 0, doc_gradient_kernel<T>, matches, sets.get(), doc_tokens,
+                   op.gradient.as<T>());
+        } else {
+            launch(op.op, cuda, grid, block, 0, query_gradient_kernel<T>, matches, op.gradient.as<T>());
+        }
     });
 }
 

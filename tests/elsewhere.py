@@ -39,6 +39,7 @@ class Elsewhere:
             return Elsewhere(as_strided(x.array, shape, strides), *self.place)  # DLPack 0 refuses read-only arrays
 
         return SimpleNamespace(
+            float16="float16",
             float32="float32",
             float64="float64",
             int32="int32",

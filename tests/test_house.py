@@ -149,6 +149,8 @@ def test_sources_are_ascii():
 def test_the_library_never_prints_or_aborts():
     words = r"\b(printf|fprintf|puts|std::cout|std::cerr|std::clog|abort|std::exit|_exit|terminate|assert)\b\s*[(<;]"
     for path in sources("cpp", "cuda"):
+        if "on_host" in path.parts:  # for tests only
+            continue
         assert not re.search(words, re.sub(r"//.*", "", path.read_text())), path
     for path in PACKAGE.rglob("*.py"):
         calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]

@@ -200,15 +200,15 @@ def test_masks_drop_tokens(rng, lib):
     queries, docs = (rng.standard_normal((n, t, 8)).astype(np.float32) for n, t in ((4, 6), (4, 9)))
     query_mask, doc_mask = rng.random((4, 6)) < 0.5, rng.random((4, 9)) < 0.5
     doc_mask[2] = False
-    kept = [[x[m] for x, m in zip(*pair, strict=True)] for pair in ((queries, query_mask), (docs, doc_mask))]
+    kept = [[lib(x[m]) for x, m in zip(*pair, strict=True)] for pair in ((queries, query_mask), (docs, doc_mask))]
     given = (lib(queries), lib(docs))
     masks = {"query_mask": lib(query_mask), "doc_mask": doc_mask.tolist()}
     assert_exact(pv.maxsim.score(*given, **masks), pv.maxsim.score(*kept))
     assert_exact(pv.maxsim.topk(*given, 2, **masks)[1], pv.maxsim.topk(*kept, 2)[1])
     assert_exact(pv.maxsim.score_pairs(*given, **masks), pv.maxsim.score_pairs(*kept))
     docs[~doc_mask] = np.nan
-    first = [doc[:5][m[:5]] for doc, m in zip(docs, doc_mask, strict=True)]
-    scores = pv.maxsim.score([lib(x) for x in kept[0]], (lib(docs), [5] * 4), doc_mask=doc_mask)
+    first = [lib(doc[:5][m[:5]]) for doc, m in zip(docs, doc_mask, strict=True)]
+    scores = pv.maxsim.score(kept[0], (lib(docs), [5] * 4), doc_mask=doc_mask)
     assert_exact(scores, pv.maxsim.score(kept[0], first))
 
 

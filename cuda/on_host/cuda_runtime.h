@@ -5,6 +5,7 @@
 /// a GPU. For tests only: no wheel contains it.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -30,9 +31,21 @@ struct alignas(16) float4 {
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+inline float4 make_float4(float x, float y, float z, float w) {
+    return {x, y, z, w};
+}
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) {
+    return {x, y, z, w};
+}
+inline uint2 make_uint2(unsigned x, unsigned y) {
+    return {x, y};
+}
 inline thread_local dim3 gridDim, blockDim, blockIdx, threadIdx;
 
-using std::abs, std::exp, std::fma, std::isnan, std::log, std::log1p, std::sqrt;
+using std::abs, std::exp, std::fma, std::isnan, std::log, std::log1p, std::max, std::min, std::sqrt;
 
 inline float __uint_as_float(unsigned bits) {
     float x;
@@ -51,6 +64,19 @@ inline int __popc(unsigned x) {
 }
 inline int __ffs(unsigned x) {
     return __builtin_ffs(static_cast<int>(x));
+}
+
+template <class T>
+T __ldg(const T* x) {
+    return *x;
+}
+
+/// Bytes of x (0 to 3) and y (4 to 7) by the lowest three bits of each of four hexadecimal digits.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned digits) {
+    const std::uint64_t both = std::uint64_t(y) << 32 | x;
+    unsigned bytes = 0;
+    for (int i = 0; i < 4; ++i) bytes |= static_cast<unsigned>(both >> 8 * (digits >> 4 * i & 7) & 0xff) << 8 * i;
+    return bytes;
 }
 
 template <class T>

@@ -121,7 +121,7 @@ class PackedTokens:
     def _stored(self) -> tuple[Any, ...]:
         """The tokens as the kernels take them."""
         parts = {**self._of_tokens, **self._shared}
-        return (self._sets.values, self._sets.offsets, *(parts[name] for name in _PARTS))
+        return (self._sets.values, self._sets.placed_offsets, *(parts[name] for name in _PARTS))
 
     def _with(self, sets: Ragged, rows: Any, documents: Any) -> PackedTokens:
         of_tokens = {name: None if x is None else x[rows] for name, x in self._of_tokens.items()}
@@ -158,6 +158,34 @@ class PackedTokens:
             raise IndexError(f"PackedTokens.take: ids must be in [0, {len(self)}), got {ids[at]} at position {at}")
         rows = Ragged(np.arange(self._sets.offsets[-1])[:, None], self._sets.offsets).take(ids).values[:, 0]
         return self._with(self._sets.take(ids), rows, ids)
+
+    def to(self, device: Any) -> PackedTokens:
+        """Return the documents as torch tensors on a device, to be scored there; what lies there already is shared.
+
+        Parameters
+        ----------
+        device : torch.device or str
+            As `torch.Tensor.to` takes it: "cuda", "cuda:1", "cpu".
+
+        Returns
+        -------
+        PackedTokens
+
+        Examples
+        --------
+        >>> import torch, polyvec as pv
+        >>> packed = pv.maxsim.pack(torch.ones(3, 2, 4), "int8").to("cpu")  # or "cuda"
+        >>> packed
+        PackedTokens(3 documents, 6 tokens, dim=4, dtype='int8')
+        """
+        import torch
+
+        def moved(x: Any) -> Any:
+            return None if x is None else torch.as_tensor(x).to(device)
+
+        sets = Ragged(moved(self._sets.values), self._sets.offsets)
+        parts = {name: moved(x) for name, x in {**self._of_tokens, **self._shared}.items()}
+        return PackedTokens(sets, self._dtype, self._dim, **parts, bounds=moved(self._bounds))
 
     def append(self, docs: Any, *, num_threads: int | None = None) -> PackedTokens:
         """Return the documents and more of them behind, packed in the same way.

@@ -13,8 +13,10 @@ libraries:
   form of token sets, than the longest of `docs` has. As PyLate, and as colpali-engine within one of its batches.
 - `padding="relu"`: a zero vector in every document, so that no maximum is below 0. As ColBERT on a CPU.
 
-On a GPU, documents are float tokens, and offsets are copied there once a `polyvec.Ragged`: pass one that is kept, and
-calls copy and wait for nothing. A candidate outside the documents is left out.
+On a GPU, tokens are bfloat16 and float16, too, and their scores float32; queries are rounded to bfloat16 or float16
+where packed documents are. Offsets are copied there once a `polyvec.Ragged`: pass one that is kept, and calls copy and
+wait for nothing. A candidate outside the documents is left out. The bits of a score of 16-bit tokens can depend on
+whether a call has few queries or many.
 
 A document in which nothing takes part scores `empty`: -inf, so that it is never found ahead of another. A query without
 tokens scores 0 against any document.
@@ -27,7 +29,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from polyvec import _backend
-from polyvec._arrays import as_array, as_count, as_id_lists, choice, dtype_name, empty, output, outputs
+from polyvec._arrays import (
+    as_array,
+    as_count,
+    as_id_lists,
+    choice,
+    device_name,
+    dtype_name,
+    empty,
+    output,
+    outputs,
+)
 from polyvec._clusters import pool
 from polyvec._packed_tokens import STORED, PackedTokens, from_residuals, pack
 from polyvec._ragged import Ragged, as_ragged, is_padded
@@ -47,16 +59,26 @@ __all__ = [
 ]
 
 _FLOATS = ("float32", "float64")
+_HALVES = ("bfloat16", "float16")  # tokens on a GPU
 
 
 def _float_sets(
     op: str, name: str, x: Any, mask: Any, dtypes: tuple[str, ...], dim: int | None = None, like: str = ""
 ) -> Ragged:
+    """Return token sets of one of `dtypes`, or of 16 bits where they are on a GPU."""
     if isinstance(x, PackedTokens) and mask is None:
         if x.dtype != "float32":
             raise TypeError(f"{op}: {name} must be {' or '.join(dtypes)}, got tokens packed as {x.dtype}")
         x = x._sets
-    return as_ragged(op, name, x, dtypes=dtypes, dim=dim, like=like, mask=mask)
+    sets = as_ragged(op, name, x, dtypes=(*dtypes, *_HALVES), dim=dim, like=like, mask=mask)
+    if device_name(sets.values) == "cpu":
+        as_array(op, name, sets.values, dtypes=dtypes)
+    return sets
+
+
+def _score_dtype(tokens: Any) -> str:
+    dtype = dtype_name(tokens)
+    return "float32" if dtype in _HALVES else dtype
 
 
 def _queries_and_docs(
@@ -75,13 +97,13 @@ def _queries_and_docs(
         sets = _float_sets(op, "queries", queries, masks[0], ("float32",) if packed else _FLOATS)
     if not packed:
         like = _float_sets(op, "docs", docs, masks[1], (dtype_name(sets.values),), sets.dim, like="queries")
+        as_array(op, "docs", like.values, dtypes=(dtype_name(sets.values),))
         return sets, (like.values, like.placed_offsets, None, None, None, None), like.offsets
     if docs.dim != sets.dim:
         raise ValueError(f"{op}: docs must have the same d as queries ({sets.dim}), got {docs.dim}")
     if "scales" in docs._tensors():
         _backend.require_finite(op, "queries", sets.values, num_threads)
-    stored = docs._stored()
-    return sets, stored, stored[1]
+    return sets, docs._stored(), docs._sets.offsets
 
 
 def _missing(op: str, padding: str, empty: float, docs: Any, offsets: Any) -> tuple[int, float]:
@@ -112,7 +134,7 @@ def score(
 
     Parameters
     ----------
-    queries : token sets, float32 | float64
+    queries : token sets, float32 | float64; on a GPU bfloat16 | float16, too
     docs : token sets of queries' dtype and width, or PackedTokens
     query_mask, doc_mask : bool array of shape (n, t), optional
         Which tokens of padded queries, of padded documents count.
@@ -127,7 +149,7 @@ def score(
 
     Returns
     -------
-    array of shape (nq, nd); queries' dtype, library and device
+    array of shape (nq, nd); queries' dtype (float32 for bfloat16 and float16), library and device
 
     Raises
     ------
@@ -157,7 +179,7 @@ def score(
     op = "maxsim.score"
     q, stored, doc_offsets = _queries_and_docs(op, queries, docs, (query_mask, doc_mask), num_threads)
     missing = _missing(op, padding, empty, docs, doc_offsets)
-    out = output(op, out, q.values, (len(q), len(doc_offsets) - 1), dtype_name(q.values))
+    out = output(op, out, q.values, (len(q), len(doc_offsets) - 1), _score_dtype(q.values))
     _backend.run(
         op, "maxsim_score", q.values, q.values, q.placed_offsets, stored, *missing, out, num_threads=num_threads
     )
@@ -194,7 +216,7 @@ def score_pairs(
 
     Returns
     -------
-    array of shape (n,); queries' dtype, library and device
+    array of shape (n,); queries' dtype (float32 for bfloat16 and float16), library and device
 
     Raises
     ------
@@ -220,7 +242,7 @@ def score_pairs(
     op = "maxsim.score_pairs"
     q, stored, doc_offsets = _queries_and_docs(op, queries, docs, (query_mask, doc_mask), num_threads)
     missing = _missing(op, padding, empty, docs, doc_offsets)
-    out = output(op, out, q.values, (len(q),), dtype_name(q.values))
+    out = output(op, out, q.values, (len(q),), _score_dtype(q.values))
     _backend.run(
         op, "maxsim_score_pairs", q.values, q.values, q.placed_offsets, stored, *missing, out, num_threads=num_threads
     )
@@ -287,9 +309,10 @@ def topk(
 
     Parameters
     ----------
-    queries : token sets, float32 | float64
+    queries : token sets, float32 | float64; on a GPU bfloat16 | float16, too
     docs : token sets of queries' dtype and width, or PackedTokens
     k : int
+        At most 4096 on a GPU.
     candidates : (offsets of shape (nq + 1,), ids of shape (n,)), integer arrays, optional
         Query q chooses from the documents `ids[offsets[q]:offsets[q + 1]]`. An id that a list names twice is ranked
         twice.
@@ -506,12 +529,12 @@ def match(queries: Ragged, docs: Ragged, *, pairs: bool) -> tuple[Any, Any]:
     Rows are int32 of shape (nd, query tokens), or (query tokens,) for pairs; -1 where there is none.
     """
     op = "maxsim.score_pairs" if pairs else "maxsim.score"
-    q = as_ragged(op, "queries", queries, dtypes=_FLOATS)
+    q = _float_sets(op, "queries", queries, None, _FLOATS)
     d = as_ragged(op, "docs", docs, dtypes=(dtype_name(q.values),), dim=q.dim, like="queries")
     if pairs and len(d) != len(q):
         raise ValueError(f"{op}: docs must have one document a query ({len(q)}), got {len(d)}")
     tokens = int(q.values.shape[0])
-    scores = empty(q.values, (len(q),) if pairs else (len(q), len(d)), dtype_name(q.values))
+    scores = empty(q.values, (len(q),) if pairs else (len(q), len(d)), _score_dtype(q.values))
     rows = empty(q.values, (tokens,) if pairs else (len(d), tokens), "int32")
     _backend.run(op, "maxsim_match", q.values, q.values, q.placed_offsets, d.values, d.placed_offsets, scores, rows)
     return scores, rows
@@ -522,7 +545,7 @@ def match_gradient(queries: Ragged, docs: Ragged, grad: Any, rows: Any, *, of_do
     op = "maxsim.match_gradient"
     dtype = dtype_name(queries.values)
     q, d = (as_ragged(op, name, x, dtypes=(dtype,)) for name, x in (("queries", queries), ("docs", docs)))
-    grad = as_array(op, "grad", grad, dtypes=(dtype,))
+    grad = as_array(op, "grad", grad, dtypes=(_score_dtype(q.values),))
     like = d.values if of_docs else q.values
     out = empty(like, tuple(like.shape), dtype)
     _backend.run(

@@ -69,6 +69,17 @@ inline void require_float(const char* op, const Array& a) {
                        name_of(a.dtype));
 }
 
+/// Tokens and vectors of 16 bits are floats on a GPU, where they multiply as they are.
+inline void require_float_or_half(const char* op, const Array& a) {
+    const bool half = a.device == Device::cuda && (a.dtype == DType::f16 || a.dtype == DType::bf16);
+    if (!half) require_float(op, a);
+}
+
+/// What sums of products of `dtype` are kept in.
+constexpr DType sum_type(DType dtype) {
+    return dtype == DType::f64 ? DType::f64 : DType::f32;
+}
+
 /// `out` is never converted or copied: it must already be what the op writes.
 inline void require_out(const char* op, const Array& out, DType dtype) {
     require_dtype(op, out, dtype);

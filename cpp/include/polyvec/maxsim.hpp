@@ -34,11 +34,11 @@ struct MaxsimScore {
     TokenSets queries;
     StoredTokens docs;
     Missing missing;
-    Array out;  // (queries, docs), their dtype
+    Array out;  // (queries, docs), their dtype; float32 for those of 16 bits
 
     void validate() const {
         require_pair(op, queries, docs);
-        require_out(op, out, queries.tokens.dtype);
+        require_out(op, out, sum_type(queries.tokens.dtype));
         require_ndim(op, out, 2);
         require_dim(op, out, 0, queries.size(), "one row a query");
         require_dim(op, out, 1, docs.size(), "one column a document");
@@ -57,7 +57,7 @@ struct MaxsimScorePairs {
         require_pair(op, queries, docs);
         require(docs.size() == queries.size(), op, "docs must have one document a query (", queries.size(), "), got ",
                 docs.size());
-        require_out(op, out, queries.tokens.dtype);
+        require_out(op, out, sum_type(queries.tokens.dtype));
         require_ndim(op, out, 1);
         require_dim(op, out, 0, queries.size(), "one entry a query");
     }
@@ -153,7 +153,7 @@ struct MaxsimMatch {
         const std::int64_t nq = a.queries.size(), nd = a.docs.size(), tokens = a.queries.tokens.dim(0);
         require_dtype(op, a.docs.tokens, a.queries.tokens.dtype);
         require_dim(op, a.docs.tokens, 1, a.queries.dim(), "the same d as queries");
-        require_dtype(op, a.out, a.queries.tokens.dtype);
+        require_dtype(op, a.out, sum_type(a.queries.tokens.dtype));
         require_dtype(op, a.rows, DType::i32);
         require_contiguous(op, a.out);
         require_contiguous(op, a.rows);
@@ -219,7 +219,7 @@ void run(const MaxsimAlign&, Cpu);
 void run(const MaxsimMatch&, Cpu);
 void run(const MaxsimMatchGradient&, Cpu);
 
-// On a GPU: float tokens only; a candidate outside the documents is left out.
+// On a GPU a candidate outside the documents is left out, and k is at most 4096.
 void run(const MaxsimScore&, Cuda);
 void run(const MaxsimScorePairs&, Cuda);
 void run(const MaxsimScoreMatrix&, Cuda);

@@ -11,7 +11,7 @@
 namespace polyvec {
 
 /// Rows of `tokens` are, for tokens of width d:
-///   float32, float64   d elements
+///   float32, float64   d elements; on a GPU bfloat16 and float16, too
 ///   bfloat16           d uint16, to an even number
 ///   float16            d float16
 ///   int8               d uint8 to a multiple of 4: scales[t] * (element - 128)
@@ -29,6 +29,7 @@ struct StoredTokens : TokenSets {
     Format format() const {
         switch (tokens.dtype) {
             case DType::u16:
+            case DType::bf16:
                 return bfloat16;
             case DType::f16:
                 return float16;
@@ -44,7 +45,7 @@ struct StoredTokens : TokenSets {
         const std::int64_t quads = (d + 3) / 4;
         switch (format()) {
             case bfloat16:
-                return (d + 1) / 2 * 2;
+                return tokens.dtype == DType::bf16 ? d : (d + 1) / 2 * 2;
             case int8:
                 return quads * 4;
             case residual4:
@@ -63,7 +64,8 @@ struct StoredTokens : TokenSets {
             require_dim(op, tokens, 1, d, "the same d as queries");
             return;
         }
-        require<TypeError>(queries == DType::f32, op, "queries must be float32, got ", name_of(queries));
+        require<TypeError>(queries != DType::f64, op, "queries must be float32, got ", name_of(queries));
+        if (tokens.dtype == DType::bf16) require_float_or_half(op, tokens);
         require_ndim(op, tokens, 2);
         require_contiguous(op, tokens);
         const std::int64_t n = tokens.dim(0);

@@ -23,7 +23,7 @@ struct TokenSets {
     }
 
     void validate(const char* op) const {
-        require_float(op, tokens);
+        require_float_or_half(op, tokens);
         require_ndim(op, tokens, 2);
         require_contiguous(op, tokens);
         require_offsets(op, offsets, tokens.dim(0));

@@ -1,0 +1,324 @@
+/// MaxSim by wgmma (sm_90a), for many queries: tokens of queries in registers, of documents in shared memory.
+///
+/// A block has 256 rows of query tokens, whichever queries they belong to, and meets a slice of the documents 64 tokens
+/// at a time: a tile is copied while the ones before it are multiplied. Each of its two warpgroups has two fragments of
+/// 64 rows, so that the maxima of one are taken while the other is multiplied. The maxima of each row and document,
+/// with the document's rows that they are of, go to memory; a second kernel sums them. At 2 x 64 x 256 x d flops a tile
+/// of 128 d bytes the tensor cores are the limit.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "launch.cuh"
+#include "mma.cuh"
+#include "polyvec/maxsim.hpp"
+
+namespace polyvec {
+namespace tiles {
+
+constexpr int threads = 256;
+constexpr int block_rows = 256;  // 2 warpgroups x 2 fragments of 64
+constexpr int tile = 64;         // document tokens
+constexpr int stages = 4;
+constexpr int most_d = 128;
+
+/// Of query tokens: rows of d elements of 16 bits; and documents alike, whose rows lie on multiples of 16 bytes.
+struct Tokens {
+    const std::uint16_t *queries, *docs;
+    const std::int64_t* offsets;  // of documents
+    std::int64_t query_tokens, sets, d;
+};
+
+/// Bytes of shared memory: each stage has its tile in halves of 64 columns, 128 bytes a row. They begin at a multiple
+/// of 1024.
+template <int steps>
+constexpr int stage_bytes = tile * 128 * (steps > 4 ? 2 : 1);
+template <int steps>
+constexpr int shared_bytes = stages * stage_bytes<steps> + 1024;
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+__device__ inline void copy_16_bytes(unsigned to, const void* from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+/// What wgmma takes for rows of 128 bytes, swizzled, eight of them 1024 bytes from the next eight.
+__device__ inline std::uint64_t descriptor_of(unsigned address) {
+    return std::uint64_t((address & 0x3ffffu) >> 4) | std::uint64_t(1) << 16 | std::uint64_t(64) << 32 |
+           std::uint64_t(1) << 62;
+}
+
+#define POLYVEC_FOUR(i) "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3])
+#define POLYVEC_OPERANDS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add))
+#define POLYVEC_WGMMA(shape, type, sums, a_b, p, ...)                                                           \
+    asm volatile("{.reg .pred add; setp.ne.b32 add, " p ", 0; wgmma.mma_async.sync.aligned." shape ".f32." type \
+                 "." type " {" sums "}, " a_b ", add, 1, 1, 0;}"                                                \
+                 : __VA_ARGS__                                                                                  \
+                 : POLYVEC_OPERANDS)
+
+/// sum (64 x n: n / 2 numbers a thread) = a (64 x 16) times 16 columns of n rows, added to what it was if `add`.
+template <Words words, int n>
+__device__ inline void multiply_tile(float (&sum)[n / 2], const unsigned (&a)[4], std::uint64_t b, bool add) {
+#define POLYVEC_BOTH(...)                   \
+    if constexpr (words == Words::bf16) {   \
+        POLYVEC_TYPED("bf16", __VA_ARGS__); \
+    } else {                                \
+        POLYVEC_TYPED("f16", __VA_ARGS__);  \
+    }
+    if constexpr (n == 16) {
+#define POLYVEC_TYPED(type, ...) \
+    POLYVEC_WGMMA("m64n16k16", type, "%0,%1,%2,%3,%4,%5,%6,%7", "{%8,%9,%10,%11}, %12", "%13", __VA_ARGS__)
+        POLYVEC_BOTH(POLYVEC_FOUR(0), POLYVEC_FOUR(4))
+#undef POLYVEC_TYPED
+    } else if constexpr (n == 32) {
+#define POLYVEC_TYPED(type, ...)                                                              \
+    POLYVEC_WGMMA("m64n32k16", type, "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", \
+                  "{%16,%17,%18,%19}, %20", "%21", __VA_ARGS__)
+        POLYVEC_BOTH(POLYVEC_FOUR(0), POLYVEC_FOUR(4), POLYVEC_FOUR(8), POLYVEC_FOUR(12))
+#undef POLYVEC_TYPED
+    } else if constexpr (n == 48) {
+#define POLYVEC_TYPED(type, ...)                                                                           \
+    POLYVEC_WGMMA("m64n48k16", type,                                                                       \
+                  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23", \
+                  "{%24,%25,%26,%27}, %28", "%29", __VA_ARGS__)
+        POLYVEC_BOTH(POLYVEC_FOUR(0), POLYVEC_FOUR(4), POLYVEC_FOUR(8), POLYVEC_FOUR(12), POLYVEC_FOUR(16),
+                     POLYVEC_FOUR(20))
+#undef POLYVEC_TYPED
+    } else {
+        static_assert(n == 64);
+#define POLYVEC_TYPED(type, ...)                                                                               \
+    POLYVEC_WGMMA("m64n64k16", type,                                                                           \
+                  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24," \
+                  "%25,%26,%27,%28,%29,%30,%31",                                                               \
+                  "{%32,%33,%34,%35}, %36", "%37", __VA_ARGS__)
+        POLYVEC_BOTH(POLYVEC_FOUR(0), POLYVEC_FOUR(4), POLYVEC_FOUR(8), POLYVEC_FOUR(12), POLYVEC_FOUR(16),
+                     POLYVEC_FOUR(20), POLYVEC_FOUR(24), POLYVEC_FOUR(28))
+#undef POLYVEC_TYPED
+    }
+#undef POLYVEC_BOTH
+}
+#undef POLYVEC_WGMMA
+#undef POLYVEC_OPERANDS
+#undef POLYVEC_FOUR
+
+/// Orders what is written to registers before the products that read them.
+__device__ inline void begin_products() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ inline void end_products() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+/// Waits until at most `left` groups of products are under way.
+template <int left, int n>
+__device__ inline void wait_for_products(float (&sum)[n]) {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(left) : "memory");
+#pragma unroll
+    for (int i = 0; i < n; ++i) asm volatile("" : "+f"(sum[i])::"memory");  // not read before
+}
+
+/// The tiles of a slice of the documents, one after the other.
+struct Tiles {
+    const std::int64_t* offsets;
+    std::int64_t doc, end;          // documents
+    std::int64_t begin = 0, n = 0;  // the document's rows
+    std::int64_t at = 0;            // first row of the tile
+
+    __device__ Tiles(const std::int64_t* offsets, std::int64_t first, std::int64_t end)
+        : offsets(offsets), doc(first), end(end) {
+        find();
+    }
+    __device__ bool exists() const { return doc < end; }
+    __device__ bool last() const { return at + tile >= n; }
+    __device__ void advance() {
+        at += tile;
+        if (at < n) return;
+        ++doc;
+        find();
+    }
+
+private:
+    /// Passes over documents without tokens.
+    __device__ void find() {
+        at = 0;
+        for (; doc < end; ++doc) {
+            begin = offsets[doc];
+            n = offsets[doc + 1] - begin;
+            if (n > 0) return;
+        }
+    }
+};
+
+/// A thread's maxima of four rows, and which tokens they are of.
+template <bool with_rows>
+struct RowMaxima {
+    float best[2][2];
+    std::int32_t row[2][2];
+
+    __device__ void clear() {
+        for (int m = 0; m < 2; ++m)
+            for (int h = 0; h < 2; ++h) best[m][h] = -HUGE_VALF, row[m][h] = -1;
+    }
+    __device__ void take(int m, int h, float value, std::int32_t at) {
+        if constexpr (with_rows) {
+            if (value > best[m][h]) best[m][h] = value, row[m][h] = at;
+        } else {
+            best[m][h] = fmaxf(best[m][h], value);
+        }
+    }
+};
+
+/// steps: products of 16 columns that a row takes.
+template <Words words, int steps, int n, bool with_rows>
+__device__ inline void multiply_and_take(const unsigned (&a)[2][steps][4], unsigned address, std::int32_t at,
+                                         std::int32_t last, RowMaxima<with_rows>& maxima) {
+    float sums[2][n / 2];
+    begin_products();
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+        for (int k = 0; k < steps; ++k)
+            multiply_tile<words, n>(sums[m], a[m][k], descriptor_of(address + k / 4 * (tile * 128) + k % 4 * 32),
+                                    k > 0);
+        end_products();
+    }
+    const int t = static_cast<int>(threadIdx.x % 4);
+    const auto take = [&](int m) {
+#pragma unroll
+        for (int i = 0; i < n / 2; ++i) {
+            const std::int32_t column = at + i / 4 * 8 + 2 * t + i % 2;
+            maxima.take(m, i / 2 % 2, sums[m][i], with_rows && column > last ? last : column);
+        }
+    };
+    wait_for_products<1>(sums[0]);
+    take(0);
+    wait_for_products<0>(sums[1]);
+    take(1);
+}
+
+template <Words words, int steps, bool with_rows>
+__global__ void __launch_bounds__(threads, 1)
+    row_maxima_kernel(const __grid_constant__ Tokens tokens, float* best, std::int32_t* found) {
+    const auto memory = static_cast<unsigned>(__cvta_generic_to_shared(dynamic_shared_memory));
+    const unsigned shared = (memory + 1023u) & ~1023u;
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, g = lane / 4, t = lane % 4;
+    // Rows of this thread's fragments: row_of(m), and 8 more.
+    const auto row_of = [&](int m) {
+        return std::int64_t(blockIdx.x) * block_rows + thread / 128 * 128 + m * 64 + thread % 128 / 32 * 16 + g;
+    };
+
+    unsigned a[2][steps][4];
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int k = 0; k < steps; ++k)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const std::int64_t row = row_of(m) + i % 2 * 8, column = k * 16 + i / 2 * 8 + 2 * t;
+                const bool exists = row < tokens.query_tokens && column < tokens.d;  // d is a multiple of 8
+                a[m][k][i] = exists ? *reinterpret_cast<const unsigned*>(tokens.queries + row * tokens.d + column) : 0;
+            }
+
+    const std::int64_t slices = gridDim.y;
+    const std::int64_t first = tokens.sets * blockIdx.y / slices, end = tokens.sets * (blockIdx.y + 1) / slices;
+    Tiles ahead(tokens.offsets, first, end), now = ahead;
+    constexpr int pieces = steps * 2;  // of 16 bytes, of a row
+    const auto copy = [&](int stage) {
+        if (ahead.exists()) {
+            const std::int64_t left = ahead.n - ahead.at;
+            const int rows = left >= tile ? tile : (static_cast<int>(left) + 15) / 16 * 16;
+            const unsigned to = shared + stage * stage_bytes<steps>;
+            for (int i = thread; i < rows * pieces; i += threads) {
+                const int r = i / pieces, piece = i % pieces;
+                const std::int64_t token = ahead.begin + ahead.at + (r < left ? r : left - 1);
+                const bool exists = piece * 8 < tokens.d;
+                copy_16_bytes(to + piece / 8 * (tile * 128) + r * 128 + ((piece % 8 ^ r % 8) * 16),
+                              tokens.docs + token * tokens.d + (exists ? piece * 8 : 0), exists ? 16 : 0);
+            }
+            ahead.advance();
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+    for (int stage = 0; stage < stages - 1; ++stage) copy(stage);
+
+    RowMaxima<with_rows> maxima;
+    maxima.clear();
+    for (int stage = 0; now.exists(); stage = (stage + 1) % stages) {
+        asm volatile("cp.async.wait_group %0;" ::"n"(stages - 2) : "memory");
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        __syncthreads();  // the tile is there, and the one before it is done with
+        copy((stage + stages - 1) % stages);
+        const unsigned address = shared + stage * stage_bytes<steps>;
+        const auto at = static_cast<std::int32_t>(now.at), last = static_cast<std::int32_t>(now.n - 1);
+        const std::int64_t left = now.n - now.at;
+        if (left > 48) {
+            multiply_and_take<words, steps, 64>(a, address, at, last, maxima);
+        } else if (left > 32) {
+            multiply_and_take<words, steps, 48>(a, address, at, last, maxima);
+        } else if (left > 16) {
+            multiply_and_take<words, steps, 32>(a, address, at, last, maxima);
+        } else {
+            multiply_and_take<words, steps, 16>(a, address, at, last, maxima);
+        }
+        if (now.last()) {
+#pragma unroll
+            for (int m = 0; m < 2; ++m)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    float value = maxima.best[m][h];
+                    std::int32_t row = maxima.row[m][h];
+                    for (int other = 1; other < 4; other *= 2) {
+                        const float theirs = __shfl_xor_sync(whole_warp, value, other);
+                        if constexpr (with_rows) {
+                            const std::int32_t at = __shfl_xor_sync(whole_warp, row, other);
+                            if (theirs > value || (theirs == value && at >= 0 && at < row)) row = at;
+                        }
+                        value = fmaxf(value, theirs);
+                    }
+                    const std::int64_t token = row_of(m) + 8 * h;
+                    if (t != 0 || token >= tokens.query_tokens) continue;
+                    best[now.doc * tokens.query_tokens + token] = value;
+                    if constexpr (with_rows) found[now.doc * tokens.query_tokens + token] = row;
+                }
+            maxima.clear();
+        }
+        now.advance();
+    }
+}
+
+#else
+
+template <Words words, int steps, bool with_rows>
+__global__ void row_maxima_kernel(const __grid_constant__ Tokens, float*, std::int32_t*) {}
+
+#endif
+
+/// out[q][first + doc] = the sum of the maxima of query q's tokens; best (documents, query tokens). Documents without
+/// tokens have no maxima.
+template <bool with_rows>
+__global__ void sum_kernel(const float* best, std::int32_t* found, const std::int64_t* query_offsets,
+                           const std::int64_t* doc_offsets, std::int64_t queries, std::int64_t docs,
+                           std::int64_t query_tokens, const __grid_constant__ Missing missing, float* out,
+                           std::int64_t stride) {
+    const std::int64_t q = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (q >= queries) return;
+    const std::int64_t first = query_offsets[q], end = query_offsets[q + 1];
+    for (std::int64_t doc = blockIdx.y; doc < docs; doc += gridDim.y) {
+        const std::int64_t n = doc_offsets[doc + 1] - doc_offsets[doc];
+        const bool zero = n < missing.full;
+        double sum = 0;
+        for (std::int64_t i = first; i < end; ++i) {
+            const float value = n > 0 ? best[doc * query_tokens + i] : -HUGE_VALF;
+            sum += zero && !(value > 0) ? 0.0f : value;
+            if constexpr (with_rows)
+                if (n == 0) found[doc * query_tokens + i] = -1;
+        }
+        if (n == 0 && !zero && end > first) sum = missing.empty;
+        out[q * stride + doc] = static_cast<float>(sum);
+    }
+}
+
+}  // namespace tiles
+}  // namespace polyvec

@@ -1,0 +1,184 @@
+"""MaxSim on a GPU: every form of tokens, few queries and many. Without one, with --device cuda-on-host."""
+
+import numpy as np
+import pytest
+
+import polyvec as pv
+from accuracy import assert_exact, assert_reduction, on_host
+from reference import maxsim as ref
+from reference import packed as stored
+from test_maxsim_packed import compressed
+
+QUERY_TOKENS = [0, 1, 16, 17, 32, 33, 70]
+DOC_TOKENS = [0, 1, 7, 8, 9, 31, 33, 65, 180]
+ROUNDED = {
+    "bfloat16": stored.bfloat16,
+    "float16": lambda x: x.astype(np.float16),
+    "int8": stored.rounded_queries,
+}
+
+
+@pytest.fixture(autouse=True)
+def kernels(request):
+    if request.config.getoption("device") == "cpu":
+        pytest.skip("needs --device cuda or --device cuda-on-host")
+
+
+def sample(rng, lengths, d):
+    return [rng.standard_normal((n, d)).astype(np.float32) for n in lengths]
+
+
+def placed(on_device, sets):
+    ragged = pv.Ragged.from_list(sets)
+    return pv.Ragged(on_device(ragged.values), ragged.offsets)
+
+
+def placed_packed(on_device, packed):
+    state = packed.state()
+    parts = {name: on_device(np.asarray(x)) for name, x in state.tensors.items() if name not in ("offsets", "values")}
+    sets = pv.Ragged(on_device(state.tensors["values"]), state.tensors["offsets"])
+    return pv.maxsim.PackedTokens(sets, packed.dtype, packed.dim, **parts)
+
+
+def in_halves(request, on_device, sets, dtype):
+    """Token sets of 16 bits on the device."""
+    ragged = pv.Ragged.from_list(sets)
+    if request.config.getoption("device") == "cuda":
+        torch = pytest.importorskip("torch")
+        return pv.Ragged(on_device(ragged.values).to(getattr(torch, dtype)), ragged.offsets)
+    if dtype == "bfloat16":
+        pytest.skip("numpy has no bfloat16 that DLPack exports: packed tokens cover the kernel")
+    return pv.Ragged(on_device(ragged.values.astype(np.float16)), ragged.offsets)
+
+
+def assert_scores(scores, queries, docs):
+    assert on_host(scores).dtype == np.float32
+    scale = np.abs(ref.scale(queries, docs))
+    assert_reduction(scores, ref.score(queries, docs), scale, length=queries[0].shape[1])
+
+
+@pytest.mark.parametrize("d", [1, 3, 16, 35, 128])
+@pytest.mark.parametrize("dtype", ROUNDED)
+def test_score_of_packed_tokens(rng, on_device, dtype, d):
+    queries, docs = sample(rng, QUERY_TOKENS, d), sample(rng, DOC_TOKENS, d)
+    packed = placed_packed(on_device, pv.maxsim.pack(docs, dtype))
+    used, decoded = [ROUNDED[dtype](x) for x in queries], [stored.decoded(x, dtype) for x in docs]
+    on_gpu = placed(on_device, queries)
+    assert_scores(pv.maxsim.score(on_gpu, packed), used, decoded)
+    pairs = pv.maxsim.score_pairs(placed(on_device, queries[1:]), packed.take([0, 1, 4, 8, 2, 5]))
+    expected = [ref.score([q], [decoded[i]])[0, 0] for q, i in zip(used[1:], [0, 1, 4, 8, 2, 5], strict=True)]
+    scale = [ref.scale([q], [decoded[i]])[0, 0] for q, i in zip(used[1:], [0, 1, 4, 8, 2, 5], strict=True)]
+    assert_reduction(pairs, expected, np.abs(scale), length=d)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("d", [4, 20, 128])
+def test_score_of_residuals(rng, on_device, d, bits):
+    arrays, centroids, residuals = compressed(rng, DOC_TOKENS, d, bits)
+    packed = pv.maxsim.from_residuals(*arrays, normalize=True)
+    queries, tokens = sample(rng, QUERY_TOKENS, d), centroids + residuals
+    wide_queries = [np.concatenate([q, stored.rounded_queries(q)], axis=1) for q in queries]
+    wide = np.concatenate([centroids, residuals], axis=1) / np.linalg.norm(tokens, axis=1, keepdims=True)
+    scores = pv.maxsim.score(placed(on_device, queries), placed_packed(on_device, packed))
+    assert_scores(scores, wide_queries, np.split(wide, arrays[4][1:-1]))
+
+
+@pytest.mark.parametrize("d", [1, 8, 24, 96, 128, 136])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("queries", [QUERY_TOKENS, [32] * 9 + [5, 0, 300]], ids=["few", "many"])
+def test_score_of_halves(request, rng, on_device, dtype, d, queries):
+    queries, docs = sample(rng, queries, d), sample(rng, DOC_TOKENS, d)
+    used, decoded = ([np.asarray(ROUNDED[dtype](x), np.float32) for x in sets] for sets in (queries, docs))
+    sets = [in_halves(request, on_device, x, dtype) for x in (queries, docs)]
+    assert_scores(pv.maxsim.score(*sets), used, decoded)
+    zero = on_host(pv.maxsim.score(*sets, padding="zero"))
+    assert_reduction(
+        zero,
+        ref.score(used, decoded, zeros=[max(DOC_TOKENS) - n for n in DOC_TOKENS]),
+        np.where(np.isfinite(scale := np.abs(ref.scale(used, decoded))), scale, 0),
+        length=d,
+    )
+    best, ids = map(on_host, pv.maxsim.topk(*sets, 4))
+    scores = on_host(pv.maxsim.score(*sets))
+    assert_exact(ids, ref.topk(scores, 4))
+    assert_exact(best, np.take_along_axis(scores, ids, 1))
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_matches_of_halves(request, rng, on_device, dtype, many, pairs):
+    docs = sample(rng, DOC_TOKENS, 40)
+    queries = sample(rng, [40 if many else 3] * (len(docs) - 2) + [0, 2], 40)
+    used, decoded = ([np.asarray(ROUNDED[dtype](x), np.float32) for x in sets] for sets in (queries, docs))
+    sets = [in_halves(request, on_device, x, dtype) for x in (queries, docs)]
+    scores, rows = pv.maxsim.match(*sets, pairs=pairs)
+    expected, expected_rows = pv.maxsim.match(*map(pv.Ragged.from_list, (used, decoded)), pairs=pairs)
+    scale = np.abs(ref.scale(used, decoded))
+    scale, length = (scale.diagonal() if pairs else scale), 40
+    assert_reduction(scores, expected, scale, length=length)
+    assert_exact(rows, expected_rows)
+    grad = rng.standard_normal(on_host(scores).shape).astype(np.float32)
+    for of_docs in (False, True):
+        ours = pv.maxsim.match_gradient(*sets, on_device(grad), rows, of_docs=of_docs)
+        theirs, size = (
+            pv.maxsim.match_gradient(
+                *(pv.Ragged(change(np.concatenate(x)), pv.Ragged.from_list(x).offsets) for x in (used, decoded)),
+                change(grad), expected_rows, of_docs=of_docs,
+            )
+            for change in (lambda x: x, np.abs)
+        )  # fmt: skip
+        unit = {"bfloat16": 2.0**-8, "float16": 2.0**-11}[dtype]  # what the result is rounded to
+        values = on_host(ours.float() if hasattr(ours, "float") else ours).astype(np.float32)
+        assert_reduction(values, theirs, size * (1 + unit / np.finfo(np.float32).eps), length=1)
+
+
+def test_many_documents_are_scored_by_a_warp_each(request, rng, on_device):
+    docs = sample(rng, rng.integers(0, 4, 600 if request.config.getoption("device") != "cuda" else 40_000), 8)
+    queries = sample(rng, [3, 40], 8)
+    assert_scores(pv.maxsim.score(placed(on_device, queries), placed(on_device, docs)), queries, docs)
+
+
+@pytest.mark.parametrize("k", [1, 300, 3000])
+def test_topk_of_many_candidates(rng, on_device, k):
+    """Equal scores and equal ids in lists that are longer than what a block keeps."""
+    docs = [np.round(x) for x in sample(rng, [1] * 500, 2)]
+    queries = [np.round(x) for x in sample(rng, [2, 1, 3], 2)]
+    lists = [rng.integers(-2, 505, n) for n in (0, 4700, 120)]
+    candidates = np.cumsum([0, *map(len, lists)]), np.concatenate(lists)
+    scores, ids = pv.maxsim.topk(
+        placed(on_device, queries), placed(on_device, docs), k, candidates=tuple(map(on_device, candidates))
+    )
+    exact = ref.score(queries, docs)
+    kept = [np.sort(i[(i >= 0) & (i < 500)]) for i in lists]
+    expected = np.full((3, k), -1)
+    for q, row in enumerate(kept):
+        order = row[np.argsort(-exact[q, row], kind="stable")][:k]
+        expected[q, : len(order)] = order
+    assert_exact(ids, expected)
+    assert_exact(scores, np.where(expected < 0, -np.inf, np.take_along_axis(exact, expected, 1)))
+
+
+def test_more_than_4096_results_are_refused(rng, on_device):
+    sets = placed(on_device, sample(rng, [2], 3))
+    with pytest.raises(ValueError, match=r"^maxsim\.topk: k must be at most 4096 on a GPU, got 4097$"):
+        pv.maxsim.topk(sets, sets, 4097)
+
+
+def test_more_scores_than_are_kept_at_once(rng, gpu):
+    queries, docs = (gpu.randn(n, 1, 8, device="cuda", dtype=gpu.float16) for n in (1500, 100_000))
+    scores, ids = pv.maxsim.topk(queries, docs, 5)
+    expected = (queries[:, 0].float() @ docs[:, 0].float().T).topk(5)
+    gpu.testing.assert_close(scores, expected.values, rtol=1e-3, atol=1e-3)
+    assert (ids == expected.indices).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "residual4"])
+def test_packed_tokens_move_to_a_gpu(rng, gpu, dtype):
+    packed = pv.maxsim.pack(sample(rng, DOC_TOKENS, 16), dtype)
+    queries = sample(rng, QUERY_TOKENS, 16)
+    there = packed.to("cuda")
+    assert there.nbytes == packed.nbytes
+    assert (there.state().tensors["values"].device.type, there.to("cpu").dtype) == ("cuda", dtype)
+    scores = pv.maxsim.score(placed(lambda x: gpu.from_numpy(x).cuda(), queries), there)
+    gpu.testing.assert_close(scores.cpu(), gpu.from_numpy(pv.maxsim.score(queries, packed)), rtol=1e-2, atol=1e-1)
