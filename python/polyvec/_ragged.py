@@ -40,7 +40,7 @@ class Ragged:
     (3, [2, 0, 3], (3, 2))
     """
 
-    __slots__ = ("_placed", "offsets", "values")
+    __slots__ = ("_offsets", "_placed", "values")
 
     def __init__(self, values: Any, offsets: Any) -> None:
         values = native(values) if is_array(values) else np.asarray(values, dtype=np.float32)
@@ -60,8 +60,15 @@ class Ragged:
                 f"Ragged: offsets must end at the number of rows of values ({values.shape[0]}), got {offsets[-1]}"
             )
         self.values: Any = values
-        self.offsets: npt.NDArray[np.int64] = offsets
+        self._offsets: npt.NDArray[np.int64] | None = offsets
         self._placed: Any = offsets if device_name(values) == "cpu" else None
+
+    @classmethod
+    def on_device(cls, values: Any, offsets: Any) -> Ragged:
+        """Take int64 offsets that lie on the GPU of `values`, unchecked: nothing waits for them."""
+        sets = cls.__new__(cls)
+        sets.values, sets._placed, sets._offsets = values, offsets, None
+        return sets
 
     @classmethod
     def from_list(cls, arrays: Sequence[Any], *, dim: int | None = None) -> Ragged:
@@ -129,6 +136,13 @@ class Ragged:
         return cls(x[keep], offsets)
 
     @property
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """Where each set begins, shape (n + 1,), on the host."""
+        if self._offsets is None:
+            self._offsets = np.asarray(to_host(self._placed))
+        return self._offsets
+
+    @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Number of rows of each set, shape (n,)."""
         return np.diff(self.offsets)
@@ -146,7 +160,7 @@ class Ragged:
         return int(self.values.shape[1])
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return int((self._placed if self._offsets is None else self._offsets).shape[0]) - 1
 
     def __getitem__(self, i: int) -> Any:
         if not -len(self) <= i < len(self):

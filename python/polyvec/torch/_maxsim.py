@@ -8,7 +8,11 @@ from torch.library import custom_op
 
 from polyvec import Ragged
 from polyvec import maxsim as _maxsim
-from polyvec.torch._tensors import in_float32, require_tensors
+from polyvec.torch._tensors import narrowed, require_tensors
+
+
+def _ragged(values: Tensor, offsets: Tensor) -> Ragged:
+    return (Ragged.on_device if values.is_cuda else Ragged)(values.detach(), offsets)
 
 
 @custom_op(
@@ -19,15 +23,16 @@ from polyvec.torch._tensors import in_float32, require_tensors
 def _match(
     queries: Tensor, query_offsets: Tensor, docs: Tensor, doc_offsets: Tensor, pairs: bool
 ) -> tuple[Tensor, Tensor]:
-    sets = Ragged(queries.detach(), query_offsets), Ragged(docs.detach(), doc_offsets)
+    sets = _ragged(queries, query_offsets), _ragged(docs, doc_offsets)
     return _maxsim.match(*sets, pairs=pairs)
 
 
 @_match.register_fake
 def _(queries: Tensor, query_offsets: Tensor, docs: Tensor, doc_offsets: Tensor, pairs: bool) -> tuple[Tensor, Tensor]:
     nq, nd, tokens = query_offsets.shape[0] - 1, doc_offsets.shape[0] - 1, queries.shape[0]
+    dtype = torch.float32 if queries.itemsize == 2 else queries.dtype
     return (
-        queries.new_empty((nq,) if pairs else (nq, nd)),
+        queries.new_empty((nq,) if pairs else (nq, nd), dtype=dtype),
         queries.new_empty((tokens,) if pairs else (nd, tokens), dtype=torch.int32),
     )
 
@@ -47,7 +52,7 @@ def _match_gradient(
     rows: Tensor,
     of_docs: bool,
 ) -> Tensor:
-    sets = Ragged(queries.detach(), query_offsets), Ragged(docs.detach(), doc_offsets)
+    sets = _ragged(queries, query_offsets), _ragged(docs, doc_offsets)
     return _maxsim.match_gradient(*sets, grad.detach(), rows, of_docs=of_docs)
 
 
@@ -81,24 +86,27 @@ def _match_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]
 
 
 _match.register_autograd(_match_backward, setup_context=_save_match)
-in_float32(_match, _match_gradient)
 
 
 def _token_sets(op: str, name: str, x: Any, mask: Any) -> tuple[Tensor, Tensor]:
-    """Return the tokens of all sets and where each set begins."""
+    """Return the tokens of all sets and where each set begins, on their device."""
     first, second = x if isinstance(x, tuple) and len(x) == 2 else (x, None)
     require_tensors(op, **{name: first})
     if first.dim() == 2 and second is not None and mask is None:
-        return first, torch.as_tensor(second)
+        offsets = torch.as_tensor(second)
+        if first.is_cuda and not offsets.is_cuda:
+            offsets = torch.from_numpy(Ragged(first.detach(), offsets).offsets).to(first.device)
+        return narrowed(first), offsets
     if first.dim() != 3:
         raise ValueError(
             f"{op}: {name} must be a padded (n, t, d) tensor, (padded, lengths) or (values, offsets), "
             f"got shape {tuple(first.shape)}"
         )
     if second is None and mask is None:
-        return first.flatten(0, 1), torch.arange(first.shape[0] + 1) * first.shape[1]
+        offsets = torch.arange(first.shape[0] + 1, device=first.device) * first.shape[1]
+        return narrowed(first.flatten(0, 1)), offsets
     sets = Ragged.from_padded(first, second, mask=mask)  # indexes `first`, which torch differentiates
-    return sets.values, torch.from_numpy(sets.offsets)
+    return narrowed(sets.values), torch.from_numpy(sets.offsets).to(first.device)
 
 
 def maxsim(queries: Any, docs: Any, *, query_mask: Any = None, doc_mask: Any = None) -> Tensor:
@@ -106,7 +114,7 @@ def maxsim(queries: Any, docs: Any, *, query_mask: Any = None, doc_mask: Any = N
 
     Parameters
     ----------
-    queries : token sets, float32 | float64
+    queries : token sets, float32 | float64; on a GPU bfloat16 | float16, too
         A padded tensor of shape (n, t, d), alone or with its lengths as `(padded, lengths)`, or `(values, offsets)`
         with values of shape (T, d).
     docs : token sets of queries' dtype and width
@@ -115,7 +123,7 @@ def maxsim(queries: Any, docs: Any, *, query_mask: Any = None, doc_mask: Any = N
 
     Returns
     -------
-    tensor of shape (nq, nd), queries' dtype
+    tensor of shape (nq, nd), queries' dtype; float32 for bfloat16 and float16
         Padding is excluded: -inf for a document without tokens, 0 for a query without tokens.
 
     Notes
@@ -123,7 +131,10 @@ def maxsim(queries: Any, docs: Any, *, query_mask: Any = None, doc_mask: Any = N
     Each score is differentiated at its maxima, of equal ones at the first. A forward saves the tokens and an int32 for
     each query token and document, never a similarity. A backward costs 2 d flops for each of these for every side that
     requires grad, in a fixed order: gradients have the same bits for any number of threads. Lengths and masks break the
-    graph of `torch.compile`, for it cannot know how many tokens they keep; the other forms do not. CPU only.
+    graph of `torch.compile`, for it cannot know how many tokens they keep; the other forms do not.
+
+    On a GPU offsets that lie there are not checked, for a check would wait for them, and autocast hands over tokens in
+    its own dtype, as it does to a product of matrices; on a CPU in float32.
 
     References
     ----------
@@ -148,7 +159,7 @@ def maxsim_pairs(queries: Any, docs: Any, *, query_mask: Any = None, doc_mask: A
 
     Parameters
     ----------
-    queries : n token sets, float32 | float64
+    queries : n token sets, float32 | float64; on a GPU bfloat16 | float16, too
         A padded tensor of shape (n, t, d), alone or with its lengths as `(padded, lengths)`, or `(values, offsets)`
         with values of shape (T, d).
     docs : n token sets of queries' dtype and width
@@ -157,7 +168,7 @@ def maxsim_pairs(queries: Any, docs: Any, *, query_mask: Any = None, doc_mask: A
 
     Returns
     -------
-    tensor of shape (n,), queries' dtype
+    tensor of shape (n,), queries' dtype; float32 for bfloat16 and float16
         The score of query i and document i.
 
     Notes

@@ -23,3 +23,10 @@ def in_float32(*ops: Any) -> None:
 def widened(x: Tensor) -> Tensor:
     """Return `x` as float32 under autocast, unchanged elsewhere: for functions of several ops."""
     return x.float() if torch.is_autocast_enabled(x.device.type) else x
+
+
+def narrowed(x: Tensor) -> Tensor:
+    """Return `x` in the dtype that autocast multiplies in: its own on a GPU, float32 on a CPU; unchanged without it."""
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype("cuda") if x.is_cuda else torch.float32)
