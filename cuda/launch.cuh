@@ -55,8 +55,10 @@ void launch(const char* op, Cuda cuda, dim3 grid, dim3 block, std::size_t bytes,
     config.dynamicSmemBytes = bytes;
     config.stream = reinterpret_cast<cudaStream_t>(cuda.stream);
     const DeviceGuard guard(op, cuda.device);
-    if (bytes > granted)
+    if (bytes > granted) {
         check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+        check(op, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100));  // per cent
+    }
     check(op, cudaLaunchKernelEx(&config, kernel, args...));
     check(op, cudaGetLastError());
     if (wait_after_launch()) check(op, cudaStreamSynchronize(config.stream));

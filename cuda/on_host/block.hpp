@@ -8,8 +8,6 @@
 
 #include <array>
 #include <cstddef>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <functional>
@@ -27,14 +25,19 @@ public:
         return block;
     }
 
-    /// Calls thread(i) for i < n, and begin(i) whenever thread i starts or goes on.
-    void run(unsigned n, std::function<void()> thread, std::function<void(unsigned)> begin) {
+    /// Calls thread() n times, and begin(i) whenever the i-th starts or goes on. False: all that are left wait, for
+    /// some that ended or that wait elsewhere.
+    bool run(unsigned n, std::function<void()> thread, std::function<void(unsigned)> begin) {
         n_ = n, next_ = ended_ = 0;
         thread_ = std::move(thread), begin_ = std::move(begin);
         waits_.assign(n, {nullptr, 0});
-        slots_.resize(n);
+        for (std::vector<Slot>& slots : slots_) slots.resize(n);
+        turns_.assign(n, 0);
         current_ = &main_;
         switch_to(idle());
+        if (ended_ == n_) return true;
+        idle_.clear(), ready_.clear(), at_barrier_.clear(), stacks_.clear();
+        return false;
     }
 
     /// Waits for all threads of the block that have not ended.
@@ -60,22 +63,27 @@ public:
     /// Calls read(values), a function of the lane, when all lanes of `mask` have given a value.
     template <class T, class F>
     auto exchange(unsigned mask, const T& value, F read) {
-        static_assert(sizeof(T) <= sizeof slots_[0]);
+        static_assert(sizeof(T) <= sizeof(Slot));
         const unsigned thread = current_->thread, first = thread - thread % lanes;
-        std::memcpy(slots_[thread].data(), &value, sizeof value);
+        const unsigned live = n_ - first < lanes ? (1u << (n_ - first)) - 1 : ~0u;
+        const bool whole = (mask & live) == live;  // then slots take turns: those of the last exchange are still read
+        if (whole) turns_[thread] ^= 1;
+        std::vector<Slot>& slots = slots_[whole ? turns_[thread] : 2];
+        std::memcpy(slots[thread].data(), &value, sizeof value);
         sync_warp(mask);
         const auto result = read([&](unsigned lane) {
             T other = value;  // of a lane that does not exist
-            if (first + lane < n_) std::memcpy(&other, slots_[first + lane].data(), sizeof other);
+            if (first + lane < n_) std::memcpy(&other, slots[first + lane].data(), sizeof other);
             return other;
         });
-        sync_warp(mask);  // all have read
+        if (!whole) sync_warp(mask);  // all have read
         return result;
     }
 
     unsigned lane() const { return current_->thread % lanes; }
 
 private:
+    using Slot = std::array<std::byte, 64>;
     struct Stack {
         jmp_buf at;
         ucontext_t context;
@@ -103,8 +111,7 @@ private:
         } else if (next_ < n_) {
             switch_to(idle());
         } else {
-            std::fputs("on_host: all threads of a block wait, for some that ended or that wait elsewhere\n", stderr);
-            std::abort();
+            switch_to(main_);  // for good
         }
         begin_(current_->thread);
     }
@@ -128,13 +135,7 @@ private:
                 block.release_barrier(nullptr);
             }
             block.idle_.push_back(block.current_);
-            if (block.ended_ == block.n_) {
-                block.switch_to(block.main_);
-            } else if (!block.ready_.empty()) {
-                block.switch_to(take(block.ready_));
-            } else {
-                block.wait();  // says what is wrong
-            }
+            block.switch_to(block.ready_.empty() ? block.main_ : take(block.ready_));
         }
     }
 
@@ -165,8 +166,9 @@ private:
     std::function<void(unsigned)> begin_;
     std::vector<std::unique_ptr<Stack>> stacks_;
     std::deque<Stack*> idle_, ready_, at_barrier_;
-    std::vector<Wait> waits_;                       // of each thread
-    std::vector<std::array<std::byte, 64>> slots_;  // what it gives to its warp
+    std::vector<Wait> waits_;                 // of each thread
+    std::array<std::vector<Slot>, 3> slots_;  // what it gives to its warp: in two turns, and to a part of the warp
+    std::vector<unsigned> turns_;
     Stack main_{.at = {}, .context = {}, .memory = nullptr, .thread = 0, .started = true};
     Stack* current_ = &main_;
 };

@@ -141,8 +141,9 @@ enum cudaError_t {
     cudaErrorInvalidValue,
     cudaErrorMemoryAllocation,
     cudaErrorInsufficientDriver = 35,
+    cudaErrorLaunchFailure = 719,
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributePreferredSharedMemoryCarveout };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToDevice };
 using cudaStream_t = struct Stream*;
@@ -166,9 +167,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
         for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
             for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
                 std::memset(dynamic_shared_memory, 0xff, config->dynamicSmemBytes);  // NaN
-                on_host::Block::current().run(
+                const bool ended = on_host::Block::current().run(
                     threads, [&] { kernel(args...); },
                     [&](unsigned i) { threadIdx = {i % block.x, i / block.x % block.y, i / block.x / block.y}; });
+                if (!ended) return cudaErrorLaunchFailure;
             }
     return cudaSuccess;
 }
@@ -241,10 +243,12 @@ inline cudaError_t cudaGetLastError() {
 inline const char* cudaGetErrorString(cudaError_t status) {
     return status == cudaSuccess                 ? "no error"
            : status == cudaErrorMemoryAllocation ? "out of memory"
+           : status == cudaErrorLaunchFailure    ? "threads wait for one another"
                                                  : "invalid argument";
 }
 inline const char* cudaGetErrorName(cudaError_t status) {
     return status == cudaSuccess                 ? "cudaSuccess"
            : status == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation"
+           : status == cudaErrorLaunchFailure    ? "cudaErrorLaunchFailure"
                                                  : "cudaErrorInvalidValue";
 }
