@@ -33,27 +33,21 @@ __device__ inline float value_of(Float16 x) {
     return __uint_as_float(magnitude << 13) * scale;              // exact, of subnormal numbers too
 }
 
+/// The bits of `x` rounded to float16, to even; beyond 65504 it becomes infinity, NaN stays NaN.
+__device__ inline std::uint16_t rounded_to_float16(float x) {
+    const unsigned bits = __float_as_uint(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);
+    if (magnitude >= 0x477ff000u) return static_cast<std::uint16_t>(sign | 0x7c00u);
+    if (magnitude < 0x38800000u)  // subnormal: the sum rounds to multiples of 2^-24
+        return static_cast<std::uint16_t>(sign | (__float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000u));
+    return static_cast<std::uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13));
+}
+
 /// `x` rounded to bfloat16, to even; NaN stays NaN.
 __device__ inline float rounded_to_bfloat16(float x) {
     const unsigned bits = __float_as_uint(x);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return x;
     return __uint_as_float((bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u);
-}
-
-/// `x` rounded to float16, to even: beyond its range infinite, NaN stays NaN.
-__device__ inline std::uint16_t bits_of_float16(float x) {
-    const unsigned sign = __float_as_uint(x) >> 16 & 0x8000u, magnitude = __float_as_uint(x) & 0x7fffffffu;
-    unsigned bits;
-    if (magnitude > 0x7f800000u) {
-        bits = 0x7e00u;
-    } else if (magnitude >= 0x477ff000u) {  // halfway between the largest number and the next
-        bits = 0x7c00u;
-    } else if (magnitude < 0x38800000u) {  // subnormal: the last bit of 0.5 is the unit
-        bits = __float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000u;
-    } else {
-        bits = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13;
-    }
-    return static_cast<std::uint16_t>(sign | bits);
 }
 
 }  // namespace polyvec

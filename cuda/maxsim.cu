@@ -129,7 +129,7 @@ __device__ T token_of(SumOfTokens<T> x) {
     if constexpr (std::is_same_v<T, BFloat16>) {
         return {static_cast<std::uint16_t>(__float_as_uint(rounded_to_bfloat16(x)) >> 16)};
     } else if constexpr (std::is_same_v<T, Float16>) {
-        return {bits_of_float16(x)};
+        return {rounded_to_float16(x)};
     } else {
         return x;
     }

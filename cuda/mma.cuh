@@ -8,7 +8,9 @@
 
 #include <cuda_runtime.h>
 
+#include <bit>
 #include <cstdint>
+#include <type_traits>
 
 #include "elements.cuh"
 
@@ -31,12 +33,24 @@ struct SumOf<Words::s8> {
 template <Words words>
 using Sum = typename SumOf<words>::type;
 
+/// To 11 bits, ties away from zero; NaN stays NaN.
+__host__ __device__ inline unsigned rounded_to_tf32(float x) {
 #ifdef __CUDA_ARCH__
+    unsigned bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+    return bits;
+#else
+    const auto bits = std::bit_cast<unsigned>(x);
+    return x != x ? bits : (bits + 0x1000u) & 0xffffe000u;
+#endif
+}
 
-#define POLYVEC_MMA(instruction, constraint)                                                                      \
-    asm volatile(instruction " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                             \
-                 : "+" constraint(sum[0]), "+" constraint(sum[1]), "+" constraint(sum[2]), "+" constraint(sum[3]) \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+#ifdef __CUDACC__
+
+#define POLYVEC_MMA(instruction, constraint)                                                             \
+    asm(instruction " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                             \
+        : "+" constraint(sum[0]), "+" constraint(sum[1]), "+" constraint(sum[2]), "+" constraint(sum[3]) \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
 
 __device__ inline void multiply_tf32(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     POLYVEC_MMA("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32", "f");
@@ -51,12 +65,6 @@ __device__ inline void multiply_s8(int (&sum)[4], const unsigned (&a)[4], unsign
     POLYVEC_MMA("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", "r");
 }
 #undef POLYVEC_MMA
-
-__device__ inline unsigned rounded_to_tf32(float x) {
-    unsigned bits;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-    return bits;
-}
 
 #else  // on a CPU: for tests
 
@@ -104,10 +112,6 @@ __device__ inline void multiply_f16(float (&sum)[4], const unsigned (&a)[4], uns
 }
 __device__ inline void multiply_s8(int (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     multiply_on_host<Words::s8>(sum, a, b0, b1);
-}
-
-__device__ inline unsigned rounded_to_tf32(float x) {
-    return (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
 }
 
 #endif

@@ -1,6 +1,7 @@
 /// The table of contents of polyvec._cuda.
 #include <cuda_runtime_api.h>
 
+#include "fde.hpp"
 #include "hypercomplex.hpp"
 #include "maxsim.hpp"
 #include "run_op.hpp"
@@ -38,6 +39,7 @@ PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
     m.doc() = "Compiled CUDA kernels of polyvec. Strict: polyvec's Python functions prepare its arguments.";
     register_errors();
     m.def("info", &info);
+    bind_fde<Cuda>(m);
     bind_hypercomplex<Cuda>(m);
     bind_maxsim<Cuda>(m);
     bind_scan<Cuda>(m);

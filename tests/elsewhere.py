@@ -42,6 +42,7 @@ class Elsewhere:
             float16="float16",
             float32="float32",
             float64="float64",
+            int8="int8",
             int32="int32",
             int64="int64",
             empty=lambda shape, dtype: Elsewhere(np.full(shape, 77, dtype), *self.place),  # poison

@@ -272,6 +272,49 @@ def test_matches_and_their_gradients_are_those_of_the_cpu(rng, on_device, kernel
         assert_reduction(ours, theirs, size, length=20)
 
 
+FDE_SHAPES = [  # d, repetitions, bits, tokens of each document; the mean decides how many fit into shared memory
+    (128, 4, 5, (100, 0, 31, 180, 33)),
+    (5, 2, 10, (3, 300)),
+    (40, 1, 0, (70,)),
+    (33, 130, 1, (9, 1, 35)),
+    (260, 3, 4, (20, 2)),
+]
+
+
+@pytest.mark.parametrize("dialect", ["google", "fastembed"])
+@pytest.mark.parametrize(("d", "repetitions", "bits", "sizes"), FDE_SHAPES)
+def test_fde_has_the_bits_of_the_cpu_before_projections(
+    on_device, kernels, token_sets, d, repetitions, bits, sizes, dialect
+):
+    (docs, _), (placed, _) = token_sets(d, np.float32, queries=sizes)
+    encoder = pv.fde.Encoder(d, repetitions=repetitions, simhash_bits=bits, projection_dim=None, dialect=dialect)
+    assert_exact(encoder.partition(placed.values), encoder.partition(np.concatenate(docs)))
+    for encode in (encoder.encode_docs, encoder.encode_queries):
+        assert_exact(encode(placed), encode(docs))
+        out = on_device(np.full((len(docs), encoder.output_dim), np.nan, np.float16))
+        assert encode(placed, dtype="float16", out=out) is out
+        assert_exact(out, encode(docs, dtype="float16"))
+
+
+@pytest.mark.parametrize("options", [{}, {"projection_dim": 40}, {"final_dim": 99}, {"fill_empty": False}], ids=str)
+def test_fde_encodings_are_those_of_the_cpu(on_device, kernels, token_sets, options):
+    (docs, _), (placed, _) = token_sets(128, np.float32, queries=(100, 0, 31, 180, 33))
+    encoder = pv.fde.Encoder(128, repetitions=6, **options)
+    sizes = encoder.encode_queries([np.abs(x).sum(0, keepdims=True) for x in docs])
+    for encode in (encoder.encode_docs, encoder.encode_queries):
+        assert_reduction(encode(placed), encode(docs), np.abs(sizes).max(1, keepdims=True) + 1, length=500)
+
+
+def test_fde_encodings_too_large_for_their_dtype_are_marked(on_device, kernels):
+    tokens = np.array([[1, 2], [1e5, 3], [np.nan, 1]], np.float32)
+    encoder = pv.fde.Encoder(2, repetitions=1, simhash_bits=0, projection_dim=None)
+    sets = pv.Ragged(on_device(tokens), [0, 1, 2, 3])
+    assert_exact(encoder.encode_docs(sets, dtype="float16"), np.float16([[1, 2], [np.inf, 3], [np.nan, 1]]))
+    codes, scales = map(on_host, encoder.encode_docs(sets, dtype="int8"))
+    assert_exact(codes, [[64, 127], [127, 0], [0, 0]])
+    assert_exact(scales, np.float32([2, 1e5, np.nan]) / np.float32(127))
+
+
 def test_offsets_are_copied_to_the_device_once(on_device, kernels, token_sets):
     _, (queries, docs) = token_sets(4, np.float32)
     pv.maxsim.score(queries, docs)
@@ -309,6 +352,20 @@ def test_a_call_can_be_captured_in_a_graph(rng, on_device, gpu):
     graph.replay()
     gpu.cuda.synchronize()
     assert_exact(out, expected)
+
+
+def test_an_encoding_can_be_captured_in_a_graph_after_the_first(rng, on_device, gpu):
+    encoder = pv.fde.Encoder(64, final_dim=500)
+    sets = pv.Ragged(on_device(sample(rng, 900, 64)), [0, 200, 200, 900])
+    out = gpu.empty(3, 500, device="cuda")
+    expected = encoder.encode_docs(sets, out=out).clone()
+    graph = gpu.cuda.CUDAGraph()
+    with gpu.cuda.graph(graph):
+        encoder.encode_docs(sets, out=out)
+    for _ in range(3):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert_exact(out, expected)
 
 
 def test_the_tensors_device_is_used_and_the_callers_restored(rng, gpu):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import polyvec as pv
 import ranking
-from accuracy import assert_exact, assert_reduction
+from accuracy import assert_exact, assert_reduction, on_host
 from reference import fde as ref
 
 DIALECTS = ["paper", "google", "fastembed", "weaviate", "opensearch", "muvera-py"]
@@ -31,8 +31,10 @@ def assert_encodings(actual, sets, encoder, docs):
         assert_reduction(encoding, expected, size, length=len(tokens) + encoder.dim)
 
 
-def both(encoder, sets, **options):
-    return encoder.encode_docs(sets, **options), encoder.encode_queries(sets, **options)
+def both(encoder, sets, to=np.asarray, **options):
+    if isinstance(sets, list) and sets:
+        sets = [to(tokens) for tokens in sets]
+    return on_host(encoder.encode_docs(sets, **options)), on_host(encoder.encode_queries(sets, **options))
 
 
 # The definition
@@ -59,12 +61,12 @@ def both(encoder, sets, **options):
         (80, 2, 2, 65),
     ],
 )
-def test_encodings_equal_the_definition(rng, isa, d, repetitions, bits, projection_dim, dialect):
+def test_encodings_equal_the_definition(rng, isa, on_device, d, repetitions, bits, projection_dim, dialect):
     encoder = pv.fde.Encoder(
         d, repetitions=repetitions, simhash_bits=bits, projection_dim=projection_dim, dialect=dialect
     )
     sets = sample(rng, SIZES, d)
-    docs, queries = both(encoder, sets)
+    docs, queries = both(encoder, sets, on_device)
     assert docs.shape == (len(SIZES), encoder.output_dim) == (len(SIZES), repetitions * 2**bits * (projection_dim or d))
     assert_encodings(docs, sets, encoder, docs=True)
     assert_encodings(queries, sets, encoder, docs=False)
@@ -95,7 +97,7 @@ def test_any_shape(sizes, d, repetitions, bits, fill, final_dim, seed):
 
 
 @pytest.mark.parametrize("bits", [1, 3, 5, 6])
-def test_bucket_ids_are_those_of_float64(rng, isa, bits):
+def test_bucket_ids_are_those_of_float64(rng, isa, on_device, bits):
     """Tokens that lie in a hyperplane but for their rounding, which float32 products put on either side."""
     d, n = 128, 400
     encoder = pv.fde.Encoder(d, repetitions=100 // bits, simhash_bits=bits)
@@ -107,32 +109,32 @@ def test_bucket_ids_are_those_of_float64(rng, isa, bits):
     expected = ref.bucket_ids(tokens, encoder.hyperplanes)
     in_float32 = np.einsum("td,rdj->trj", tokens, encoder.hyperplanes) > 0
     assert (in_float32 @ (1 << np.arange(bits)) != expected).any()
-    assert_exact(encoder.partition(tokens), expected)
+    assert_exact(encoder.partition(on_device(tokens)), expected)
 
 
-def test_bucket_ids_of_tokens_of_any_size(rng, isa):
+def test_bucket_ids_of_tokens_of_any_size(rng, isa, on_device):
     encoder = pv.fde.Encoder(19)
     tokens = rng.standard_normal((40, 19)).astype(np.float32)
     for scale in (1e-38, 1e-30, 1e-18, 1, 1e18, 1e30, 3e37):
         scaled = tokens * np.float32(scale)
-        assert_exact(encoder.partition(scaled), ref.bucket_ids(scaled, encoder.hyperplanes))
+        assert_exact(encoder.partition(on_device(scaled)), ref.bucket_ids(scaled, encoder.hyperplanes))
 
 
-def test_a_token_on_a_plane_is_not_above_it(isa):
+def test_a_token_on_a_plane_is_not_above_it(isa, on_device):
     planes = np.ones((1, 2, 3), np.float32)
     encoder = pv.fde.Encoder(2, repetitions=1, simhash_bits=3, projection_dim=None, hyperplanes=planes)
     tokens = np.array([[0, 0], [1, -1], [-0.0, 0.0], [1e-40, 0]], np.float32)
-    assert_exact(encoder.partition(tokens), [[0], [0], [0], [7]])
+    assert_exact(encoder.partition(on_device(tokens)), [[0], [0], [0], [7]])
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 9, 30])
-def test_empty_buckets_take_the_very_token_of_the_definition(rng, isa, n, dialect):
+def test_empty_buckets_take_the_very_token_of_the_definition(rng, isa, on_device, n, dialect):
     encoder = pv.fde.Encoder(24, repetitions=9, simhash_bits=6, projection_dim=None, dialect=dialect)
     tokens = rng.standard_normal((n, 24)).astype(np.float32)
-    ids, bits = encoder.partition(tokens), ref.sign_bits(tokens, encoder.hyperplanes)
+    ids, bits = on_host(encoder.partition(on_device(tokens))), ref.sign_bits(tokens, encoder.hyperplanes)
     assert_exact(ids, ref.bucket_ids(tokens, encoder.hyperplanes, dialect))
-    blocks = encoder.encode_docs([tokens]).reshape(9, 64, 24)
+    blocks = on_host(encoder.encode_docs([on_device(tokens)])).reshape(9, 64, 24)
     for r in range(9):
         for bucket in sorted(set(range(64)) - set(ids[:, r].tolist())):
             assert_exact(blocks[r, bucket], tokens[ref.fill_token(bits[:, r], bucket, dialect)])
@@ -140,12 +142,12 @@ def test_empty_buckets_take_the_very_token_of_the_definition(rng, isa, n, dialec
 
 @pytest.mark.parametrize("projection_dim", [None, 8])
 @pytest.mark.parametrize("bits", [3, 6])
-def test_the_final_sketch_is_that_of_the_long_encoding(rng, isa, bits, projection_dim):
+def test_the_final_sketch_is_that_of_the_long_encoding(rng, isa, on_device, bits, projection_dim):
     options = {"repetitions": 6, "simhash_bits": bits, "projection_dim": projection_dim}
     encoder, short = pv.fde.Encoder(20, **options), pv.fde.Encoder(20, final_dim=100, **options)
     index, sign = short.final_projection
     sets = sample(rng, SIZES, 20)
-    for long, final in zip(both(encoder, sets), both(short, sets), strict=True):
+    for long, final in zip(both(encoder, sets, on_device), both(short, sets, on_device), strict=True):
         expected = np.zeros((len(SIZES), 100), np.float32)
         for row, values in zip(expected, long, strict=True):
             np.add.at(row, index, sign * values)
@@ -167,11 +169,11 @@ def test_sparse_queries_are_the_dense_ones(rng, isa, d, bits, projection_dim, di
     assert (sparse.block, sparse.shape) == (projection_dim or d, dense.shape)
 
 
-def test_sparse_queries_in_any_batch_on_any_threads_with_progress(rng, lib):
+def test_sparse_queries_in_any_batch_on_any_threads_with_progress(rng, cpu_lib):
     encoder = pv.fde.Encoder(24, repetitions=5, simhash_bits=4, projection_dim=8)
     sets = sample(rng, rng.integers(0, 9, 2100), 24)
     expected, dones = encoder.encode_queries(sets), []
-    given_sets = [lib(x) for x in sets]
+    given_sets = [cpu_lib(x) for x in sets]
     for options in ({"num_threads": 1}, {"num_threads": 2}, {"num_threads": 7, "progress": lambda *d: dones.append(d)}):
         sparse = encoder.encode_queries(given_sets, sparse=True, **options)
         assert type(sparse.values) is type(given_sets[0])
@@ -329,17 +331,17 @@ def test_the_inner_product_is_right_in_the_mean(rng):
 # How it is called
 
 
-def test_encodings_do_not_depend_on_the_batch_nor_on_threads(rng, isa):
+def test_encodings_do_not_depend_on_the_batch_nor_on_threads(rng, isa, on_device):
     encoder = pv.fde.Encoder(40, simhash_bits=4, final_dim=900)
     sets = sample(rng, rng.integers(0, 90, 150), 40)
-    one = both(encoder, sets, num_threads=1)
+    one = both(encoder, sets, on_device, num_threads=1)
     for threads in (2, 7):
-        for a, b in zip(one, both(encoder, sets, num_threads=threads), strict=True):
+        for a, b in zip(one, both(encoder, sets, on_device, num_threads=threads), strict=True):
             assert_exact(a, b)
     for i in (0, 77, 149):
-        for batch, alone in zip(one, both(encoder, [sets[i]]), strict=True):
+        for batch, alone in zip(one, both(encoder, [sets[i]], on_device), strict=True):
             assert_exact(batch[i], alone[0])
-    tokens = np.concatenate(sets)
+    tokens = on_device(np.concatenate(sets))
     assert_exact(encoder.partition(tokens, num_threads=1), encoder.partition(tokens, num_threads=3))
 
 
@@ -371,13 +373,13 @@ def test_encodings_into_a_file_with_progress(rng, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"final_dim": 40}])
-def test_narrow_encodings_are_rounded_floats(rng, isa, options):
+def test_narrow_encodings_are_rounded_floats(rng, isa, on_device, options):
     encoder = pv.fde.Encoder(12, repetitions=3, simhash_bits=3, projection_dim=5, **options)
-    sets = sample(rng, SIZES, 12)
+    sets = [on_device(x) for x in sample(rng, SIZES, 12)]
     for encode in (encoder.encode_docs, encoder.encode_queries):
-        exact = encode(sets)
+        exact = on_host(encode(sets))
         assert_exact(encode(sets, dtype="float16"), exact.astype(np.float16))
-        codes, scales = encode(sets, dtype="int8")
+        codes, scales = map(on_host, encode(sets, dtype="int8"))
         assert_exact(scales, abs(exact).max(1) / np.float32(127))
         assert abs(codes.astype(int)).max() == 127
         assert (abs(codes * scales[:, None] - exact) <= 0.5001 * scales[:, None]).all()
@@ -398,20 +400,21 @@ def test_narrow_encodings_into_a_file_serve_a_scan(rng, tmp_path, lib):
     assert codes is out[0]
     assert scales is out[1]
     queries = encoder.encode_queries(sets)
-    for items, options in ((half, {}), (codes, {"scales": scales})):
+    for items, options in ((half, {}), (codes, {"scales": lib(scales)})):
         best = pv.scan.topk(lib(queries), lib(np.array(items)), 1, **options)[1]
-        assert np.asarray(best)[:, 0].tolist() == list(range(40))
+        assert on_host(best)[:, 0].tolist() == list(range(40))
 
 
 def test_the_caller_gets_the_library_it_gave(rng, lib):
     encoder = pv.fde.Encoder(8, repetitions=3, projection_dim=4)
-    sets = [lib(x) for x in sample(rng, [3, 9], 8)]
-    expected = encoder.encode_docs([np.asarray(x) for x in sets])
-    out = lib(np.full(expected.shape, np.nan, np.float32))
+    arrays = sample(rng, [3, 9], 8)
+    sets = [lib(x) for x in arrays]
+    out = lib(np.full((2, encoder.output_dim), np.nan, np.float32))
     assert encoder.encode_docs(sets, out=out) is out
-    for result in (out, encoder.encode_docs(sets, progress=lambda *_: None)):
+    assert_encodings(on_host(out), arrays, encoder, docs=True)
+    for result in (encoder.encode_docs(sets), encoder.encode_docs(sets, progress=lambda *_: None)):
         assert type(result) is type(sets[0])
-        assert_exact(result, expected)
+        assert_exact(result, out)
     assert type(encoder.partition(sets[1])) is type(sets[1])
 
 
@@ -428,13 +431,13 @@ def test_injected_matrices_may_be_torch_tensors():
     assert_exact(one.encode_docs(tokens), two.encode_docs(tokens))
 
 
-def test_nan_and_inf_stay_in_their_set(rng, isa):
+def test_nan_and_inf_stay_in_their_set(rng, isa, on_device):
     encoder = pv.fde.Encoder(20, simhash_bits=3)
     sets = sample(rng, [4, 30, 5], 20)
-    expected = both(encoder, sets)
+    expected = both(encoder, sets, on_device)
     for value in (np.nan, np.inf):
         sets[1][7, 3] = value
-        for damaged, clean in zip(both(encoder, sets), expected, strict=True):
+        for damaged, clean in zip(both(encoder, sets, on_device), expected, strict=True):
             assert_exact(damaged[[0, 2]], clean[[0, 2]])
             assert (~np.isfinite(damaged[1].reshape(20, -1))).any(1).all()
 
@@ -527,10 +530,10 @@ def test_a_token_with_nan_is_a_ball_of_its_own():
     np.testing.assert_array_equal(pv.fde.carve([tokens]).values, np.float32([[2, 0], [np.nan, 0]]))
 
 
-def test_carving_gives_the_library_it_got(rng, lib):
+def test_carving_gives_the_library_it_got(rng, cpu_lib):
     sets = sample(rng, [9, 3], 6)
-    carved = pv.fde.carve((lib(np.concatenate(sets)), [0, 9, 12]))
-    assert type(carved.values) is type(lib(sets[0]))
+    carved = pv.fde.carve((cpu_lib(np.concatenate(sets)), [0, 9, 12]))
+    assert type(carved.values) is type(cpu_lib(sets[0]))
     assert_carved([np.asarray(c) for c in carved], sets, 0.7)
 
 

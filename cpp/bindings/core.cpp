@@ -72,7 +72,9 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
     bind_packed_tokens<Cpu>(m);
     bind_scan<Cpu>(m);
     bind_scan_sums<Cpu>(m);
+    bind_fde_matrices(m);
     bind_fde<Cpu>(m);
+    bind_fde_blocks<Cpu>(m);
     bind_quantize<Cpu>(m);
     bind_codes<Cpu>(m);
     bind_clusters<Cpu>(m);

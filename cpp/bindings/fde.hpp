@@ -7,8 +7,8 @@ namespace polyvec {
 
 constexpr const char* fde_queries = "fde.Encoder.encode_queries";
 
-template <class Exec>
-void bind_fde(py::module_& m) {
+/// Bound once: all modules share the class.
+inline void bind_fde_matrices(py::module_& m) {
     py::class_<FdeMatrices>(m, "FdeMatrices")
         .def(py::init([](const py::object& hyperplanes, const py::object& projections, const py::object& sketch_index,
                          const py::object& sketch_sign, std::int64_t final_dim, const py::object& words,
@@ -22,6 +22,10 @@ void bind_fde(py::module_& m) {
              py::arg("hyperplanes"), py::arg("projections"), py::arg("sketch_index"), py::arg("sketch_sign"),
              py::arg("final_dim"), py::arg("words"), py::arg("sources"))
         .def_readonly("output_dim", &FdeMatrices::output_dim);
+}
+
+template <class Exec>
+void bind_fde(py::module_& m) {
     m.def(
         "fde_encode",
         [](const FdeMatrices& matrices, const py::object& tokens, const py::object& offsets, const py::object& out,
@@ -43,6 +47,11 @@ void bind_fde(py::module_& m) {
             run_op<Exec>(FdePartition{matrices, a, args.out("out", out)}, where, a);
         },
         py::arg("matrices"), py::arg("tokens"), py::arg("out"), py::arg("where"));
+}
+
+/// Sparse encodings of queries, and balls of their tokens.
+template <class Exec>
+void bind_fde_blocks(py::module_& m) {
     m.def(
         "fde_count_blocks",
         [](const FdeMatrices& matrices, const py::object& tokens, const py::object& offsets, const py::object& ids,

@@ -16,16 +16,13 @@ namespace {
 
 constexpr std::int64_t tokens_per_piece = 256;  // a piece costs a fraction of a millisecond
 
-/// Columns of a packed matrix of n columns.
 std::int64_t packed_columns(std::int64_t n) {
-    return (n + 15) / 16 * 16;
+    return FdeMatrices::packed_columns(n);
 }
 
-/// Packs column `column` of a matrix of d rows, whose entries lie `stride` apart.
-void pack(float* packed, std::int64_t columns, std::int64_t column, const float* x, std::int64_t stride,
-          std::int64_t d) {
-    const std::int64_t panel = column / 32 * 32, width = std::min<std::int64_t>(32, columns - panel);
-    for (std::int64_t i = 0; i < d; ++i) packed[panel * d + i * width + column % 32] = x[i * stride];
+/// Packs column `column` of a matrix (d, n), whose entries lie `stride` apart.
+void pack(float* packed, std::int64_t n, std::int64_t column, const float* x, std::int64_t stride, std::int64_t d) {
+    for (std::int64_t i = 0; i < d; ++i) packed[FdeMatrices::packed_at(n, column, i, d)] = x[i * stride];
 }
 
 template <class T, class From>
@@ -357,7 +354,7 @@ FdeMatrices::FdeMatrices(const Array& planes_in, const Array& projections_in, co
     slack = zeros(columns);
     for (std::int64_t c = 0; c < planes_n; ++c) {
         const float* plane = planes_in.as<const float>() + c / bits * d * bits + c % bits;
-        pack(planes.get(), columns, c, plane, bits, d);
+        pack(planes.get(), planes_n, c, plane, bits, d);
         double size = 0;
         for (std::int64_t i = 0; i < d; ++i) size += std::abs(plane[i * bits]);
         slack[c] = static_cast<float>((static_cast<double>(d) + 2) * 6e-8 * size);  // 6e-8 > 2^-24, the unit roundoff
@@ -373,8 +370,8 @@ FdeMatrices::FdeMatrices(const Array& planes_in, const Array& projections_in, co
         projections = zeros(repetitions * size);
         for (std::int64_t r = 0; r < repetitions; ++r)
             for (std::int64_t c = 0; c < width; ++c)
-                pack(projections.get() + r * size, packed_columns(width), c,
-                     projections_in.as<const float>() + r * d * width + c, width, d);
+                pack(projections.get() + r * size, width, c, projections_in.as<const float>() + r * d * width + c,
+                     width, d);
     }
 
     bucket_of = aligned<std::uint32_t>(buckets());

@@ -299,8 +299,8 @@ class Encoder:
         Raises
         ------
         ValueError
-            Tokens of another width, offsets that run backwards, an `out` of another shape, encodings beyond 65504 in
-            float16 or not finite in int8.
+            Tokens of another width, offsets that run backwards, an `out` of another shape; on a CPU, encodings beyond
+            65504 in float16 or not finite in int8.
         TypeError
             Tokens that are not float32.
 
@@ -311,6 +311,9 @@ class Encoder:
         projected, and a token that fills several buckets is projected once. The encoding before a final sketch is
         never stored. A NaN or Inf in a token reaches its set's encoding, and no other. Bits do not depend on the number
         of threads, nor on the other sets of the call.
+
+        On a GPU nothing waits for values: encodings beyond 65504 are infinite in float16, and a row that is not finite
+        has the scale NaN in int8. The first call there copies the matrices to the device and waits for that.
 
         References
         ----------
@@ -344,14 +347,13 @@ class Encoder:
         step = _SETS_PER_REPORT if progress else max(1, n)
         with reporting(op, progress, n, "documents" if docs else "queries") as report:
             for first in range(0, n, step):
-                offsets = sets.offsets[first : first + step + 1]
-                values, part = sets.values[int(offsets[0]) : int(offsets[-1])], slice(first, first + step)
+                part = slice(first, first + step)
+                some = sets if step >= n else _sets_of(sets, part)
                 _backend.run(
-                    op, "fde_encode", values,
-                    self._matrices, values, offsets - offsets[0], rows[part], scales[part], docs, fill, lowest_bucket,
-                    num_threads=num_threads,
+                    op, "fde_encode", some.values, self._matrices, some.values, some.placed_offsets, rows[part],
+                    scales[part], docs, fill, lowest_bucket, num_threads=num_threads,
                 )  # fmt: skip
-                report(len(offsets) - 1)
+                report(len(some))
         return (rows, scales) if scaled else rows
 
     def _encode_sparse(self, op: str, tokens: Any, num_threads: int | None, progress: Progress) -> BlockSparse:
@@ -564,6 +566,12 @@ def carve(queries: Any, *, threshold: float = 0.7, num_threads: int | None = Non
     sums = empty(tokens, (int(bounds[-1]), sets.dim), "float32")
     _backend.run(op, "fde_sum_balls", tokens, tokens, sets.offsets, ids, bounds, sums, **where)
     return Ragged(sums, bounds)
+
+
+def _sets_of(sets: Ragged, part: slice) -> Ragged:
+    """Return a part of the sets as a view."""
+    offsets = sets.offsets[part.start : part.stop + 1]
+    return Ragged(sets.values[int(offsets[0]) : int(offsets[-1])], offsets - offsets[0])
 
 
 def _frozen(x: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -8,7 +8,11 @@
 /// Dimensional Encodings (Dhulipala et al. 2024), section 2.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
 
 #include "polyvec/aligned.hpp"
 #include "polyvec/array.hpp"
@@ -17,6 +21,22 @@
 #include "polyvec/token_sets.hpp"
 
 namespace polyvec {
+
+/// What each GPU keeps of something on the host: made when it is first asked for.
+class DeviceCopies {
+public:
+    template <class Copy, class Make>
+    const Copy& of(int device, Make make) {
+        const std::lock_guard lock(mutex_);
+        std::shared_ptr<void>& copy = copies_[device];
+        if (!copy) copy = std::make_shared<Copy>(make());
+        return *static_cast<const Copy*>(copy.get());
+    }
+
+private:
+    std::mutex mutex_;
+    std::map<int, std::shared_ptr<void>> copies_;
+};
 
 /// The random matrices of an encoder, checked, copied and laid out for the kernels (see kernels/tables.hpp).
 struct FdeMatrices {
@@ -37,8 +57,24 @@ struct FdeMatrices {
     Aligned<float> sketch_sign;
     Aligned<std::uint32_t> bucket_of;  // a sign word
     Aligned<std::uint32_t> words, sources;
+    std::shared_ptr<DeviceCopies> copies = std::make_shared<DeviceCopies>();
 
     std::int64_t buckets() const { return std::int64_t(1) << bits; }
+
+    /// Columns of a packed matrix of n columns, and where entry i of one of them is.
+    static std::int64_t packed_columns(std::int64_t n) { return (n + 15) / 16 * 16; }
+    static std::int64_t packed_at(std::int64_t n, std::int64_t column, std::int64_t i, std::int64_t d) {
+        const std::int64_t panel = column / 32 * 32, width = std::min<std::int64_t>(32, packed_columns(n) - panel);
+        return panel * d + i * width + column % 32;
+    }
+
+    /// Entry i of one of all R * bits planes, and of a column of a repetition's projection.
+    float plane(std::int64_t column, std::int64_t i) const {
+        return planes[packed_at(repetitions * bits, column, i, d)];
+    }
+    float projection(std::int64_t r, std::int64_t column, std::int64_t i) const {
+        return projections[r * d * packed_columns(width) + packed_at(width, column, i, d)];
+    }
 };
 
 /// out[i] = the encoding of set i; an empty set's is zero. In int8 it is out[i] times scales[i].
@@ -184,7 +220,9 @@ struct FdeSumBalls {
 };
 
 void run(const FdeEncode&, Cpu);
+void run(const FdeEncode&, Cuda);
 void run(const FdePartition&, Cpu);
+void run(const FdePartition&, Cuda);
 void run(const FdeCountBlocks&, Cpu);
 void run(const FdeEncodeBlocks&, Cpu);
 void run(const FdeCarve&, Cpu);

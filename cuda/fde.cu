@@ -1,0 +1,703 @@
+// Fixed dimensional encodings on a GPU: bucket ids of all tokens first, then a block of threads a set.
+//
+// A document of 180 tokens x 128 with 20 repetitions of 5 planes and 16 columns: 2.3 M multiply-adds for the signs and
+// 1.3 M for the projections on tensor cores, three products for one of float32; 1.8 MB of tokens from shared memory, to
+// which they are copied once, for the sums of buckets. Sums run in the order of tokens: the same bits in every run.
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "elements.cuh"
+#include "fragments.cuh"
+#include "launch.cuh"
+#include "polyvec/fde.hpp"
+
+namespace polyvec {
+namespace {
+
+constexpr int lanes = Fragments::lanes;
+constexpr unsigned all_lanes = ~0u;
+
+/// Entries i ... i + 3 of a row of d, 0 beyond. `aligned`: they can be read at once.
+__device__ float4 load4(const float* row, std::int64_t i, std::int64_t d, bool aligned) {
+    if (aligned) return i < d ? *reinterpret_cast<const float4*>(row + i) : float4{};
+    const auto at = [&](int j) { return i + j < d ? row[i + j] : 0.0f; };
+    return {at(0), at(1), at(2), at(3)};
+}
+
+/// Starts to copy four floats to shared memory.
+__device__ void copy_async(float* to, const float* from) {
+#ifdef __CUDACC__
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
+                 "l"(from)
+                 : "memory");
+#else
+    *reinterpret_cast<float4*>(to) = *reinterpret_cast<const float4*>(from);
+#endif
+}
+
+/// Waits for the copies that the calling thread started.
+__device__ void wait_for_copies() {
+#ifdef __CUDACC__
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// Bucket ids
+
+/// The hyperplanes in panels of whole repetitions, at most max_columns planes each.
+struct Planes {
+    static constexpr int max_tiles = 8, max_columns = 16 * max_tiles;
+
+    Fragments fragments;  // those of all panels, one after the other
+    const float* slack;   // (panels, 16 * tiles): times a token's magnitude, more than a product is off by
+    const float* rows;    // (R * bits, d)
+    const std::uint32_t* bucket_of;
+    std::int64_t d;
+    int bits, repetitions, per_panel;  // repetitions
+};
+
+/// Whether <x, plane> > 0, of a warp, in float64, where the products of floats are exact.
+__device__ bool is_above(const float* x, const float* plane, std::int64_t d, unsigned lane) {
+    double sum = 0;
+    for (std::int64_t i = lane; i < d; i += lanes) sum += static_cast<double>(x[i]) * plane[i];
+    for (int bit = lanes / 2; bit > 0; bit /= 2) sum += __shfl_xor_sync(all_lanes, sum, bit);
+    return sum > 0;
+}
+
+/// out[token * token_stride + r * repetition_stride] = the bucket. A warp computes 32 tokens of a panel (blockIdx.y).
+///
+/// A product is off by less than slack times the token's magnitude: the signs of those closer to zero are decided in
+/// float64. Rows too small or too large for float32 products have magnitude infinity: all signs are decided there.
+template <bool aligned>
+__global__ void __launch_bounds__(128)
+    partition_kernel(const float* tokens, std::int64_t n, const __grid_constant__ Planes planes, std::int32_t* out,
+                     std::int64_t token_stride, std::int64_t repetition_stride) {
+    constexpr int groups = 4, max_tiles = Planes::max_tiles;  // of 8 tokens, of 16 planes
+    constexpr float smallest = 1e-18f, largest = 1e18f;       // between these, products neither under- nor overflow
+    const unsigned lane = threadIdx.x % lanes, g = lane / 4, t = lane % 4;
+    const std::int64_t first =
+        (static_cast<std::int64_t>(blockIdx.x) * (blockDim.x / lanes) + threadIdx.x / lanes) * 32;
+    if (first >= n) return;
+    const std::int64_t d = planes.d;
+    const int first_repetition = static_cast<int>(blockIdx.y) * planes.per_panel;
+    const int left = planes.repetitions - first_repetition;
+    const int repetitions = left < planes.per_panel ? left : planes.per_panel, columns = repetitions * planes.bits;
+    Fragments panel = planes.fragments;
+    const int tiles = panel.tiles;
+    panel.at += static_cast<std::int64_t>(blockIdx.y) * tiles * panel.chunks * Fragments::per_chunk;
+
+    float product[max_tiles][groups][4] = {}, magnitude[groups] = {};
+    float4 next[groups];
+    const auto load = [&](int k) {
+#pragma unroll
+        for (int i = 0; i < groups; ++i) {
+            const std::int64_t token = first + 8 * i + g;
+            next[i] = token < n ? load4(tokens + token * d, 16 * k + 4 * t, d, aligned) : float4{};
+        }
+    };
+    load(0);
+    for (int k = 0; k < panel.chunks; ++k) {
+        float4 x[groups];
+#pragma unroll
+        for (int i = 0; i < groups; ++i) {
+            x[i] = next[i];
+            magnitude[i] =
+                fmaxf(fmaxf(magnitude[i], fmaxf(fabsf(x[i].x), fabsf(x[i].y))), fmaxf(fabsf(x[i].z), fabsf(x[i].w)));
+        }
+        if (k + 1 < panel.chunks) load(k + 1);  // on its way during the products
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const auto pair = [&](const float4& v, int e) { return Tf32Pair(h ? (e ? v.w : v.z) : (e ? v.y : v.x)); };
+            const Tf32Pair halves[groups][2] = {{pair(x[0], 0), pair(x[0], 1)},
+                                                {pair(x[1], 0), pair(x[1], 1)},
+                                                {pair(x[2], 0), pair(x[2], 1)},
+                                                {pair(x[3], 0), pair(x[3], 1)}};
+#pragma unroll
+            for (int m = 0; m < max_tiles; ++m)
+                if (m < tiles) panel.multiply<false>(product[m], product[m], m, k, h, lane, halves);
+        }
+    }
+
+#pragma unroll
+    for (int i = 0; i < groups; ++i) {
+        float& reach = magnitude[i];
+        for (int bit = 1; bit < 4; bit *= 2) reach = fmaxf(reach, __shfl_xor_sync(all_lanes, reach, bit));
+        if (reach > 0 && !(reach > smallest && reach < largest)) reach = static_cast<float>(HUGE_VALF);
+    }
+    const float* slack = planes.slack + blockIdx.y * 16 * tiles;
+#pragma unroll
+    for (int i = 0; i < groups; ++i) {
+        const float reach[2] = {__shfl_sync(all_lanes, magnitude[i], static_cast<int>(8 * t)),
+                                __shfl_sync(all_lanes, magnitude[i], static_cast<int>(8 * t + 4))};
+        unsigned positive = 0, unsure = 0;  // bit 4 * m + j: of product[m][i][j]
+#pragma unroll
+        for (int m = 0; m < max_tiles; ++m) {
+            if (m >= tiles) continue;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int column = 16 * m + static_cast<int>(g) + j / 2 * 8;
+                const float value = product[m][i][j];
+                positive |= static_cast<unsigned>(value > 0) << (4 * m + j);
+                const bool sure = fabsf(value) >= slack[column] * reach[j % 2] && reach[j % 2] <= largest;
+                unsure |= static_cast<unsigned>(!sure && column < columns) << (4 * m + j);
+            }
+        }
+        for (unsigned waiting; (waiting = __ballot_sync(all_lanes, unsure != 0)) != 0;) {
+            const int source = __ffs(waiting) - 1, which = __ffs(__shfl_sync(all_lanes, unsure, source)) - 1;
+            const int row = 8 * i + source % 4 * 2 + which % 2;
+            const int column = which / 4 * 16 + source / 4 + which % 4 / 2 * 8;
+            const float* plane = planes.rows + (static_cast<std::int64_t>(first_repetition) * planes.bits + column) * d;
+            const bool above = first + row < n && is_above(tokens + (first + row) * d, plane, d, lane);
+            if (static_cast<int>(lane) == source) {
+                unsure &= unsure - 1;
+                positive = (positive & ~(1u << which)) | static_cast<unsigned>(above) << which;
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {  // of token 2 * t + j: all its signs, in each of its lanes
+            std::uint64_t words[2] = {};
+#pragma unroll
+            for (int m = 0; m < max_tiles; ++m) {
+                const std::uint64_t lower = positive >> (4 * m + j) & 1, upper = positive >> (4 * m + 2 + j) & 1;
+                words[m / 4] |= (lower | upper << 8) << (m % 4 * 16 + g);
+            }
+            for (int bit = 4; bit < lanes; bit *= 2) {
+                words[0] |= __shfl_xor_sync(all_lanes, words[0], bit);
+                words[1] |= __shfl_xor_sync(all_lanes, words[1], bit);
+            }
+            const std::int64_t token = first + 8 * i + 2 * t + j;
+            if (token >= n) continue;
+            for (int r = static_cast<int>(g); r < repetitions; r += 8) {
+                const int at = r * planes.bits;
+                const std::uint64_t from = at >= 64 ? words[1] >> (at - 64)
+                                           : at > 0 ? words[0] >> at | words[1] << (64 - at)
+                                                    : words[0];
+                const unsigned word = static_cast<unsigned>(from) & ((1u << planes.bits) - 1);
+                out[token * token_stride + (first_repetition + r) * repetition_stride] =
+                    static_cast<std::int32_t>(planes.bucket_of[word]);
+            }
+        }
+    }
+}
+
+// Encodings
+
+/// A set's tokens by bucket. Tokens of a bucket keep their order.
+template <class Token>
+struct Buckets {
+    Token* order;         // token ids, bucket after bucket
+    std::uint32_t* ends;  // of each bucket in `order`
+    std::uint64_t* keys;  // of a sign word: how far the nearest token is, and which
+
+    __device__ std::uint32_t begin(std::int64_t b) const { return b ? ends[b - 1] : 0; }
+};
+
+struct Encode {
+    const float* tokens;
+    const std::int64_t* offsets;  // of the first set
+    std::int64_t sets, total, d;  // total: tokens
+    bool aligned;
+    const std::int32_t* ids;  // (R, total)
+    int repetitions, buckets;
+    std::int64_t width;
+    Fragments projections;  // of all repetitions, one after the other; null: none
+    const std::uint32_t *words, *sources;
+    bool mean, fill, lowest_bucket;
+    void* out;  // (sets, R * buckets * width) float16 or float32
+    bool half;
+    // What does not fit into shared memory: sets of more than `rows` tokens
+    int rows;
+    std::uint32_t* order;  // (R, total)
+    std::uint64_t* keys;   // (gridDim.x, R, buckets)
+    std::uint32_t* ends;   // the same
+
+    static constexpr std::uint64_t farther = std::uint64_t(1) << 40, nothing = ~std::uint64_t(0) >> 1;
+    using Staged = std::uint16_t;
+
+    /// Floats from one token to the next in shared memory: as many for each bank.
+    __host__ __device__ std::int64_t stride() const { return (d + 31) / 32 * 32; }
+    __host__ __device__ std::int64_t all_buckets() const { return static_cast<std::int64_t>(repetitions) * buckets; }
+
+    __device__ void store(std::int64_t i, float x) const {
+        if (half) {
+            static_cast<std::uint16_t*>(out)[i] = rounded_to_float16(x);
+        } else {
+            static_cast<float*>(out)[i] = x;
+        }
+    }
+
+    /// Sorts a repetition's tokens, of a warp, and finds what fills its empty buckets.
+    template <class Token>
+    __device__ void sort(const std::int32_t* ids, std::int64_t n, const Buckets<Token>& to, unsigned lane) const {
+        for (std::int64_t b = lane; b < buckets; b += lanes) to.ends[b] = 0;
+        __syncwarp();
+        const unsigned lower = (1u << lane) - 1;
+        const auto for_each_chunk = [&](auto f) {
+            const auto load = [&](std::int64_t token) { return token < n ? ids[token] : -1; };
+            std::int32_t next = load(lane);
+            for (std::int64_t token = lane; token < n + lane; token += lanes) {
+                const std::int32_t id = next;
+                next = load(token + lanes);
+                const unsigned peers = __match_any_sync(all_lanes, id);
+                f(token, id, id >= 0, peers);
+            }
+        };
+        for_each_chunk([&](std::int64_t, std::int32_t id, bool valid, unsigned peers) {
+            if (valid && (peers & lower) == 0) to.ends[id] += __popc(peers);
+            __syncwarp();
+        });
+        std::uint32_t before = 0;
+        bool complete = true;
+        for (std::int64_t first = 0; first < buckets; first += lanes) {
+            const std::int64_t b = first + lane;
+            const std::uint32_t count = b < buckets ? to.ends[b] : 1;
+            complete = complete && count > 0;
+            std::uint32_t sum = count;
+            for (int distance = 1; distance < lanes; distance *= 2) {
+                const std::uint32_t other = __shfl_up_sync(all_lanes, sum, distance);
+                if (static_cast<int>(lane) >= distance) sum += other;
+            }
+            if (b < buckets) to.ends[b] = before + sum - count;
+            before += __shfl_sync(all_lanes, sum, lanes - 1);
+        }
+        __syncwarp();
+        for_each_chunk([&](std::int64_t token, std::int32_t id, bool valid, unsigned peers) {
+            const std::uint32_t begin = valid ? to.ends[id] : 0;
+            __syncwarp();
+            if (valid) {
+                to.order[begin + __popc(peers & lower)] = static_cast<Token>(token);
+                if ((peers & lower) == 0) to.ends[id] = begin + __popc(peers);
+            }
+            __syncwarp();
+        });
+        if (!fill || __all_sync(all_lanes, complete)) return;
+
+        // The nearest token of all sign words: one round a bit over the hypercube, a Hamming distance being a sum.
+        for (std::int64_t b = lane; b < buckets; b += lanes) {
+            const std::uint32_t begin = to.begin(b);
+            to.keys[words[b]] = begin == to.ends[b] ? nothing
+                                : lowest_bucket     ? static_cast<std::uint64_t>(b)
+                                                    : static_cast<std::uint64_t>(to.order[begin]);
+        }
+        for (std::int64_t bit = 1; bit < buckets; bit *= 2) {
+            __syncwarp();
+            for (std::int64_t i = lane; i < buckets / 2; i += lanes) {
+                std::uint64_t &low = to.keys[i / bit * 2 * bit + i % bit], &high = *(&low + bit);
+                const std::uint64_t from_low = low + farther, from_high = high + farther;
+                if (from_high < low) low = from_high;
+                if (from_low < high) high = from_low;
+            }
+        }
+    }
+};
+
+/// Adds up `count` tokens, `first` and then tokens[1] ..., in this order: of `chunks` times 16 columns from `column`
+/// on. Four lanes a bucket.
+///
+/// sum[k] is of columns 16 * (k ^ (g & 1)) + 4 * t ...: of any two buckets whose tokens are read at once, one reads the
+/// first half of the banks, the other one the second.
+template <bool staged, bool full, class Token>
+__device__ void add_up(float (&sum)[8][4], const Encode& e, const float* rows, const Token* tokens, std::int64_t first,
+                       std::uint32_t count, int column, int chunks, unsigned lane) {
+    using Index = std::conditional_t<staged, int, std::int64_t>;
+    const int swap = static_cast<int>(lane / 4 & 1), begin = column + 4 * static_cast<int>(lane % 4);
+    const auto stride = static_cast<Index>(staged ? e.stride() : e.d);
+#pragma unroll
+    for (int k = 0; k < 8; ++k)
+        for (float& x : sum[k]) x = 0;
+    auto token = static_cast<Index>(first);
+    for (std::uint32_t i = 0; i < count; ++i) {
+        const float* row = rows + token * stride;
+        if (i + 1 < count) token = tokens[i + 1];
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            if (!full && k >= chunks) continue;
+            const int at = begin + 16 * (k ^ swap);
+            const float4 x = staged ? *reinterpret_cast<const float4*>(row + at) : load4(row, at, e.d, e.aligned);
+            sum[k][0] += x.x;
+            sum[k][1] += x.y;
+            sum[k][2] += x.z;
+            sum[k][3] += x.w;
+        }
+    }
+}
+
+/// The tokens of a bucket, or the one that fills it.
+struct Members {
+    std::uint32_t begin = 0, count = 0;
+    std::int64_t first = 0;
+
+    template <class Token>
+    __device__ Members(const Encode& e, const Buckets<Token>& from, int b) {
+        if (b >= e.buckets) return;
+        begin = from.begin(b);
+        count = from.ends[b] - begin;
+        if (count > 0) {
+            first = from.order[begin];
+        } else if (e.fill) {
+            const auto found = static_cast<std::int64_t>(from.keys[e.sources[b]] % Encode::farther);
+            first = e.lowest_bucket ? static_cast<std::int64_t>(from.order[from.begin(found)]) : found;
+            count = 1;
+        }
+    }
+};
+
+/// Writes the blocks of eight buckets of a repetition, of a warp: row g of a product is the g-th of them. full: d is a
+/// multiple of 128, and blocks have at most 16 columns or are not projected.
+template <bool staged, bool full, bool exact, class Token>
+__device__ void write_blocks(const Encode& e, const float* rows, const Buckets<Token>& from, int r, int first_bucket,
+                             std::int64_t set, unsigned lane) {
+    constexpr int tiles = full ? 1 : 2;  // of 16 columns, projected in one walk over the tokens
+    const int g = static_cast<int>(lane / 4), t = static_cast<int>(lane % 4), padded = static_cast<int>(e.stride());
+    const Members members(e, from, first_bucket + g);
+    const float scale = e.mean && members.count > 1 ? 1 / static_cast<float>(members.count) : 1;
+    const std::int64_t row = (set * e.repetitions + r) * e.buckets + first_bucket;  // of the block of bucket 0 here
+    Fragments projection = e.projections;
+    projection.at += static_cast<std::int64_t>(r) * projection.tiles * projection.chunks * Fragments::per_chunk;
+
+    for (int m0 = 0; m0 == 0 || (!full && m0 < projection.tiles); m0 += tiles) {
+        float product[tiles][1][4] = {}, rest[tiles][1][4] = {};  // apart: neither waits for the other
+        for (int column = 0; column < padded; column += 128) {
+            const int chunks = full || padded - column >= 128 ? 8 : (padded - column) / 16;
+            float sum[8][4];
+            add_up<staged, full>(sum, e, rows, from.order + members.begin, members.first, members.count, column, chunks,
+                                 lane);
+            if (projection.tiles == 0) {
+#pragma unroll
+                for (int k = 0; k < 8; ++k) {
+                    const int at = column + 16 * (k ^ (g & 1)) + 4 * t;
+                    for (int j = 0; j < 4; ++j)
+                        if (k < chunks && at + j < e.d && first_bucket + g < e.buckets)
+                            e.store((row + g) * e.d + at + j, sum[k][j] * scale);
+                }
+                continue;
+            }
+            __syncwarp();
+#pragma unroll
+            for (int k = 0; k < 8; ++k) {
+                const int chunk = column / 16 + k;
+                if (!full && (k >= chunks || chunk >= projection.chunks)) continue;
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const auto value = [&](int j) { return (g & 1 ? sum[k ^ 1][j] : sum[k][j]) * scale; };
+                    const Tf32Pair x[1][2] = {{Tf32Pair(value(2 * h)), Tf32Pair(value(2 * h + 1))}};
+#pragma unroll
+                    for (int m = 0; m < tiles; ++m)
+                        if (m == 0 || m0 + m < projection.tiles)
+                            projection.multiply<exact>(product[m], rest[m], m0 + m, chunk, h, lane, x);
+                }
+            }
+        }
+        if (projection.tiles == 0) return;
+#pragma unroll
+        for (int m = 0; m < tiles; ++m) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const int column = 16 * (m0 + m) + g + j / 2 * 8, bucket = 2 * t + j % 2;
+                if (column < e.width && first_bucket + bucket < e.buckets)
+                    e.store((row + bucket) * e.width + column, product[m][0][j] + rest[m][0][j]);
+            }
+        }
+    }
+}
+
+/// A set of n tokens, of a block. rows(r): the buckets of repetition r.
+template <bool staged, class BucketsOf>
+__device__ void encode_set(const Encode& e, std::int64_t set, std::int64_t begin, std::int64_t n, const float* rows,
+                           BucketsOf buckets_of) {
+    const unsigned lane = threadIdx.x % lanes;
+    const int warp = static_cast<int>(threadIdx.x / lanes), warps = static_cast<int>(blockDim.x / lanes);
+    for (int r = warp; r < e.repetitions; r += warps) e.sort(e.ids + r * e.total + begin, n, buckets_of(r), lane);
+    wait_for_copies();
+    __syncthreads();
+    const int parts = (e.buckets + 7) / 8;
+    const auto write = [&]<bool full, bool exact>() {
+        for (int item = warp; item < e.repetitions * parts; item += warps) {
+            const int r = item / parts;
+            write_blocks<staged, full, exact>(e, rows, buckets_of(r), r, item % parts * 8, set, lane);
+        }
+    };
+    if (staged && e.d % 128 == 0 && e.projections.tiles <= 1) {
+        e.projections.exact ? write.template operator()<true, true>() : write.template operator()<true, false>();
+    } else {
+        write.template operator()<false, false>();
+    }
+}
+
+__global__ void __launch_bounds__(320, 2) encode_kernel(const __grid_constant__ Encode e) {
+    const std::int64_t stride = e.stride(), shared_rows = static_cast<std::int64_t>(e.rows) * stride;
+    auto* rows = reinterpret_cast<float*>(dynamic_shared_memory);
+    for (std::int64_t set = blockIdx.x; set < e.sets; set += gridDim.x) {
+        const std::int64_t begin = e.offsets[set], n = e.offsets[set + 1] - begin;
+        const float* tokens = e.tokens + begin * e.d;
+        if (n == 0) {
+            const std::int64_t size = e.all_buckets() * e.width;
+            for (std::int64_t i = threadIdx.x; i < size; i += blockDim.x) e.store(set * size + i, 0);
+        } else if (n <= e.rows) {
+            const int quads = static_cast<int>(stride / 4), size = static_cast<int>(n) * quads;
+            for (int i = static_cast<int>(threadIdx.x); i < size; i += static_cast<int>(blockDim.x)) {
+                const int column = i % quads * 4;
+                const float* from = tokens + i / quads * e.d;
+                if (e.aligned && column < e.d) {
+                    copy_async(rows + 4 * i, from + column);
+                } else {
+                    *reinterpret_cast<float4*>(rows + 4 * i) = load4(from, column, e.d, e.aligned);
+                }
+            }
+            auto* keys = reinterpret_cast<std::uint64_t*>(rows + shared_rows);
+            auto* ends = reinterpret_cast<std::uint32_t*>(keys + e.all_buckets());
+            auto* order = reinterpret_cast<Encode::Staged*>(ends + e.all_buckets());
+            encode_set<true>(e, set, begin, n, rows, [&](int r) {
+                return Buckets<Encode::Staged>{order + r * e.rows, ends + r * e.buckets, keys + r * e.buckets};
+            });
+            __syncthreads();  // before the next set takes the memory
+        } else {
+            const std::int64_t at = blockIdx.x * e.all_buckets();
+            encode_set<false>(e, set, begin, n, tokens, [&](int r) {
+                const std::int64_t bucket = at + static_cast<std::int64_t>(r) * e.buckets;
+                return Buckets<std::uint32_t>{e.order + r * e.total + begin, e.ends + bucket, e.keys + bucket};
+            });
+            __syncthreads();
+        }
+    }
+}
+
+// What follows an encoding
+
+/// Entries of the long encoding by the entry of the final one to which they are added, in their order.
+struct Sketch {
+    const std::int64_t* begins;  // (final dim + 1,)
+    const std::uint32_t* entries;
+    const float* signs;
+};
+
+__global__ void sketch_kernel(const float* blocks, std::int64_t long_dim, const __grid_constant__ Sketch sketch,
+                              void* out, bool half, std::int64_t sets, std::int64_t d) {
+    for_each_position(sets, d, [&](std::int64_t set, std::int64_t c) {
+        float sum = 0;
+        for (std::int64_t i = sketch.begins[c]; i < sketch.begins[c + 1]; ++i)
+            sum += sketch.signs[i] * blocks[set * long_dim + sketch.entries[i]];
+        if (half) {
+            static_cast<std::uint16_t*>(out)[set * d + c] = rounded_to_float16(sum);
+        } else {
+            static_cast<float*>(out)[set * d + c] = sum;
+        }
+    });
+}
+
+/// A warp a row. The scale of a row that is not finite is NaN, its codes are 0.
+__global__ void round_kernel(const float* rows, std::int8_t* codes, float* scales, std::int64_t sets, std::int64_t d) {
+    const std::int64_t set = static_cast<std::int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+    if (set >= sets) return;
+    float largest = 0;
+    bool finite = true;
+    for (std::int64_t c = threadIdx.x; c < d; c += lanes) {
+        const float x = fabsf(rows[set * d + c]);
+        finite = finite && x < HUGE_VALF;  // and not NaN
+        largest = fmaxf(largest, x);
+    }
+    for (int bit = 1; bit < lanes; bit *= 2) largest = fmaxf(largest, __shfl_xor_sync(all_lanes, largest, bit));
+    finite = __all_sync(all_lanes, finite);
+    const float steps = largest > 0 ? 127 / largest : 0;
+    for (std::int64_t c = threadIdx.x; c < d; c += lanes)
+        codes[set * d + c] = finite ? static_cast<std::int8_t>(rintf(rows[set * d + c] * steps)) : 0;
+    if (threadIdx.x == 0) scales[set] = finite ? largest / 127 : static_cast<float>(NAN);
+}
+
+// The host's part
+
+/// An encoder's matrices on a device.
+struct Matrices {
+    DeviceArray<uint4> planes_memory, projections_memory;
+    DeviceArray<float> slack, rows, signs;
+    DeviceArray<std::uint32_t> bucket_of, words, sources, entries;
+    DeviceArray<std::int64_t> begins;
+    Planes planes;
+    int panels;
+    Fragments projections;
+    Sketch sketch;
+};
+
+template <class T>
+std::vector<T> vector_of(const Aligned<T>& x, std::int64_t n) {
+    return std::vector<T>(x.get(), x.get() + n);
+}
+
+Matrices place(const char* op, const FdeMatrices& m, Cuda cuda) {
+    const auto on_device = [&](const auto& x) { return DeviceArray(op, cuda, x); };
+    Matrices to;
+    Planes& planes = to.planes;
+    planes.d = m.d, planes.bits = static_cast<int>(m.bits), planes.repetitions = static_cast<int>(m.repetitions);
+    const std::int64_t fit = Planes::max_columns / std::max<std::int64_t>(1, m.bits);
+    to.panels = static_cast<int>((m.repetitions + fit - 1) / fit);
+    planes.per_panel = (planes.repetitions + to.panels - 1) / to.panels;
+    const std::int64_t columns = planes.per_panel * m.bits, total = m.repetitions * m.bits;
+    planes.fragments.tiles = tiles_of(columns), planes.fragments.chunks = tiles_of(m.d);
+
+    std::vector<uint4> fragments;
+    // Of a product of d terms on tensor cores: 3 * d / 8 steps, each of which truncates 9 terms to 2^-23 of the
+    // largest, and factors that are off by 2^-22; m.slack is (d + 2) * 2^-24 of the same.
+    constexpr float steps = 8;
+    std::vector<float> slack(static_cast<std::size_t>(to.panels * 16 * planes.fragments.tiles)), rows;
+    for (int p = 0; p < to.panels; ++p) {
+        const std::int64_t first = p * columns, count = std::min(columns, total - first);
+        append_fragments(fragments, columns, m.d,
+                         [&](std::int64_t c, std::int64_t i) { return c < count ? m.plane(first + c, i) : 0; });
+        for (std::int64_t c = 0; c < count; ++c)
+            slack[static_cast<std::size_t>(p * 16 * planes.fragments.tiles + c)] = steps * m.slack[first + c];
+    }
+    for (std::int64_t c = 0; c < total; ++c)
+        for (std::int64_t i = 0; i < m.d; ++i) rows.push_back(m.plane(c, i));
+    to.planes_memory = on_device(fragments);
+    to.slack = on_device(slack), to.rows = on_device(rows);
+    to.bucket_of = on_device(vector_of(m.bucket_of, m.buckets()));
+    to.words = on_device(vector_of(m.words, m.buckets())), to.sources = on_device(vector_of(m.sources, m.buckets()));
+    planes.fragments.at = to.planes_memory.get(), planes.slack = to.slack.get(), planes.rows = to.rows.get();
+    planes.bucket_of = to.bucket_of.get();
+
+    to.projections = {nullptr, 0, tiles_of(m.d), true};
+    if (m.projections) {
+        fragments.clear();
+        to.projections.tiles = tiles_of(m.width);
+        for (std::int64_t r = 0; r < m.repetitions; ++r) {
+            const bool exact = append_fragments(fragments, m.width, m.d,
+                                                [&](std::int64_t c, std::int64_t i) { return m.projection(r, c, i); });
+            to.projections.exact = to.projections.exact && exact;
+        }
+        to.projections_memory = on_device(fragments);
+        to.projections.at = to.projections_memory.get();
+    }
+
+    if (m.sketch_index) {
+        const std::int64_t n = m.repetitions * m.buckets() * m.width;
+        require(n <= std::numeric_limits<std::uint32_t>::max(), op,
+                "the encoding before the final sketch must have fewer than 2^32 columns on a GPU, got ", n);
+        std::vector<std::int64_t> begins(static_cast<std::size_t>(m.output_dim + 1));
+        for (std::int64_t i = 0; i < n; ++i) ++begins[static_cast<std::size_t>(m.sketch_index[i] + 1)];
+        for (std::size_t c = 1; c < begins.size(); ++c) begins[c] += begins[c - 1];
+        std::vector<std::int64_t> at = begins;
+        std::vector<std::uint32_t> entries(static_cast<std::size_t>(n));
+        std::vector<float> signs(static_cast<std::size_t>(n));
+        for (std::int64_t i = 0; i < n; ++i) {
+            const auto to_entry = static_cast<std::size_t>(at[static_cast<std::size_t>(m.sketch_index[i])]++);
+            entries[to_entry] = static_cast<std::uint32_t>(i);
+            signs[to_entry] = m.sketch_sign[i];
+        }
+        to.begins = on_device(begins), to.entries = on_device(entries), to.signs = on_device(signs);
+        to.sketch = {to.begins.get(), to.entries.get(), to.signs.get()};
+    }
+    const DeviceGuard guard(op, cuda.device);
+    check(op, cudaStreamSynchronize(reinterpret_cast<cudaStream_t>(cuda.stream)));  // the vectors end here
+    return to;
+}
+
+const Matrices& on_device(const char* op, const FdeMatrices& matrices, Cuda cuda) {
+    return matrices.copies->of<Matrices>(cuda.device, [&] { return place(op, matrices, cuda); });
+}
+
+bool is_aligned(const float* tokens, std::int64_t d) {
+    return d % 4 == 0 && reinterpret_cast<std::uintptr_t>(tokens) % sizeof(float4) == 0;
+}
+
+void partition(const char* op, Cuda cuda, const Matrices& matrices, const float* tokens, std::int64_t n,
+               std::int32_t* out, std::int64_t token_stride, std::int64_t repetition_stride) {
+    if (n == 0) return;
+    constexpr unsigned threads = 128;  // 32 tokens a warp
+    const dim3 grid(static_cast<unsigned>((n + threads - 1) / threads), static_cast<unsigned>(matrices.panels));
+    launch(op, cuda, grid, dim3(threads), 0,
+           is_aligned(tokens, matrices.planes.d) ? partition_kernel<true> : partition_kernel<false>, tokens, n,
+           matrices.planes, out, token_stride, repetition_stride);
+}
+
+/// What blocks of encode_kernel share: as many tokens as most sets have, such that two blocks fit, or else one.
+struct SharedMemory {
+    int rows = 0;
+    std::size_t bytes = 0;
+
+    SharedMemory(const char* op, Cuda cuda, const Encode& e) {
+        constexpr std::int64_t reserved = 1 << 10, most_buckets = 48 << 10;  // bytes
+        int limit = 0;
+        check(op, cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, cuda.device));
+        const std::int64_t a_bucket = sizeof *e.keys + sizeof *e.ends, buckets = e.all_buckets() * a_bucket;
+        if (buckets > most_buckets) return;
+        const std::int64_t a_row = e.stride() * 4 + e.repetitions * static_cast<std::int64_t>(sizeof(Encode::Staged));
+        const std::int64_t mean = (e.total + e.sets - 1) / std::max<std::int64_t>(1, e.sets);
+        const auto fit = [&](std::int64_t size) { return std::max<std::int64_t>(0, (size - buckets) / a_row); };
+        const std::int64_t half = fit((limit + reserved) / 2 - reserved), whole = fit(limit);
+        const std::int64_t most = mean <= half ? half : mean <= whole ? whole : 0;
+        rows = static_cast<int>(std::min({most, 2 * mean, e.total}));
+        if (rows > 0) bytes = static_cast<std::size_t>(rows * a_row + buckets);
+    }
+};
+
+}  // namespace
+
+void run(const FdePartition& op, Cuda cuda) {
+    const Matrices& matrices = on_device(op.op, op.matrices, cuda);
+    partition(op.op, cuda, matrices, op.tokens.as<const float>(), op.tokens.dim(0), op.out.as<std::int32_t>(),
+              op.matrices.repetitions, 1);
+}
+
+void run(const FdeEncode& op, Cuda cuda) {
+    constexpr std::int64_t scratch = std::int64_t(1) << 26;  // floats: 256 MB
+    const FdeMatrices& m = op.matrices;
+    const std::int64_t n = op.sets.size(), total = op.sets.tokens.dim(0), R = m.repetitions;
+    if (n == 0) return;
+    const Matrices& matrices = on_device(op.op, m, cuda);
+    const auto* tokens = op.sets.tokens.as<const float>();
+    const Scratch<std::int32_t> ids(op.op, cuda, R * total);
+    partition(op.op, cuda, matrices, tokens, total, ids.get(), 1, total);
+
+    const bool half = op.out.dtype == DType::f16, codes = op.out.dtype == DType::i8;
+    const bool sketched = static_cast<bool>(m.sketch_index), direct = !sketched && !codes;
+    Encode e{};
+    e.tokens = tokens, e.total = total, e.d = m.d, e.aligned = is_aligned(tokens, m.d), e.ids = ids.get();
+    e.repetitions = static_cast<int>(R), e.buckets = static_cast<int>(m.buckets()), e.width = m.width;
+    e.projections = matrices.projections, e.words = matrices.words.get(), e.sources = matrices.sources.get();
+    e.mean = op.mean, e.fill = op.fill, e.lowest_bucket = op.lowest_bucket;
+    e.half = half && direct;
+
+    const std::int64_t long_dim = e.all_buckets() * m.width;
+    const std::int64_t step = direct ? n : std::clamp<std::int64_t>(scratch / long_dim, 1, n);
+    const Scratch<float> blocks(op.op, cuda, direct ? 0 : step * long_dim);
+    const Scratch<float> rows(op.op, cuda, sketched && codes ? step * m.output_dim : 0);
+
+    e.sets = n;
+    const SharedMemory shared(op.op, cuda, e);
+    e.rows = shared.rows;
+    const bool all_fit = total <= shared.rows;
+    const std::int64_t most_blocks =
+        all_fit ? 1 << 20 : std::clamp<std::int64_t>(scratch / (3 * e.all_buckets()), 1, 1024);
+    const std::int64_t grid = std::min(step, most_blocks), bucket_slots = all_fit ? 0 : grid * e.all_buckets();
+    const Scratch<std::uint32_t> order(op.op, cuda, all_fit ? 0 : R * total), ends(op.op, cuda, bucket_slots);
+    const Scratch<std::uint64_t> keys(op.op, cuda, bucket_slots);
+    e.order = order.get(), e.ends = ends.get(), e.keys = keys.get();
+
+    const std::int64_t rounds = (R + 9) / 10;  // of at most 10 warps
+    const auto threads = static_cast<unsigned>((R + rounds - 1) / rounds * lanes);
+    for (std::int64_t first = 0; first < n; first += step) {
+        e.sets = std::min(step, n - first);
+        e.offsets = op.sets.offsets.as<const std::int64_t>() + first;
+        e.out = direct ? op.out.data : blocks.get();
+        launch(op.op, cuda, dim3(static_cast<unsigned>(std::min(grid, e.sets))), dim3(threads), shared.bytes,
+               encode_kernel, e);
+        const float* encodings = blocks.get();
+        if (sketched) {
+            void* out = codes  ? rows.get()
+                        : half ? static_cast<void*>(op.out.as<std::uint16_t>() + first * m.output_dim)
+                               : op.out.as<float>() + first * m.output_dim;
+            launch_rows(op.op, cuda, e.sets, m.output_dim, sketch_kernel, encodings, long_dim, matrices.sketch, out,
+                        half, e.sets, m.output_dim);
+            encodings = rows.get();
+        }
+        if (codes)
+            launch(op.op, cuda, dim3(static_cast<unsigned>((e.sets + 7) / 8)), dim3(lanes, 8), 0, round_kernel,
+                   encodings, op.out.as<std::int8_t>() + first * m.output_dim, op.scales.as<float>() + first, e.sets,
+                   m.output_dim);
+    }
+}
+
+}  // namespace polyvec
