@@ -1,6 +1,6 @@
-// The hypercomplex engine on a GPU: one thread a number, which it reads, computes and writes once. An op moves 3 C
-// elements a number and does 2 C^2 flops, so memory is the limit; neighbouring threads read neighbouring addresses.
-// Interleaved arrays are planar ones with d = 1.
+// The hypercomplex engine on a GPU: numbers are read, computed and written once. An op moves 3 C elements a number and
+// does 2 C^2 flops, so memory is the limit: a thread has as many neighbouring numbers as fill 16 bytes of each plane
+// where planes start at such boundaries, or one. Interleaved arrays are planar ones with d = 1.
 #include <cmath>
 
 #include "launch.cuh"
@@ -35,16 +35,45 @@ __device__ std::int64_t row_offset(const Leading& leading, std::int64_t row) {
     return offset + row * leading.stride[0];
 }
 
-template <int N, class T>
-__device__ Number<T, N> load(const T* x, std::int64_t d) {
-    Number<T, N> number;
-    for (int c = 0; c < N; ++c) number.part[c] = x[c * d];
-    return number;
+/// W neighbouring numbers, read and written as W elements of each plane at once.
+template <class T, int N, int W>
+struct Numbers {
+    Number<T, N> at[W];
+
+    template <class F>
+    __device__ void each(F f) {
+        for (int w = 0; w < W; ++w) f(at[w], w);
+    }
+};
+
+template <class T, int W>
+struct alignas(W * sizeof(T)) Wide {
+    T at[W];
+};
+
+template <int N, int W, class T>
+__device__ Numbers<T, N, W> load(const T* x, std::int64_t d) {
+    Numbers<T, N, W> numbers;
+    for (int c = 0; c < N; ++c) {
+        const auto wide = *reinterpret_cast<const Wide<T, W>*>(x + c * d);
+        for (int w = 0; w < W; ++w) numbers.at[w].part[c] = wide.at[w];
+    }
+    return numbers;
 }
 
-template <int N, class T>
-__device__ void store(const Number<T, N>& number, T* out, std::int64_t d) {
-    for (int c = 0; c < N; ++c) out[c * d] = number.part[c];
+template <int N, int W, class T>
+__device__ void store(const Numbers<T, N, W>& numbers, T* out, std::int64_t d) {
+    for (int c = 0; c < N; ++c) {
+        Wide<T, W> wide;
+        for (int w = 0; w < W; ++w) wide.at[w] = numbers.at[w].part[c];
+        *reinterpret_cast<Wide<T, W>*>(out + c * d) = wide;
+    }
+}
+
+/// Calls f(row, v) for the first of each W neighbouring numbers of the calling thread.
+template <int W, class F>
+__device__ void for_each_number(std::int64_t rows, std::int64_t d, F f) {
+    for_each_position(rows, d / W, [&](std::int64_t row, std::int64_t v) { f(row, v * W); });
 }
 
 template <int N, class T>
@@ -80,26 +109,32 @@ __device__ Number<T, N> conjugate(Number<T, N> x) {
     return x;
 }
 
-template <int N, class T>
+template <int N, int W, class T>
 __global__ void product_kernel(const T* x, const __grid_constant__ Leading x_rows, const T* y,
                                const __grid_constant__ Leading y_rows, T* out, std::int64_t rows, std::int64_t d,
                                const __grid_constant__ Table<T, N> table) {
-    for_each_position(rows, d, [&](std::int64_t row, std::int64_t v) {
-        const auto left = load<N>(x + row_offset(x_rows, row) + v, d);
-        const auto right = load<N>(y + row_offset(y_rows, row) + v, d);
-        store(multiply(left, right, table), out + row * N * d + v, d);
+    for_each_number<W>(rows, d, [&](std::int64_t row, std::int64_t v) {
+        auto left = load<N, W>(x + row_offset(x_rows, row) + v, d);
+        const auto right = load<N, W>(y + row_offset(y_rows, row) + v, d);
+        left.each([&](Number<T, N>& number, int w) { number = multiply(number, right.at[w], table); });
+        store(left, out + row * N * d + v, d);
     });
 }
 
-template <int N, class T>
+template <int N, int W, class T>
 __global__ void map_kernel(const T* x, T* out, HypercomplexMap::Kind kind, std::int64_t rows, std::int64_t d) {
     using Kind = HypercomplexMap::Kind;
-    for_each_position(rows, d, [&](std::int64_t row, std::int64_t v) {
-        const auto number = load<N>(x + row * N * d + v, d);
+    for_each_number<W>(rows, d, [&](std::int64_t row, std::int64_t v) {
+        auto numbers = load<N, W>(x + row * N * d + v, d);
         if (kind == Kind::norm) {
-            out[row * d + v] = norm(number);
+            Numbers<T, 1, W> norms;
+            norms.each([&](Number<T, 1>& size, int w) { size.part[0] = norm(numbers.at[w]); });
+            store(norms, out + row * d + v, d);
         } else {
-            store(kind == Kind::normalize ? normalize(number) : conjugate(number), out + row * N * d + v, d);
+            numbers.each([&](Number<T, N>& number, int) {
+                number = kind == Kind::normalize ? normalize(number) : conjugate(number);
+            });
+            store(numbers, out + row * N * d + v, d);
         }
     });
 }
@@ -115,9 +150,9 @@ struct Gathered {
     __device__ bool has(std::int64_t k) const { return !rows || (ids[k] >= 0 && ids[k] < count); }
 };
 
-template <int N, class T>
-__device__ Number<T, N> load(const Gathered<T>& gathered, std::int64_t k, std::int64_t v, std::int64_t d) {
-    return load<N>(gathered.rows + gathered.ids[k] * N * d + v, d);
+template <int N, int W, class T>
+__device__ Numbers<T, N, W> load(const Gathered<T>& gathered, std::int64_t k, std::int64_t v, std::int64_t d) {
+    return load<N, W>(gathered.rows + gathered.ids[k] * N * d + v, d);
 }
 
 template <class T>
@@ -127,37 +162,59 @@ struct RelationRows {
 };
 
 /// A row whose ids lie outside the tables becomes NaN: the host cannot see them without waiting for the GPU.
-template <int N, class T>
+template <int N, int W, class T>
 __global__ void relation_query_kernel(const __grid_constant__ RelationRows<T> rows, T* out, std::int64_t n,
                                       std::int64_t d, const __grid_constant__ Table<T, N> table) {
-    for_each_position(n, d, [&](std::int64_t k, std::int64_t v) {
-        Number<T, N> result;
+    for_each_number<W>(n, d, [&](std::int64_t k, std::int64_t v) {
+        Numbers<T, N, W> result;
         if (!rows.heads.has(k) || !rows.rotors.has(k) || !rows.translations.has(k)) {
-            for (int c = 0; c < N; ++c) result.part[c] = static_cast<T>(NAN);
+            result.each([&](Number<T, N>& number, int) {
+                for (int c = 0; c < N; ++c) number.part[c] = static_cast<T>(NAN);
+            });
         } else {
-            auto rotor = load<N>(rows.rotors, k, v, d);
-            if (rows.normalize) rotor = normalize(rotor);
-            result = multiply(load<N>(rows.heads, k, v, d), rotor, table);
+            const auto heads = load<N, W>(rows.heads, k, v, d), rotors = load<N, W>(rows.rotors, k, v, d);
+            result.each([&](Number<T, N>& number, int w) {
+                number = multiply(heads.at[w], rows.normalize ? normalize(rotors.at[w]) : rotors.at[w], table);
+            });
             for (const Gathered<T>* shifts : {&rows.translations, &rows.head_translations}) {
                 if (!shifts->rows) continue;
-                const auto shift = load<N>(*shifts, k, v, d);
-                for (int c = 0; c < N; ++c) result.part[c] += shift.part[c];
+                const auto shift = load<N, W>(*shifts, k, v, d);
+                result.each([&](Number<T, N>& number, int w) {
+                    for (int c = 0; c < N; ++c) number.part[c] += shift.at[w].part[c];
+                });
             }
         }
         store(result, out + k * N * d + v, d);
     });
 }
 
+template <class T, int W>
+__device__ void add(T* sums, const Wide<T, W>& terms) {
+    for (int w = 0; w < W; ++w) atomicAdd(sums + w, terms.at[w]);
+}
+
+#if __CUDA_ARCH__ >= 900
+__device__ void add(float* sums, const Wide<float, 4>& terms) {
+    atomicAdd(reinterpret_cast<float4*>(sums), make_float4(terms.at[0], terms.at[1], terms.at[2], terms.at[3]));
+}
+#endif
+
 /// Adds to `out`, which is zero before, in no fixed order. What lies outside the tables is left out.
-template <int N, class T>
+template <int N, int W, class T>
 __global__ void sum_products_kernel(const __grid_constant__ Gathered<T> x, const __grid_constant__ Gathered<T> y,
                                     const __grid_constant__ Gathered<T> out, std::int64_t n, std::int64_t d,
                                     const __grid_constant__ Table<T, N> table) {
-    for_each_position(n, d, [&](std::int64_t k, std::int64_t v) {
+    for_each_number<W>(n, d, [&](std::int64_t k, std::int64_t v) {
         if (!x.has(k) || !y.has(k) || !out.has(k)) return;
-        const auto product = multiply(load<N>(x, k, v, d), load<N>(y, k, v, d), table);
-        T* sum = const_cast<T*>(out.rows) + out.ids[k] * N * d + v;
-        for (int c = 0; c < N; ++c) atomicAdd(sum + c * d, product.part[c]);
+        auto products = load<N, W>(x, k, v, d);
+        const auto right = load<N, W>(y, k, v, d);
+        products.each([&](Number<T, N>& number, int w) { number = multiply(number, right.at[w], table); });
+        T* sums = const_cast<T*>(out.rows) + out.ids[k] * N * d + v;
+        for (int c = 0; c < N; ++c) {
+            Wide<T, W> terms;
+            for (int w = 0; w < W; ++w) terms.at[w] = products.at[w].part[c];
+            add(sums + c * d, terms);
+        }
     });
 }
 
@@ -215,14 +272,14 @@ __global__ void flow_query_kernel(const __grid_constant__ Gathered<T> heads,
         Number<T, N> h;
         T term = static_cast<T>(NAN);
         if (heads.has(k) && relations.has(k)) {
-            h = load<N>(heads, k, v, d);
-            const auto r = load<2>(relations, k, v, d);
+            h = load<N, 1>(heads, k, v, d).at[0];
+            const auto r = load<2, 1>(relations, k, v, d).at[0];
             h.part[0] = r.part[1] * h.part[0] + r.part[0];
             term = query_parts<kind>(h, r.part[1]);
         } else {
             for (int c = 0; c < N; ++c) h.part[c] = static_cast<T>(NAN);
         }
-        store(h, out + k * N * d + v, d);
+        store(Numbers<T, N, 1>{{h}}, out + k * N * d + v, d);
         atomicAdd(offset + k, term);
     });
 }
@@ -230,9 +287,9 @@ __global__ void flow_query_kernel(const __grid_constant__ Gathered<T> heads,
 template <Flow kind, int N, class T>
 __global__ void flow_keys_kernel(const T* entities, T* out, T* bias, std::int64_t n, std::int64_t d) {
     for_each_position(n, d, [&](std::int64_t k, std::int64_t v) {
-        auto t = load<N>(entities + k * N * d + v, d);
+        auto t = load<N, 1>(entities + k * N * d + v, d).at[0];
         atomicAdd(bias + k, key_parts<kind>(t));
-        store(t, out + k * N * d + v, d);
+        store(Numbers<T, N, 1>{{t}}, out + k * N * d + v, d);
     });
 }
 
@@ -275,19 +332,33 @@ Leading leading_of(const Array& a, std::int64_t row_size) {
     return leading;
 }
 
-/// Calls f with the dtype and the number of components as constants.
+/// Whether planes of d elements can be read 16 bytes at a time.
+bool wide(DType dtype, std::int64_t d, std::initializer_list<const void*> starts,
+          std::initializer_list<const Leading*> leading = {}) {
+    const std::int64_t elements = 16 / static_cast<std::int64_t>(size_of(dtype));
+    bool fits = d % elements == 0;
+    for (const void* start : starts) fits = fits && reinterpret_cast<std::uintptr_t>(start) % 16 == 0;
+    for (const Leading* of : leading)
+        for (int axis = 0; axis < of->axes; ++axis) fits = fits && of->stride[axis] % elements == 0;
+    return fits;
+}
+
+/// Calls f with the dtype, the number of components, and the elements that are read at a time, as constants.
 template <class F>
-void with_number(DType dtype, std::int64_t components, F f) {
-    const auto with_components = [&]<class T>() {
+void with_number(DType dtype, std::int64_t components, bool wide, F f) {
+    const auto with_components = [&]<class T, int W>() {
         if (components == 2) {
-            f.template operator()<T, 2>();
+            f.template operator()<T, 2, W>();
         } else if (components == 4) {
-            f.template operator()<T, 4>();
+            f.template operator()<T, 4, W>();
         } else {
-            f.template operator()<T, 8>();
+            f.template operator()<T, 8, W>();
         }
     };
-    dtype == DType::f32 ? with_components.template operator()<float>() : with_components.template operator()<double>();
+    const auto with_width = [&]<class T>() {
+        wide ? with_components.template operator()<T, 16 / sizeof(T)>() : with_components.template operator()<T, 1>();
+    };
+    dtype == DType::f32 ? with_width.template operator()<float>() : with_width.template operator()<double>();
 }
 
 template <class T>
@@ -302,37 +373,44 @@ std::int64_t rows_of(const Array& a, std::int64_t row_size) {
 }  // namespace
 
 void run(const HypercomplexProduct& op, Cuda cuda) {
-    const std::int64_t d = op.d(), row_size = op.components() * d;
-    with_number(op.x.dtype, op.components(), [&]<class T, int N>() {
-        launch_rows(op.op, cuda, rows_of(op.out, row_size), d, product_kernel<N, T>, op.x.as<const T>(),
-                    leading_of(op.x, row_size), op.y.as<const T>(), leading_of(op.y, row_size), op.out.as<T>(),
-                    rows_of(op.out, row_size), d, table_of<T, N>(op.table));
+    const std::int64_t d = op.d(), row_size = op.components() * d, rows = rows_of(op.out, row_size);
+    const Leading x = leading_of(op.x, row_size), y = leading_of(op.y, row_size);
+    const bool fits = wide(op.x.dtype, d, {op.x.data, op.y.data, op.out.data}, {&x, &y});
+    with_number(op.x.dtype, op.components(), fits, [&]<class T, int N, int W>() {
+        launch_rows(op.op, cuda, rows, d / W, product_kernel<N, W, T>, op.x.as<const T>(), x, op.y.as<const T>(), y,
+                    op.out.as<T>(), rows, d, table_of<T, N>(op.table));
     });
 }
 
 void run(const HypercomplexMap& op, Cuda cuda) {
     const std::int64_t d = op.d(), rows = rows_of(op.x, op.components() * d);
-    with_number(op.x.dtype, op.components(), [&]<class T, int N>() {
-        launch_rows(op.op, cuda, rows, d, map_kernel<N, T>, op.x.as<const T>(), op.out.as<T>(), op.kind, rows, d);
+    const bool fits = wide(op.x.dtype, d, {op.x.data, op.out.data});
+    with_number(op.x.dtype, op.components(), fits, [&]<class T, int N, int W>() {
+        launch_rows(op.op, cuda, rows, d / W, map_kernel<N, W, T>, op.x.as<const T>(), op.out.as<T>(), op.kind, rows,
+                    d);
     });
 }
 
 void run(const RelationQuery& op, Cuda cuda) {
     const std::int64_t n = op.head_ids.dim(0), d = op.entities.dim(2);
-    with_number(op.entities.dtype, op.entities.dim(1), [&]<class T, int N>() {
+    const bool fits =
+        wide(op.entities.dtype, d,
+             {op.entities.data, op.relations.data, op.translations.data, op.head_translations.data, op.out.data});
+    with_number(op.entities.dtype, op.entities.dim(1), fits, [&]<class T, int N, int W>() {
         const RelationRows<T> rows{gathered<T>(op.entities, op.head_ids), gathered<T>(op.relations, op.rotor_ids()),
                                    gathered<T>(op.translations, op.relation_ids),
                                    gathered<T>(op.head_translations, op.head_ids), op.normalize};
-        launch_rows(op.op, cuda, n, d, relation_query_kernel<N, T>, rows, op.out.as<T>(), n, d,
+        launch_rows(op.op, cuda, n, d / W, relation_query_kernel<N, W, T>, rows, op.out.as<T>(), n, d,
                     table_of<T, N>(op.table));
     });
 }
 
 void run(const HypercomplexSums& op, Cuda cuda) {
     const std::int64_t n = op.out_ids.dim(0), d = op.out.dim(2);
-    with_number(op.x.dtype, op.out.dim(1), [&]<class T, int N>() {
+    const bool fits = wide(op.x.dtype, d, {op.x.data, op.y.data, op.out.data});
+    with_number(op.x.dtype, op.out.dim(1), fits, [&]<class T, int N, int W>() {
         fill_with_zeros(op.op, cuda, op.out.as<T>(), op.out.size());
-        launch_rows(op.op, cuda, n, d, sum_products_kernel<N, T>, gathered<T>(op.x, op.x_ids),
+        launch_rows(op.op, cuda, n, d / W, sum_products_kernel<N, W, T>, gathered<T>(op.x, op.x_ids),
                     gathered<T>(op.y, op.y_ids), gathered<T>(op.out, op.out_ids), n, d, table_of<T, N>(op.table));
     });
 }
