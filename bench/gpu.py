@@ -1,17 +1,19 @@
 """`python -m bench.gpu [--out bench/results]`: time the CUDA kernels and their rivals on this machine's GPU.
 
 Writes one table, named after the GPU: the ceilings measured on the spot first (copy bandwidth, bf16 product), then each
-case with its median time, the bandwidth it reaches of what the task must move, and every rival's time over ours. Each
-result is checked against torch before it is timed.
+case with its median time, the rate it reaches of what the task must move or compute, and every rival's time over ours.
+Each result is checked against torch before it is timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import pathlib
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -22,12 +24,31 @@ DEVICE = "cuda"
 D = 128  # 4 x 128: rows of 2 KB
 
 
+@dataclasses.dataclass
+class Case:
+    """What a task must do, our call for it, and torch's."""
+
+    name: str
+    work: float  # bytes to move, or flops
+    ours: Callable
+    rival: Callable
+    tensors: tuple
+    grad: torch.Tensor | None = None
+    unit: str = "GB/s"
+    documents: int = 0  # whose number a second is of interest
+    compiled: bool = True  # whether torch.compile can do better than torch's own kernels
+    tolerance: dict = dataclasses.field(default_factory=lambda: {"rtol": 1e-4, "atol": 1e-3})
+
+
 def milliseconds(call, rounds=20):
-    """Median time of a call on the GPU, by events."""
+    """Median time of a call on the GPU, by events: of fewer rounds where they would take more than a second."""
     for _ in range(3):
+        start = time.perf_counter()
         call()
+        torch.cuda.synchronize()
+        last = time.perf_counter() - start
     times = []
-    for _ in range(rounds):
+    for _ in range(min(rounds, max(3, int(1 / last)))):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
@@ -74,7 +95,7 @@ def with_gradients(function, tensors, grad):
 
 
 def cases(n):
-    """(name, bytes that the task must move, our call, torch's function, its tensors) at n numbers of 4 x D."""
+    """The hypercomplex engine at n numbers of 4 x D."""
     x, y, grad = (torch.randn(n, 4, D, device=DEVICE) for _ in range(3))
     relations = torch.randn(1000, 4, D, device=DEVICE)
     heads = torch.randint(n, (n,), device=DEVICE)
@@ -88,63 +109,47 @@ def cases(n):
         return eager_relation_query(entities, relations, heads, relation_ids)
 
     flat = grad.flatten(1)
-    yield "product", 3 * size, lambda: pv.hypercomplex.product(x, y), eager_product, (x, y), None
-    yield "normalize", 2 * size, lambda: pv.hypercomplex.normalize(x), eager_normalize, (x,), None
-    yield (
+    yield Case("product", 3 * size, lambda: pv.hypercomplex.product(x, y), eager_product, (x, y))
+    yield Case("normalize", 2 * size, lambda: pv.hypercomplex.normalize(x), eager_normalize, (x,))
+    yield Case(
         "relation query",
         2 * size,
         lambda: pv.hypercomplex.relation_query(x, relations, heads, relation_ids),
         eager_query,
         (x, relations),
-        None,
     )
-    yield (
-        "product, forward and backward",
-        8 * size,
-        with_gradients(pvt.product, (x, y), grad),
-        eager_product,
-        (x, y),
-        grad,
-    )
-    yield (
-        "relation query, forward and backward",
-        5 * size,
-        with_gradients(query, (x, relations), flat),
-        eager_query,
-        (x, relations),
-        flat,
-    )
+    both = with_gradients(pvt.product, (x, y), grad)
+    yield Case("product, forward and backward", 8 * size, both, eager_product, (x, y), grad)
+    both = with_gradients(query, (x, relations), flat)
+    yield Case("relation query, forward and backward", 5 * size, both, eager_query, (x, relations), flat)
 
 
 def search_cases(items, docs):
-    """The same, of float32 rows of D: a search among `items` of them, and `docs` documents of 180."""
+    """Searches among `items` rows of D float32, and `docs` documents of 180."""
     queries, rows = torch.randn(32, D, device=DEVICE), torch.randn(items, D, device=DEVICE)
-    yield (
+    yield Case(
         f"scan.topk, 32 queries, {items:,} items, k = 10",
         rows.nbytes,
         lambda: pv.scan.topk(queries, rows, 10)[0],
         lambda queries, rows: (queries @ rows.T).topk(10).values,
         (queries, rows),
-        None,
     )
     ids = torch.randint(items, (32, 1000), device=DEVICE)
-    yield (
+    yield Case(
         f"scan.score_pairs, 32 queries, 1,000 of {items:,} items each",
         ids.numel() * D * 4,
         lambda: pv.scan.score_pairs(queries, rows, ids),
         lambda queries, rows: torch.einsum("qd,qmd->qm", queries, rows[ids]),
         (queries, rows),
-        None,
     )
     tokens, padded = torch.randn(1, 32, D, device=DEVICE), torch.randn(docs, 180, D, device=DEVICE)
     sets = pv.Ragged.from_padded(tokens), pv.Ragged.from_padded(padded)
-    yield (
+    yield Case(
         f"maxsim.score, 32 tokens, {docs:,} documents of 180",
         padded.nbytes,
         lambda: pv.maxsim.score(*sets),
         lambda tokens, padded: torch.einsum("qid,njd->qnij", tokens, padded).amax(-1).sum(-1),
         (tokens, padded),
-        None,
     )
 
 
@@ -173,14 +178,98 @@ def fde_cases(docs, t=180):
     planes = torch.round(64 * torch.randn(20, D, 5)) / 64
     encoder = pv.fde.Encoder(D, hyperplanes=planes)
     sets, out = pv.Ragged.from_padded(padded), torch.empty(docs, encoder.output_dim, device=DEVICE, dtype=torch.half)
-    yield (
+    yield Case(
         f"fde.encode_docs, {docs:,} documents of {t}, (20, 5, 16), float16",
         padded.nbytes + out.nbytes,
         lambda: encoder.encode_docs(sets, dtype="float16", out=out),
         eager_encodings,
         (padded, planes.to(DEVICE), torch.from_numpy(encoder.projections.copy()).to(DEVICE)),
-        None,
+        compiled=False,
+        tolerance={"rtol": 2e-3, "atol": 1e-3},
+        documents=docs,
     )
+
+
+FLOPS = {"unit": "TFLOP/s", "compiled": False}
+
+
+def batch_cases(items):
+    """1,024 queries, where arithmetic is the limit."""
+    queries = torch.randn(1024, 768, device=DEVICE).bfloat16()
+    rows = torch.randn(items, 768, device=DEVICE, dtype=torch.bfloat16)
+    same = queries.float()
+    for k in (10, 100, 4096):
+        yield Case(
+            f"scan.topk, 1,024 queries, {items:,} x 768 bfloat16, k = {k:,}",
+            2 * rows.numel() * len(queries),
+            lambda k=k: pv.scan.topk(same, rows, k)[0],
+            lambda queries, rows, k=k: (queries @ rows.T).topk(k).values.float(),
+            (queries, rows),
+            tolerance={"rtol": 1e-2, "atol": 0.1},
+            **FLOPS,
+        )
+
+
+def one_query_cases(items):
+    """One query, where memory is the limit: whole numbers to 127 are exact in any dtype."""
+    rows = torch.randn(items, 768, device=DEVICE)
+    query = torch.randint(-127, 128, (1, 768), device=DEVICE).float()
+    query[0, 0] = 127
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
+        stored = (rows * 30).clamp(-127, 127).to(dtype) if dtype == torch.int8 else rows.to(dtype)
+        narrow = query.to(dtype if dtype.is_floating_point else torch.float32)  # torch has no int8 product
+        yield Case(
+            f"scan.topk, 1 query, {items:,} x 768 {str(dtype).removeprefix('torch.')}, k = 10",
+            stored.nbytes,
+            lambda stored=stored: pv.scan.topk(query, stored, 10)[0],
+            lambda narrow, stored: (narrow @ stored.to(narrow.dtype).T).float().topk(10).values,
+            (narrow, stored),
+            compiled=False,
+            tolerance={"rtol": 1e-2, "atol": 1},
+        )
+
+
+def float_cases(items):
+    """1,024 queries among float32 items, and the nearest of many codes."""
+    queries, rows = torch.randn(1024, D, device=DEVICE) / 4, torch.randn(items, D, device=DEVICE)
+    targets = torch.randint(items, (1024,), device=DEVICE)
+    for name, ours, rival in (
+        ("rank", lambda: pv.scan.rank(queries, rows, targets, ties="optimistic"), eager_rank),
+        ("logsumexp", lambda: pv.scan.logsumexp(queries, rows), lambda scores, _: scores.logsumexp(1)),
+        ("hinge", lambda: pv.scan.hinge(queries, rows, targets), eager_hinge),
+    ):
+        yield Case(
+            f"scan.{name}, 1,024 queries, {items:,} x {D} float32",
+            2 * rows.numel() * len(queries),
+            ours,
+            lambda queries, rows, rival=rival: rival(queries @ rows.T, targets),
+            (queries, rows),
+            tolerance={"rtol": 1e-4, "atol": 4 if name == "rank" else 1e-3},
+            **FLOPS,
+        )
+    codes = torch.randn(65536, D, device=DEVICE)
+    yield Case(
+        f"scan.nearest, {items:,} x {D} float32 to 65,536",
+        2 * rows.numel() * len(codes),
+        lambda: pv.scan.nearest(rows, codes)[1],
+        lambda rows, codes: torch.cat([eager_distances(some, codes) for some in rows.split(16384)]),
+        (rows, codes),
+        **FLOPS,
+    )
+
+
+def eager_rank(scores, targets):
+    limits = scores.gather(1, targets[:, None])
+    return 1 + (scores > limits).sum(1).double()
+
+
+def eager_hinge(scores, targets):
+    margins = 1 - scores.gather(1, targets[:, None])
+    return (scores + margins).clamp_(min=0).sum(1) - 1
+
+
+def eager_distances(x, codes):
+    return torch.addmm((codes * codes).sum(1), x, codes.T, alpha=-2).amin(1) + (x * x).sum(1)
 
 
 def eager_normalize(x):
@@ -200,17 +289,22 @@ def call_overhead():
     return (time.perf_counter() - start) * 1e3
 
 
-def row(name, nbytes, ours, function, tensors, grad, copy, *, rtol=1e-4, compiled=True, documents=0):
+def row(case, ceilings):
     """Check a case, time it and its rivals, and return its line of the table."""
-    functions = (function, torch.compile(function)) if compiled else (function,)
-    rivals = [(lambda f=f: f(*tensors)) if grad is None else with_gradients(f, tensors, grad) for f in functions]
-    torch.testing.assert_close(ours(), rivals[0](), rtol=rtol, atol=1e-3)
-    time_of_ours, *times = (milliseconds(call) for call in (ours, *rivals))
-    rate = nbytes / time_of_ours / 1e6
-    ratios = " | ".join([f"{t / time_of_ours:.2f}" for t in times] + [""] * (not compiled))
-    if documents:
-        name += f": {documents / time_of_ours / 1e3:.2f} million a second"
-    return f"| {name} | {time_of_ours:.3f} | {rate:.0f} ({rate / copy:.0%}) | {ratios} |"
+    rivals = [case.rival, torch.compile(case.rival)] if case.compiled else [case.rival]
+    calls = [
+        (lambda f=f: f(*case.tensors)) if case.grad is None else with_gradients(f, case.tensors, case.grad)
+        for f in rivals
+    ]
+    torch.testing.assert_close(case.ours(), calls[0](), **case.tolerance)
+    time_of_ours, *times = (milliseconds(call) for call in (case.ours, *calls))
+    rate = case.work / time_of_ours / (1e6 if case.unit == "GB/s" else 1e9)
+    ratios = " | ".join([f"{t / time_of_ours:.2f}" for t in times] + [""] * (2 - len(times)))
+    share = f"{rate:.0f} {case.unit} ({rate / ceilings[case.unit]:.0%})"
+    name = case.name
+    if case.documents:
+        name += f": {case.documents / time_of_ours / 1e3:.2f} million a second"
+    return f"| {name} | {time_of_ours:.3f} | {share} | {ratios} |"
 
 
 def main():
@@ -228,19 +322,26 @@ def main():
         f"# {gpu}",
         "",
         f"polyvec {pv.__version__} at {commit.stdout.strip() or 'an unknown commit'}, torch {torch.__version__}, "
-        f"CUDA {torch.version.cuda}; medians by events, random data, float32, quaternions, rows of 4 x {D}.",
+        f"CUDA {torch.version.cuda}; medians by events, random data; quaternions are float32, rows of 4 x {D}.",
         "",
         f"- copy bandwidth: {copy:.0f} GB/s",
         f"- bf16 product, 8192 cubed: {product:.0f} TFLOP/s",
         f"- one small call from Python: {call_overhead():.1f} us",
         "",
-        f"| case, n = {n:,} | ms | GB/s (of copy) | torch eager / ours | torch.compile / ours |",
+        f"| case, n = {n:,} | ms | rate (of copy or product) | torch eager / ours | torch.compile / ours |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
-    lines += [row(*case, copy) for case in cases(n)]
-    lines += [row(*case, copy) for case in search_cases(1 << 20, 10_000)]
-    docs = 20_000
-    lines += [row(*case, copy, rtol=2e-3, compiled=False, documents=docs) for case in fde_cases(docs)]
+    ceilings = {"GB/s": copy, "TFLOP/s": product}
+    items = 1 << 20
+    for some in (
+        cases(n),
+        search_cases(items, 10_000),
+        batch_cases(items),
+        one_query_cases(items),
+        float_cases(items),
+        fde_cases(20_000),
+    ):
+        lines += [row(case, ceilings) for case in some]
     path = arguments.out / f"{gpu.replace(' ', '-')}.md"
     arguments.out.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -21,16 +21,22 @@ __device__ inline double value_of(double x) {
     return x;
 }
 __device__ inline float value_of(std::int8_t x) {
-    return x;
+    return __uint_as_float(0x4b000000u | (static_cast<unsigned char>(x) ^ 0x80u)) - 8388736.0f;  // 2^23 + 128
 }
 __device__ inline float value_of(BFloat16 x) {
     return __uint_as_float(static_cast<unsigned>(x.bits) << 16);
 }
 __device__ inline float value_of(Float16 x) {
+#ifdef __CUDACC__
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+    return value;
+#else  // on_host
     const unsigned magnitude = x.bits & 0x7fffu, sign = (x.bits & 0x8000u) << 16;
     if (magnitude >= 0x7c00u) return __uint_as_float(sign | 0x7f800000u | magnitude << 13);  // Inf, NaN
     const float scale = x.bits & 0x8000u ? -0x1p112f : 0x1p112f;  // the difference of the exponents' biases
     return __uint_as_float(magnitude << 13) * scale;              // exact, of subnormal numbers too
+#endif
 }
 
 /// The bits of `x` rounded to float16, to even; beyond 65504 it becomes infinity, NaN stays NaN.

@@ -95,6 +95,12 @@ void launch_rows(const char* op, Cuda cuda, std::int64_t rows, std::int64_t d, v
     launch(op, cuda, grid, block, 0, kernel, args...);
 }
 
+inline int multiprocessors_of(const char* op, Cuda cuda) {
+    int value = 0;
+    check(op, cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, cuda.device));
+    return value;
+}
+
 /// Memory that an op needs for itself: taken and given back in the order of the stream, so that nothing waits for it.
 template <class T>
 class Scratch {

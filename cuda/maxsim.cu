@@ -8,7 +8,7 @@
 #include "maxsim_streams.cuh"
 #include "maxsim_tiles.cuh"
 #include "polyvec/maxsim.hpp"
-#include "select.cuh"
+#include "best_rows.cuh"
 
 namespace polyvec {
 namespace {

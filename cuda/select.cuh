@@ -1,144 +1,155 @@
-/// The k best of rows of scores, in the order of include/polyvec/topk.hpp: higher scores first, equal ones by smaller
-/// id; NaN is never taken. A block keeps what passes its threshold in shared memory and sorts it when there is no room
-/// for more, so that few of many scores cost more than their reading. The order of the pairs is total: what other
-/// threads do changes no result.
+/// The k best of many candidates by blocks of threads: a candidate is a key, whose order is that of
+/// include/polyvec/topk.hpp: higher scores first, equal ones by smaller id.
 #pragma once
 
-#include <cuda_runtime.h>
-
-#include <algorithm>
-#include <cmath>
 #include <cstdint>
 
-#include "launch.cuh"
+#include "warp.cuh"
 
 namespace polyvec {
 
-/// Row r: scores[begin .. begin + n) of these ids, begin = begins[r] and n = begins[r + 1] - begin, or r * n and n
-/// where begins is null; ids null: their positions in the row from first_id on. Negative ids are passed over.
-struct ScoreRows {
-    const float* scores;
-    const std::int64_t *ids, *begins;
-    std::int64_t n, rows, first_id = 0;
+using Key = unsigned long long;  // 0: none, behind all others
 
-    __device__ std::int64_t begin(std::int64_t row) const { return begins ? begins[row] : row * n; }
-    __device__ std::int64_t size(std::int64_t row) const { return begins ? begins[row + 1] - begins[row] : n; }
+/// Of a score that is neither NaN nor -inf, and an id below 2^32.
+__device__ inline Key key_of(float score, std::int64_t id) {
+    const unsigned bits = __float_as_uint(score + 0.0f);  // -0 equals 0
+    return static_cast<Key>(bits >> 31 ? ~bits : bits | 0x80000000u) << 32 | ~static_cast<unsigned>(id);
+}
+
+__device__ inline std::int64_t id_of(Key key) {
+    return static_cast<std::int64_t>(~static_cast<unsigned>(key));
+}
+
+__device__ inline float score_of(Key key) {
+    const unsigned bits = static_cast<unsigned>(key >> 32);
+    return key == 0 ? -HUGE_VALF : __uint_as_float(bits >> 31 ? bits & 0x7fffffffu : ~bits);
+}
+
+constexpr unsigned select_threads = 256;
+
+/// Shared memory of `keep_best`.
+struct Selection {
+    unsigned at_least[select_threads + 1];  // how many keys have this digit or a higher one
+    unsigned digit, kept;
+    Key least;
 };
 
-namespace selection {
-
-constexpr int threads = 256;
-constexpr std::int64_t most_k = 4096;  // whose sorted pairs fit into shared memory
-
-/// Larger for larger floats; 0 for none. -0 is 0.
-__device__ inline unsigned key_of(float x) {
-    const unsigned bits = __float_as_uint(x + 0.0f);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-__device__ inline float score_of(unsigned key) {
-    return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
-}
-
-__device__ inline bool before(unsigned a, std::int64_t i, unsigned b, std::int64_t j) {
-    return a != b ? a > b : i < j;
-}
-
-/// Sorts `room` pairs, a power of two, best first.
-__device__ inline void sort(unsigned* keys, std::int64_t* ids, int room) {
-    for (int size = 2; size <= room; size *= 2)
-        for (int step = size / 2; step > 0; step /= 2) {
-            for (int at = static_cast<int>(threadIdx.x); at < room / 2; at += threads) {
-                const int i = at / step * 2 * step + at % step, j = i + step;
-                const bool best_first = (i & size) == 0 || size == room;
-                if (before(keys[j], ids[j], keys[i], ids[i]) == best_first) {
-                    const unsigned key = keys[i];
-                    const std::int64_t id = ids[i];
-                    keys[i] = keys[j], ids[i] = ids[j];
-                    keys[j] = key, ids[j] = id;
-                }
+/// Moves the k best of n keys to the front, in no order. Afterwards s.kept says how many there are, and s.least is the
+/// least of them, or 0 while there are fewer than k.
+__device__ inline void keep_best(Key* keys, unsigned n, unsigned k, Selection& s) {
+    const unsigned thread = threadIdx.x;
+    Key prefix = 0, mask = 0;
+    if (n > k) {
+        unsigned wanted = k;
+        for (int shift = 56; shift >= 0 && wanted > 0; shift -= 8) {
+            s.at_least[thread] = 0;
+            if (thread == 0) s.at_least[select_threads] = 0;
+            __syncthreads();
+            for (unsigned i = thread; i < n; i += select_threads)
+                if ((keys[i] & mask) == prefix) atomicAdd(&s.at_least[keys[i] >> shift & 255], 1u);
+            for (unsigned distance = 1; distance < select_threads; distance *= 2) {
+                __syncthreads();
+                const unsigned more = thread + distance < select_threads ? s.at_least[thread + distance] : 0;
+                __syncthreads();
+                s.at_least[thread] += more;
             }
             __syncthreads();
+            if (s.at_least[thread] >= wanted && s.at_least[thread + 1] < wanted) s.digit = thread;
+            __syncthreads();
+            const unsigned above = s.at_least[s.digit + 1], here = s.at_least[s.digit] - above;
+            prefix |= static_cast<Key>(s.digit) << shift;
+            mask |= static_cast<Key>(255) << shift;
+            wanted -= above;
+            __syncthreads();
+            if (here == wanted) break;  // all that have these digits
         }
+    }
+    if (thread == 0) {
+        s.kept = 0;
+        s.least = ~static_cast<Key>(0);
+    }
+    Key least = ~static_cast<Key>(0);
+    for (unsigned first = 0; first < n; first += select_threads) {
+        const Key key = first + thread < n ? keys[first + thread] : 0;
+        const bool taken = key != 0 && key >= prefix;
+        __syncthreads();  // all of these are read, and what is kept of them goes no further
+        const unsigned warp = __ballot_sync(whole_warp, taken), before = warp & ((1u << thread % 32) - 1);
+        unsigned to = 0;
+        if (thread % 32 == 0) to = atomicAdd(&s.kept, static_cast<unsigned>(__popc(warp)));
+        to = __shfl_sync(whole_warp, to, 0) + static_cast<unsigned>(__popc(before));
+        if (taken) {
+            keys[to] = key;
+            least = key < least ? key : least;
+        }
+    }
+    __syncthreads();
+    if (least != ~static_cast<Key>(0)) atomicMin(&s.least, least);
+    __syncthreads();
+    if (thread == 0 && s.kept < k) s.least = 0;
+    __syncthreads();
 }
 
-/// scores, ids: the k of a part at row * stride + part * k; where there are fewer, -inf times sign, -1. Blocks: (parts,
-/// rows).
-template <int = 0>
-__global__ void __launch_bounds__(threads)
-    kernel(const __grid_constant__ ScoreRows from, float* scores, std::int64_t* ids, std::int64_t stride,
-           std::int64_t k, int room, float sign) {
-    auto* kept_ids = reinterpret_cast<std::int64_t*>(dynamic_shared_memory);
-    auto* keys = reinterpret_cast<unsigned*>(kept_ids + room);
-    __shared__ int count;
-    const int thread = static_cast<int>(threadIdx.x);
-    const std::int64_t parts = gridDim.x, part = blockIdx.x;
-    for (std::int64_t row = blockIdx.y; row < from.rows; row += gridDim.y) {
-        const std::int64_t start = from.begin(row), n = from.size(row), end = n * (part + 1) / parts;
-        unsigned worst = 0;  // the k-th best so far: nothing behind it is kept
-        std::int64_t worst_id = -1;
-        const auto keep_best = [&] {
-            for (int i = count + thread; i < room; i += threads) keys[i] = 0, kept_ids[i] = INT64_MAX;
+/// Puts keys in shared memory in order, best first; n: a power of two.
+__device__ inline void sort_keys(Key* keys, unsigned n) {
+    for (unsigned size = 2; size <= n; size *= 2) {
+        for (unsigned distance = size / 2; distance > 0; distance /= 2) {
             __syncthreads();
-            sort(keys, kept_ids, room);
-            if (thread == 0) count = count < k ? count : static_cast<int>(k);
-            __syncthreads();
-            if (count == k) worst = keys[k - 1], worst_id = kept_ids[k - 1];
-        };
-        if (thread == 0) count = 0;
-        __syncthreads();
-        for (std::int64_t base = n * part / parts; base < end; base += threads) {
-            const std::int64_t i = base + thread;
-            if (i < end) {
-                const float score = from.scores[start + i];
-                const std::int64_t id = from.ids ? from.ids[start + i] : from.first_id + i;
-                const unsigned key = key_of(score);
-                if (!isnan(score) && id >= 0 && (worst == 0 || before(key, id, worst, worst_id))) {
-                    const int at = atomicAdd(&count, 1);
-                    keys[at] = key, kept_ids[at] = id;
+            for (unsigned i = threadIdx.x; i < n / 2; i += select_threads) {
+                const unsigned a = i / distance * 2 * distance + i % distance, b = a + distance;
+                const Key x = keys[a], y = keys[b];
+                if ((x < y) != ((a & size) != 0)) {
+                    keys[a] = y;
+                    keys[b] = x;
                 }
             }
-            __syncthreads();
-            const bool full = count > room - threads;
-            __syncthreads();  // before anyone counts on
-            if (full) keep_best();
         }
-        keep_best();
-        for (std::int64_t i = thread; i < k; i += threads) {
-            const std::int64_t at = row * stride + part * k + i;
-            scores[at] = sign * (i < count ? score_of(keys[i]) : -HUGE_VALF);
-            ids[at] = i < count ? kept_ids[i] : -1;
-        }
-        __syncthreads();
     }
+    __syncthreads();
 }
 
-}  // namespace selection
+/// A list of candidates a query. A key that is not above the query's limit cannot be among its k best. What does not
+/// fit is counted, but lost: the count then stays above the capacity.
+struct Candidates {
+    Key* keys;         // (queries, capacity)
+    unsigned* counts;  // 0 before
+    Key* limits;       // 0 before
+    std::int64_t capacity;
+    unsigned k;
 
-/// The k best of each row, k at most selection::most_k, at scores and ids from row * stride on. `sign` -1 turns scores
-/// into distances.
-inline void select_best(const char* op, Cuda cuda, const ScoreRows& from, float* scores, std::int64_t* ids,
-                        std::int64_t k, float sign = 1, std::int64_t stride = 0) {
-    if (from.rows == 0) return;
-    if (stride == 0) stride = k;
-    int room = 4 * selection::threads;
-    while (room < 2 * k) room *= 2;
-    const auto select = [&](const ScoreRows& rows, std::int64_t parts, float* to, std::int64_t* to_ids,
-                            std::int64_t to_stride, float by) {
-        const std::size_t bytes = static_cast<std::size_t>(room) * (sizeof(std::int64_t) + sizeof(unsigned));
-        launch(op, cuda, blocks_for(parts, 1, rows.rows), dim3(selection::threads), bytes, selection::kernel<0>, rows,
-               to, to_ids, to_stride, k, room, by);
-    };
-    // Parts of a row keep some hundred blocks busy, and are long against what they keep.
-    const std::int64_t parts =
-        std::clamp<std::int64_t>(std::min(from.n / std::max<std::int64_t>(4096, 8 * k), 512 / from.rows), 1, 256);
-    if (parts == 1) {
-        select(from, 1, scores, ids, stride, sign);
-        return;
+    __device__ void add(std::int64_t query, Key key) const {
+        const unsigned at = atomicAdd(counts + query, 1u);
+        if (at < capacity) keys[query * capacity + at] = key;
     }
-    const Scratch<float> part_scores(op, cuda, from.rows * parts * k);
-    const Scratch<std::int64_t> part_ids(op, cuda, from.rows * parts * k);
-    select(from, parts, part_scores.get(), part_ids.get(), parts * k, 1);
-    select({part_scores.get(), part_ids.get(), nullptr, parts * k, from.rows}, 1, scores, ids, stride, sign);
+
+    __device__ bool complete(std::int64_t query) const { return counts[query] <= capacity; }
+};
+
+/// A block a query; a template, so that every file may define it.
+template <class = void>
+__global__ void __launch_bounds__(select_threads) select_kernel(const __grid_constant__ Candidates candidates) {
+    __shared__ Selection selection;
+    const std::int64_t query = blockIdx.x;
+    if (!candidates.complete(query)) return;
+    keep_best(candidates.keys + query * candidates.capacity, candidates.counts[query], candidates.k, selection);
+    if (threadIdx.x != 0) return;
+    candidates.counts[query] = selection.kept;
+    candidates.limits[query] = selection.least;
 }
+
+/// Candidates for `capacity` to hold, and the rounds in which they are sought, each among more: the k best of those
+/// before set the limit, so that `more` times as many leave some k times `more` candidates.
+struct Rounds {
+    std::int64_t capacity;
+    double more;
+
+    explicit Rounds(std::int64_t k) : capacity(std::max<std::int64_t>(8192, (4 * k + 255) / 256 * 256)) {
+        const double expected = static_cast<double>(k);
+        more = (static_cast<double>(capacity) - expected) / (expected + 8 * std::sqrt(expected) + 16);
+    }
+
+    std::int64_t next(std::int64_t seen) const {
+        return seen == 0 ? capacity : seen + static_cast<std::int64_t>(more * static_cast<double>(seen));
+    }
+};
 
 }  // namespace polyvec

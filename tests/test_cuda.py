@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import polyvec as pv
-from accuracy import assert_elementwise, assert_exact, assert_reduction, on_host
+from accuracy import assert_elementwise, assert_exact, assert_reduction, assert_sum_of_scores, on_host
 from elsewhere import Elsewhere
 from polyvec import _backend, _core
 from reference import hypercomplex as ref
@@ -208,6 +208,49 @@ def test_parts_of_many_items_are_merged(rng, on_device, kernels, nq, k):
         assert_exact(actual, expected)
 
 
+@pytest.mark.parametrize("nq", [1, 9])
+def test_candidates_that_do_not_fit_are_found_again(rng, on_device, kernels, nq):
+    """A sample has fewer than k of the best items, so that all of them, too many, pass the limit that it sets."""
+    x, q = sample(rng, 60_000, 4), np.ones((nq, 4), np.float32)
+    x[48_000:] += 50
+    found = pv.scan.topk(on_device(q), on_device(x), 2000)
+    assert_reduction(found[0], scan_ref.topk(q, x, 2000)[0], 220, length=4)
+    ids = on_host(found[1])
+    assert (ids >= 48_000).all()
+    assert all(len(set(row)) == 2000 for row in ids.tolist())
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
+def test_scan_over_many_tiles(gpu, metric, dtype):
+    """All multiprocessors at work, on several pieces where rows are split into parts; whole numbers are exact."""
+    n, d = 200_000, 200
+    q, x = (gpu.randint(-9, 10, (rows, d), device="cuda").float() for rows in (300, n))
+    q[:, 0] = 127  # one of 127 steps is 1
+    items, targets = x.to(getattr(gpu, dtype)), gpu.randint(n, (300,), device="cuda")
+    exact = q.double() @ x.double().T
+    if metric == "l2":
+        exact = 2 * exact - (q.double() ** 2).sum(1, keepdim=True) - (x.double() ** 2).sum(1)
+    sign = -1 if metric == "l2" else 1
+    for k in (1, 10, 1000):
+        ids = (exact * n - gpu.arange(n, device="cuda")).topk(k).indices  # of equal scores the smaller id
+        scores, found = pv.scan.topk(q, items, k, metric=metric)
+        assert_exact(found, on_host(ids))
+        assert_exact(scores, on_host(sign * exact.gather(1, ids)))
+    nearest, best = pv.scan.nearest(q, items, metric=metric)
+    assert_exact(nearest, on_host((exact * n - gpu.arange(n, device="cuda")).argmax(1)))
+    assert_exact(best, on_host(sign * exact.amax(1)))
+    limits = exact.gather(1, targets[:, None])
+    ranks = (exact > limits).sum(1) + (1 + (exact == limits).sum(1).double()) / 2
+    assert_exact(pv.scan.rank(q, items, targets, metric=metric), on_host(ranks))
+    size = np.full(300, 4 * on_host(exact.abs().max()))
+    result = pv.scan.logsumexp(q, items, scale=0.01, metric=metric)
+    assert_sum_of_scores(result, on_host((0.01 * exact).logsumexp(1)), 0.01 * size, length=d, terms=1)
+    result = pv.scan.hinge(q, items, targets, metric=metric)
+    expected = (1 - limits + exact).clamp(min=0).sum(1) - 1
+    assert_sum_of_scores(result, on_host(expected), size, length=d, terms=n)
+
+
 @pytest.fixture
 def token_sets(rng, on_device):
     """Queries and documents of some lengths, and on the device; in some documents nothing takes part."""
@@ -366,6 +409,21 @@ def test_an_encoding_can_be_captured_in_a_graph_after_the_first(rng, on_device, 
         out.fill_(float("nan"))
         graph.replay()
         assert_exact(out, expected)
+
+
+@pytest.mark.parametrize("nq", [2, 70])
+def test_a_search_can_be_captured_in_a_graph(rng, on_device, gpu, nq):
+    q, x = on_device(sample(rng, nq, 32)), on_device(sample(rng, 3000, 32))
+    out = gpu.zeros(nq, 7, device="cuda"), gpu.zeros(nq, 7, device="cuda", dtype=gpu.int64)
+    expected = [result.clone() for result in pv.scan.topk(q, x, 7, out=out)]
+    graph = gpu.cuda.CUDAGraph()
+    with gpu.cuda.graph(graph):
+        pv.scan.topk(q, x, 7, out=out)
+    out[0].fill_(float("nan"))
+    graph.replay()
+    gpu.cuda.synchronize()
+    for actual, of in zip(out, expected, strict=True):
+        assert_exact(actual, of)
 
 
 def test_the_tensors_device_is_used_and_the_callers_restored(rng, gpu):

@@ -254,59 +254,59 @@ def test_result_does_not_depend_on_thread_count(rng, nq, metric):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("nq", QUERIES)
-def test_logsumexp_equals_the_definition(rng, isa, nq, metric):
+def test_logsumexp_equals_the_definition(rng, isa, scan, nq, metric):
     for n in ITEMS:
         d, scale = int(rng.choice(WIDTHS)), float(rng.choice([0.05, 1, 20]))
         q, x, bias = sample(rng, nq, d), sample(rng, n, d), sample(rng, n)
         size = scale * (sizes(rng, q, x, metric) + np.abs(bias)).max(1, initial=0)
         exclude = id_lists(rng, nq, n)
         for options in ({}, {"bias": bias}, {"exclude": exclude}, {"bias": bias, "exclude": exclude}):
-            result = pv.scan.logsumexp(q, x, scale=scale, metric=metric, **options)
+            result = scan.logsumexp(q, x, scale=scale, metric=metric, **options)
             expected = ref.logsumexp(q, x, scale, metric, **options)
             finite = np.isfinite(expected)
             assert_exact(result[~finite], expected[~finite])
             assert_sum_of_scores(result[finite], expected[finite], size[finite], length=max(d, 1), terms=1)
 
 
-def test_logsumexp_of_two_items_is_an_exponential(rng, isa):
+def test_logsumexp_of_two_items_is_an_exponential(rng, isa, scan):
     """log(1 + e^-t), over all t for which it is more than 0."""
     for t in np.float32([0, 1e-6, 0.1, 0.3465, 0.3466, 1, 3, 10, 16, 80, 87.2, 87.4, 200, 1e30]):
         for nq in (1, 8):
-            result = pv.scan.logsumexp(np.ones((nq, 1), np.float32), np.float32([[-t], [0]]))
+            result = scan.logsumexp(np.ones((nq, 1), np.float32), np.float32([[-t], [0]]))
             assert_sum_of_scores(result, np.full(nq, np.log1p(np.exp(-np.float64(t)))), 0, length=1, terms=1)
 
 
 @pytest.mark.parametrize("nq", [1, 40])
-def test_logsumexp_of_scores_without_a_value(rng, isa, nq):
+def test_logsumexp_of_scores_without_a_value(rng, isa, scan, nq):
     q, x = np.ones((nq, 1), np.float32), sample(rng, 2000, 1) * 3000
-    assert_sum_of_scores(pv.scan.logsumexp(q, x), ref.logsumexp(q, x), 1e4, length=1, terms=1)
+    assert_sum_of_scores(scan.logsumexp(q, x), ref.logsumexp(q, x), 1e4, length=1, terms=1)
     x[3], x[5] = np.nan, -np.inf
     expected = ref.logsumexp(q, np.delete(x, [3, 5], axis=0))
-    assert_sum_of_scores(pv.scan.logsumexp(q, x), expected, 1e4, length=1, terms=1)
+    assert_sum_of_scores(scan.logsumexp(q, x), expected, 1e4, length=1, terms=1)
     x[1999] = np.inf
-    assert_exact(pv.scan.logsumexp(q, x), np.full(nq, np.inf))
-    assert_exact(pv.scan.logsumexp(q, x[[3, 5]]), np.full(nq, -np.inf))
+    assert_exact(scan.logsumexp(q, x), np.full(nq, np.inf))
+    assert_exact(scan.logsumexp(q, x[[3, 5]]), np.full(nq, -np.inf))
 
 
 @pytest.mark.parametrize("metric", METRICS[:2])
 @pytest.mark.parametrize("nq", QUERIES)
-def test_hinge_is_exact_on_whole_numbers(rng, isa, nq, metric):
+def test_hinge_is_exact_on_whole_numbers(rng, isa, scan, nq, metric):
     for n in ITEMS[1:]:
         d, margin = int(rng.choice(WIDTHS)), int(rng.choice([-2, 0, 1, 4]))
         q, x, bias = whole(rng, nq, d), whole(rng, n, d), whole(rng, n) * 2
         targets, known = rng.integers(0, n, nq), id_lists(rng, nq, n, 30)
         for options in ({}, {"bias": bias}, {"known": known}, {"bias": bias, "known": known}):
-            result = pv.scan.hinge(q, x, targets, margin=margin, metric=metric, **options)
+            result = scan.hinge(q, x, targets, margin=margin, metric=metric, **options)
             assert_exact(result, ref.hinge(q, x, targets, margin, metric, **options))
 
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("nq", [3, 40])
-def test_hinge_of_real_numbers(rng, isa, nq, metric):
+def test_hinge_of_real_numbers(rng, isa, scan, nq, metric):
     for d in WIDTHS[1:]:
         q, x, bias, targets = sample(rng, nq, d), sample(rng, 700, d), sample(rng, 700), rng.integers(0, 700, nq)
         size = (sizes(rng, q, x, metric) + np.abs(bias)).max(1)
-        result = pv.scan.hinge(q, x, targets, metric=metric, bias=bias)
+        result = scan.hinge(q, x, targets, metric=metric, bias=bias)
         assert_sum_of_scores(result, ref.hinge(q, x, targets, 1, metric, bias), size, length=d, terms=2 * 700)
 
 
@@ -379,14 +379,14 @@ def test_narrow_items_are_exact_on_whole_numbers(rng, isa, scan, nq, dtype):
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("metric", METRICS[:2])
 @pytest.mark.parametrize("nq", [3, 40])
-def test_sums_over_narrow_items(rng, isa, nq, metric, dtype):
+def test_sums_over_narrow_items(rng, isa, scan, nq, metric, dtype):
     for d in (3, 64, 67):
         q, (items, scales), targets = sample(rng, nq, d), narrow_items(rng, 300, d, dtype), rng.integers(0, 300, nq)
         x, met = ref.decoded(items, **scales), ref.rounded(q, dtype)
         size = sizes(rng, met, x, metric).max(1)
-        result = pv.scan.logsumexp(q, items, metric=metric, **scales)
+        result = scan.logsumexp(q, items, metric=metric, **scales)
         assert_sum_of_scores(result, ref.logsumexp(met, x, 1, metric), size, length=d, terms=1)
-        result = pv.scan.hinge(q, items, targets, metric=metric, **scales)
+        result = scan.hinge(q, items, targets, metric=metric, **scales)
         assert_sum_of_scores(result, ref.hinge(met, x, targets, 1, metric), size, length=d, terms=2 * 300)
 
 
@@ -495,10 +495,10 @@ def test_the_caller_gets_the_library_it_gave(rng, lib):
         assert_exact(out, function(x[:2], x, *arguments))
 
 
-def test_sums_give_the_library_they_got(rng, cpu_lib):
-    x = cpu_lib(sample(rng, 8, 4))
+def test_sums_give_the_library_they_got(rng, lib):
+    x = lib(sample(rng, 8, 4))
     for function, arguments in ((pv.scan.hinge, ([1, 2],)), (pv.scan.logsumexp, ())):
-        result, out = function(x[:2], x, *arguments), cpu_lib(np.zeros(2, np.float32))
+        result, out = function(x[:2], x, *arguments), lib(np.zeros(2, np.float32))
         assert type(result) is type(x)
         assert function(x[:2], x, *arguments, out=out) is out
         assert_exact(out, result)

@@ -71,7 +71,6 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
     bind_maxsim<Cpu>(m);
     bind_packed_tokens<Cpu>(m);
     bind_scan<Cpu>(m);
-    bind_scan_sums<Cpu>(m);
     bind_fde_matrices(m);
     bind_fde<Cpu>(m);
     bind_fde_blocks<Cpu>(m);

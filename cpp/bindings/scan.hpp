@@ -79,11 +79,6 @@ void bind_scan(py::module_& m) {
         },
         py::arg("queries"), py::arg("items"), py::arg("scales"), py::arg("ids"), py::arg("bias"), py::arg("out"),
         py::arg("metric"), py::arg("where"));
-}
-
-/// What has no CUDA form yet.
-template <class Exec>
-void bind_scan_sums(py::module_& m) {
     m.def(
         "scan_logsumexp",
         [](const py::object& queries, const py::object& items, const py::object& scales, const py::object& bias,

@@ -86,6 +86,24 @@ T atomicAdd(T* sum, T x) {
     return before;
 }
 
+template <class T>
+T atomicMax(T* largest, T x) {
+    const T before = *largest;
+    if (x > before) *largest = x;
+    return before;
+}
+template <class T>
+T atomicMin(T* least, T x) {
+    const T before = *least;
+    if (x < before) *least = x;
+    return before;
+}
+inline unsigned atomicOr(unsigned* bits, unsigned x) {
+    const unsigned before = *bits;
+    *bits |= x;
+    return before;
+}
+
 inline void __syncthreads() {
     on_host::Block::current().sync();
 }

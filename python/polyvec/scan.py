@@ -29,10 +29,11 @@ uint16. `scales` (n,) may be left out: 1. One query is limited by memory: bfloat
 float32, int8 a quarter.
 
 On a GPU nothing is known of the contents of arrays before the kernel meets them, so that bad ones raise no error: an
-excluded or known id outside the items names none; a pair with such an id scores NaN, and so does the rank of a target
-that lies outside or scores NaN; the nearest to a row with NaN is -1. All sums are float32 there, and squared distances
-are summed directly. It takes up to 200 MB of the stream-ordered memory pool, and as much as the queries where they are
-rounded or of unit length.
+excluded or known id outside the items names none; a pair with such an id scores NaN, and so does the rank or the hinge
+of a target that lies outside or scores NaN; the nearest to a row with NaN is -1. Scores come from tensor cores: of
+float32 rows, in two float16 parts that keep 22 of 24 bits, of the others as they are. What `topk` and `nearest` return
+is scored once more in float32, squared distances directly. It takes up to 400 MB of the stream-ordered memory pool, and
+as much as the queries where they are rounded or of unit length. Compute capability 8.0.
 """
 
 from __future__ import annotations

@@ -222,5 +222,7 @@ void run(const ScanTopK&, Cuda);
 void run(const ScanNearest&, Cuda);
 void run(const ScanRank&, Cuda);
 void run(const ScanPairs&, Cuda);
+void run(const ScanLogSumExp&, Cuda);
+void run(const ScanHinge&, Cuda);
 
 }  // namespace polyvec
