@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <bit>
 #include <cstdint>
 
 namespace polyvec {
@@ -39,14 +40,15 @@ __device__ inline float value_of(Float16 x) {
 #endif
 }
 
-/// The bits of `x` rounded to float16, to even; beyond 65504 it becomes infinity, NaN stays NaN.
-__device__ inline std::uint16_t rounded_to_float16(float x) {
-    const unsigned bits = __float_as_uint(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
-    if (magnitude > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);
-    if (magnitude >= 0x477ff000u) return static_cast<std::uint16_t>(sign | 0x7c00u);
-    if (magnitude < 0x38800000u)  // subnormal: the sum rounds to multiples of 2^-24
-        return static_cast<std::uint16_t>(sign | (__float_as_uint(__uint_as_float(magnitude) + 0.5f) - 0x3f000000u));
-    return static_cast<std::uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13));
+/// `x` rounded to float16, to even; beyond 65504 it becomes infinity, NaN stays NaN.
+__device__ inline Float16 rounded_to_float16(float x) {
+#ifdef __CUDACC__
+    Float16 half;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half.bits) : "f"(x));
+    return half;
+#else
+    return std::bit_cast<Float16>(static_cast<_Float16>(x));
+#endif
 }
 
 /// `x` rounded to bfloat16, to even; NaN stays NaN.

@@ -223,7 +223,7 @@ struct Encode {
 
     __device__ void store(std::int64_t i, float x) const {
         if (half) {
-            static_cast<std::uint16_t*>(out)[i] = rounded_to_float16(x);
+            static_cast<std::uint16_t*>(out)[i] = rounded_to_float16(x).bits;
         } else {
             static_cast<float*>(out)[i] = x;
         }
@@ -481,7 +481,7 @@ __global__ void sketch_kernel(const float* blocks, std::int64_t long_dim, const 
         for (std::int64_t i = sketch.begins[c]; i < sketch.begins[c + 1]; ++i)
             sum += sketch.signs[i] * blocks[set * long_dim + sketch.entries[i]];
         if (half) {
-            static_cast<std::uint16_t*>(out)[set * d + c] = rounded_to_float16(sum);
+            static_cast<std::uint16_t*>(out)[set * d + c] = rounded_to_float16(sum).bits;
         } else {
             static_cast<float*>(out)[set * d + c] = sum;
         }

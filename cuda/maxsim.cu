@@ -4,11 +4,11 @@
 // in float32 (float64 for float64), maxima in float64, as on a CPU.
 #include <cmath>
 
+#include "best_rows.cuh"
 #include "launch.cuh"
 #include "maxsim_streams.cuh"
 #include "maxsim_tiles.cuh"
 #include "polyvec/maxsim.hpp"
-#include "best_rows.cuh"
 
 namespace polyvec {
 namespace {
@@ -129,7 +129,7 @@ __device__ T token_of(SumOfTokens<T> x) {
     if constexpr (std::is_same_v<T, BFloat16>) {
         return {static_cast<std::uint16_t>(__float_as_uint(rounded_to_bfloat16(x)) >> 16)};
     } else if constexpr (std::is_same_v<T, Float16>) {
-        return {rounded_to_float16(x)};
+        return rounded_to_float16(x);
     } else {
         return x;
     }

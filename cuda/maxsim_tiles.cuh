@@ -41,10 +41,6 @@ constexpr int shared_bytes = stages * stage_bytes<steps> + 1024;
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-__device__ inline void copy_16_bytes(unsigned to, const void* from, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-
 /// What wgmma takes for rows of 128 bytes, swizzled, eight of them 1024 bytes from the next eight.
 __device__ inline std::uint64_t descriptor_of(unsigned address) {
     return std::uint64_t((address & 0x3ffffu) >> 4) | std::uint64_t(1) << 16 | std::uint64_t(64) << 32 |
@@ -201,8 +197,7 @@ __device__ inline void multiply_and_take(const unsigned (&a)[2][steps][4], unsig
 template <Words words, int steps, bool with_rows>
 __global__ void __launch_bounds__(threads, 1)
     row_maxima_kernel(const __grid_constant__ Tokens tokens, float* best, std::int32_t* found) {
-    const auto memory = static_cast<unsigned>(__cvta_generic_to_shared(dynamic_shared_memory));
-    const unsigned shared = (memory + 1023u) & ~1023u;
+    const unsigned shared = (shared_address(dynamic_shared_memory) + 1023u) & ~1023u;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, g = lane / 4, t = lane % 4;
     // Rows of this thread's fragments: row_of(m), and 8 more.
     const auto row_of = [&](int m) {
@@ -234,19 +229,19 @@ __global__ void __launch_bounds__(threads, 1)
                 const int r = i / pieces, piece = i % pieces;
                 const std::int64_t token = ahead.begin + ahead.at + (r < left ? r : left - 1);
                 const bool exists = piece * 8 < tokens.d;
-                copy_16_bytes(to + piece / 8 * (tile * 128) + r * 128 + ((piece % 8 ^ r % 8) * 16),
-                              tokens.docs + token * tokens.d + (exists ? piece * 8 : 0), exists ? 16 : 0);
+                copy_async(to + piece / 8 * (tile * 128) + r * 128 + ((piece % 8 ^ r % 8) * 16),
+                           tokens.docs + token * tokens.d + (exists ? piece * 8 : 0), exists);
             }
             ahead.advance();
         }
-        asm volatile("cp.async.commit_group;" ::: "memory");
+        end_of_copies();
     };
     for (int stage = 0; stage < stages - 1; ++stage) copy(stage);
 
     RowMaxima<with_rows> maxima;
     maxima.clear();
     for (int stage = 0; now.exists(); stage = (stage + 1) % stages) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(stages - 2) : "memory");
+        wait_for_copies<stages - 2>();
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         __syncthreads();  // the tile is there, and the one before it is done with
         copy((stage + stages - 1) % stages);

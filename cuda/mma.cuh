@@ -13,11 +13,11 @@
 #include <type_traits>
 
 #include "elements.cuh"
+#include "warp.cuh"
 
 namespace polyvec {
 
 constexpr int words_per_chunk = 16;  // of a row: what the four lanes of a row give to two products
-constexpr unsigned whole_warp = 0xffffffffu;
 
 /// How words multiply, and what sums are kept in.
 enum class Words { f32, bf16, f16, s8 };

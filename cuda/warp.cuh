@@ -36,17 +36,6 @@ __device__ inline float larger_or_nan(float x, float y) {
 #endif
 }
 
-/// `x` rounded to float16, to even.
-__device__ inline Float16 rounded_to_float16(float x) {
-#ifdef __CUDACC__
-    Float16 half;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half.bits) : "f"(x));
-    return half;
-#else
-    return std::bit_cast<Float16>(static_cast<_Float16>(x));
-#endif
-}
-
 /// An address in shared memory.
 #ifdef __CUDACC__
 using SharedAddress = unsigned;
