@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -101,6 +102,26 @@ inline int multiprocessors_of(const char* op, Cuda cuda) {
     return value;
 }
 
+/// polyvec's own pool of a device's memory. It keeps up to 1 GB of what ops gave back: the device's default pool
+/// returns all of it to the system whenever somebody waits for the stream, and takes a millisecond to get it again.
+inline cudaMemPool_t pool_of(const char* op, int device) {
+    static std::mutex taken;
+    static std::vector<cudaMemPool_t> pools;
+    const std::lock_guard lock(taken);
+    if (static_cast<std::size_t>(device) >= pools.size()) pools.resize(device + 1, nullptr);
+    cudaMemPool_t& pool = pools[device];
+    if (!pool) {
+        cudaMemPoolProps properties{};
+        properties.allocType = cudaMemAllocationTypePinned;
+        properties.location.type = cudaMemLocationTypeDevice;
+        properties.location.id = device;
+        check(op, cudaMemPoolCreate(&pool, &properties));
+        std::uint64_t kept = std::uint64_t(1) << 30;
+        check(op, cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &kept));
+    }
+    return pool;
+}
+
 /// Memory that an op needs for itself: taken and given back in the order of the stream, so that nothing waits for it.
 template <class T>
 class Scratch {
@@ -109,7 +130,9 @@ public:
         : device_(cuda.device), stream_(reinterpret_cast<cudaStream_t>(cuda.stream)) {
         const DeviceGuard guard(op, device_);
         void* memory = nullptr;
-        if (n > 0) check(op, cudaMallocAsync(&memory, static_cast<std::size_t>(n) * sizeof(T), stream_));
+        if (n > 0)
+            check(op, cudaMallocFromPoolAsync(&memory, static_cast<std::size_t>(n) * sizeof(T), pool_of(op, device_),
+                                              stream_));
         memory_ = static_cast<T*>(memory);
     }
     ~Scratch() {

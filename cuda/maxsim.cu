@@ -279,9 +279,11 @@ void round_queries(const Scores& call, Words to, std::uint16_t* out) {
 /// Calls f(Tokens()) for the form in which streams read the documents.
 template <class F>
 void with_stored(const StoredTokens& docs, std::int64_t row_bytes, F f) {
-    const bool whole = row_bytes % 16 == 0 && reinterpret_cast<std::uintptr_t>(docs.tokens.data) % 16 == 0;
+    const auto on = [&](std::int64_t bytes) {
+        return row_bytes % bytes == 0 && reinterpret_cast<std::uintptr_t>(docs.tokens.data) % bytes == 0;
+    };
     const auto plain = [&]<Words words>() {
-        whole ? f(streams::PlainTokens<words, true>()) : f(streams::PlainTokens<words, false>());
+        on(16) ? f(streams::PlainTokens<words, true>()) : f(streams::PlainTokens<words, false>());
     };
     switch (docs.format()) {
         case StoredTokens::floats:
@@ -297,10 +299,10 @@ void with_stored(const StoredTokens& docs, std::int64_t row_bytes, F f) {
             plain.template operator()<Words::s8>();
             break;
         case StoredTokens::residual4:
-            f(streams::ResidualTokens<4>());
+            on(8) ? f(streams::ResidualTokens<4, true>()) : f(streams::ResidualTokens<4, false>());
             break;
         case StoredTokens::residual2:
-            f(streams::ResidualTokens<2>());
+            on(4) ? f(streams::ResidualTokens<2, true>()) : f(streams::ResidualTokens<2, false>());
             break;
     }
 }
@@ -315,12 +317,13 @@ bool score_by_streams(const Scores& call) {
         constexpr bool bytes = Tokens::words == Words::s8;
         const std::int64_t words = bytes ? (d + 3) / 4 : Tokens::words == Words::f32 ? d : (d + 1) / 2;
         const auto chunks = static_cast<int>((words + words_per_chunk - 1) / words_per_chunk);
-        constexpr std::int64_t fragment_bytes = streams::fragments_per_chunk * sizeof(uint4), budget = 48 << 10;
+        constexpr std::int64_t fragment_bytes = streams::fragments_per_chunk * sizeof(uint4), budget = 32 << 10;
         const std::int64_t pass_bytes = std::max(1, chunks) * fragment_bytes,
                            passes = (tokens + streams::rows - 1) / streams::rows;
         const std::int64_t resident =
             std::clamp<std::int64_t>(budget / pass_bytes, 1, std::max<std::int64_t>(1, passes));
-        if (resident * pass_bytes > attribute_of(op, cuda, cudaDevAttrMaxSharedMemoryPerBlockOptin) - 2048) {
+        if (streams::ring_bytes + resident * pass_bytes >
+            attribute_of(op, cuda, cudaDevAttrMaxSharedMemoryPerBlockOptin) - 2048) {
             fits = false;
             return;
         }
@@ -349,7 +352,7 @@ bool score_by_streams(const Scores& call) {
                              docs.centroids ? docs.centroids.dim(0) : 0,
                              docs.weights.as<const float>(),
                              nullptr};
-        const Scratch<float4> centroid_scores(
+        const Scratch<streams::HalfScores> centroid_scores(
             op, cuda, Tokens::residual ? (tokens / streams::rows + n) * stored.centroids * 8 : 0);
         if constexpr (bytes) {
             rows = {quads.get(), words, 4, factors.get(), rows.offsets, n, tokens};
@@ -376,8 +379,8 @@ bool score_by_streams(const Scores& call) {
         const std::int64_t needed = split ? columns : (columns + streams::warps - 1) / streams::warps;
         const dim3 grid = blocks_for(std::clamp<std::int64_t>((4 * blocks + n - 1) / n, 1, needed), 1, n);
         const auto score = [&](auto* kernel) {
-            launch(op, cuda, grid, dim3(streams::warps * 32), resident * pass_bytes, kernel, rows, stored, work, chunks,
-                   resident * streams::rows, split, missing, static_cast<float*>(out), found);
+            launch(op, cuda, grid, dim3(streams::warps * 32), streams::ring_bytes + resident * pass_bytes, kernel, rows,
+                   stored, work, chunks, resident * streams::rows, split, missing, static_cast<float*>(out), found);
         };
         if constexpr (!bytes) {
             if (found) return score(streams::score_kernel<Tokens, true>);
@@ -394,7 +397,7 @@ bool score_by_tiles(const Scores& call) {
     const std::int64_t d = queries.dim(), tokens = queries.tokens.dim(0), n_docs = docs.size();
     const StoredTokens::Format format = docs.format();
     if (format != StoredTokens::bfloat16 && format != StoredTokens::float16) return false;
-    if (work.pairs || work.lists || tokens < tiles::block_rows / 2 || d % 8 != 0 || d > tiles::most_d || d == 0 ||
+    if (work.pairs || work.lists || tokens <= streams::rows || d % 8 != 0 || d > tiles::most_d || d == 0 ||
         docs.tokens.dim(1) != d || reinterpret_cast<std::uintptr_t>(docs.tokens.data) % 16 != 0)
         return false;
     if (attribute_of(op, cuda, cudaDevAttrComputeCapabilityMajor) != 9) return false;
@@ -409,7 +412,8 @@ bool score_by_tiles(const Scores& call) {
     constexpr std::int64_t most_maxima = 1 << 26;
     const std::int64_t slice = std::clamp<std::int64_t>(most_maxima / tokens, 1, n_docs);
     const Scratch<float> best(op, cuda, slice * tokens);
-    const std::int64_t row_blocks = (tokens + tiles::block_rows - 1) / tiles::block_rows;
+    const int fragments = tokens <= tiles::rows_of<1> ? 1 : 2;
+    const std::int64_t block_rows = fragments * tiles::rows_of<1>, row_blocks = (tokens + block_rows - 1) / block_rows;
     const std::int64_t blocks = 8 * attribute_of(op, cuda, cudaDevAttrMultiProcessorCount);
     for (std::int64_t first = 0; first < n_docs; first += slice) {
         const std::int64_t count = std::min(slice, n_docs - first);
@@ -417,15 +421,18 @@ bool score_by_tiles(const Scores& call) {
         std::int32_t* found_here = found ? found + first * tokens : nullptr;
         const tiles::Tokens sets{rows, docs.tokens.as<const std::uint16_t>(), offsets, tokens, count, d};
         const dim3 grid = blocks_for(row_blocks, 1, std::clamp<std::int64_t>(blocks / row_blocks, 1, count));
-        const auto run = [&]<Words w, int steps>() {
+        const auto run = [&]<Words w, int steps, int f>() {
             launch(op, cuda, grid, dim3(tiles::threads), tiles::shared_bytes<steps>,
-                   found ? tiles::row_maxima_kernel<w, steps, true> : tiles::row_maxima_kernel<w, steps, false>, sets,
-                   best.get(), found_here);
+                   found ? tiles::row_maxima_kernel<w, f, steps, true> : tiles::row_maxima_kernel<w, f, steps, false>,
+                   sets, best.get(), found_here);
+        };
+        const auto run_rows = [&]<Words w, int steps>() {
+            fragments == 1 ? run.template operator()<w, steps, 1>() : run.template operator()<w, steps, 2>();
         };
         const auto run_width = [&]<Words w>() {
-            d <= 64   ? run.template operator()<w, 4>()
-            : d <= 96 ? run.template operator()<w, 6>()
-                      : run.template operator()<w, 8>();
+            d <= 64   ? run_rows.template operator()<w, 4>()
+            : d <= 96 ? run_rows.template operator()<w, 6>()
+                      : run_rows.template operator()<w, 8>();
         };
         words == Words::bf16 ? run_width.template operator()<Words::bf16>()
                              : run_width.template operator()<Words::f16>();

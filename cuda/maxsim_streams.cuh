@@ -1,10 +1,11 @@
-/// MaxSim by mma.sync, for few queries: documents stream from memory to registers once, and a query of up to 32 tokens
-/// lies in fragments in shared memory.
+/// MaxSim by mma.sync, for few queries: documents stream from memory once, and a query of up to 32 tokens lies in
+/// fragments in shared memory.
 ///
-/// A warp takes 32 tokens of a document at a time: lanes read 16 bytes each, which are their share of the products as
-/// they come, so that no token passes through shared memory. Tokens behind a document's last one are that one again,
-/// which changes no maximum. Memory is the limit for a query of 32 tokens (2 flops of 170 a byte of bfloat16), so that
-/// what counts is how many reads are under way: a chunk is read while the one before it is multiplied.
+/// A warp takes 32 tokens of a document at a time. A lane copies 16 bytes of each row it takes part in to shared memory
+/// and reads them from there itself, some steps later: they are its share of the products as they come, so that lanes
+/// wait for their own copies alone, and the copies run ahead over the ends of documents. Tokens behind a document's
+/// last one are that one again, which changes no maximum. Memory is the limit for a query of 32 tokens (2 flops of 170
+/// a byte of bfloat16), so that what counts is how much is under way: 3 steps of 2 KB a warp, 96 KB a multiprocessor.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -26,6 +27,8 @@ constexpr int columns = 8;        // document tokens of a product
 constexpr int tiles = 4;          // products of a warp side by side
 constexpr int fragment_rows = 2;  // products one below the other: rows / 16
 constexpr int fragments_per_chunk = 2 * fragment_rows * 32;
+constexpr int stages = 4;  // of copies
+constexpr int ring_bytes = warps * stages * tiles * 32 * 16;
 
 /// Query tokens as rows of 32-bit words, or of elements of 16 bits.
 struct Queries {
@@ -44,6 +47,11 @@ struct Queries {
     }
 };
 
+/// Four products with a centroid, in float16.
+struct alignas(8) HalfScores {
+    Float16 of[4];
+};
+
 /// Document tokens as they are stored.
 struct Docs {
     const unsigned char* tokens;
@@ -53,32 +61,29 @@ struct Docs {
     const float* scales;  // null when absent, as what follows
     const std::int32_t* centroid_ids;
     std::int64_t centroids;
-    const float* weights;           // of residual codes
-    const float4* centroid_scores;  // (passes, centroids, 8): of query rows g, g + 8, g + 16, g + 24
+    const float* weights;               // of residual codes
+    const HalfScores* centroid_scores;  // (passes, centroids, 8): of query rows g, g + 8, g + 16, g + 24
 };
 
-/// Four words at a time of rows that hold them as they are; `whole`: rows are multiples of 16 bytes and lie on such.
+/// Four words at a time of rows that hold them as they are; `whole`: rows lie on multiples of 16 bytes.
 template <Words of, bool whole>
 struct PlainTokens {
     static constexpr Words words = of;
-    static constexpr bool scaled = of == Words::s8, residual = false;
+    static constexpr bool copied = whole, scaled = of == Words::s8, residual = false;
     static constexpr int flip = 0;
     using Raw = uint4;
 
+    /// A lane's share of a row, where copies cannot take it.
     static __device__ Raw load(const Docs& docs, const unsigned char* row, int chunk, int t) {
         const std::int64_t at = chunk * 64 + t * 16;
-        if constexpr (whole) {
-            return at < docs.row_bytes ? __ldg(reinterpret_cast<const uint4*>(row + at)) : make_uint4(0, 0, 0, 0);
-        } else {
-            unsigned word[4];
-            for (int i = 0; i < 4; ++i) {
-                const auto half = [&](std::int64_t byte) -> unsigned {
-                    return byte < docs.row_bytes ? __ldg(reinterpret_cast<const std::uint16_t*>(row + byte)) : 0;
-                };
-                word[i] = half(at + 4 * i) | half(at + 4 * i + 2) << 16;
-            }
-            return make_uint4(word[0], word[1], word[2], word[3]);
+        unsigned word[4];
+        for (int i = 0; i < 4; ++i) {
+            const auto half = [&](std::int64_t byte) -> unsigned {
+                return byte < docs.row_bytes ? __ldg(reinterpret_cast<const std::uint16_t*>(row + byte)) : 0;
+            };
+            word[i] = half(at + 4 * i) | half(at + 4 * i + 2) << 16;
         }
+        return make_uint4(word[0], word[1], word[2], word[3]);
     }
 
     /// What decoding looks up.
@@ -94,19 +99,17 @@ struct PlainTokens {
 };
 
 /// Codes of 4 or 2 bits, looked up in registers. A word of decoded bytes holds its four elements in the order of
-/// `flip`: element i at byte i ^ flip, as codes lie from the highest bits of a byte on.
-template <int bits>
+/// `flip`: element i at byte i ^ flip, as codes lie from the highest bits of a byte on. `whole`: rows lie on multiples
+/// of what a lane reads of them.
+template <int bits, bool whole>
 struct ResidualTokens {
     static constexpr Words words = Words::s8;
-    static constexpr bool scaled = true, residual = true;
+    static constexpr bool copied = whole, scaled = true, residual = true;
     static constexpr int flip = bits == 4 ? 1 : 3;
     using Raw = std::conditional_t<bits == 4, uint2, unsigned>;
 
     static __device__ Raw load(const Docs& docs, const unsigned char* row, int chunk, int t) {
         const std::int64_t at = (chunk * 4 + t) * static_cast<std::int64_t>(sizeof(Raw));
-        if (at + static_cast<std::int64_t>(sizeof(Raw)) <= docs.row_bytes &&
-            reinterpret_cast<std::uintptr_t>(row + at) % sizeof(Raw) == 0)
-            return __ldg(reinterpret_cast<const Raw*>(row + at));
         unsigned word[2] = {0, 0};
         for (int i = 0; i < static_cast<int>(sizeof(Raw)); ++i)
             if (at + i < docs.row_bytes) word[i / 4] |= static_cast<unsigned>(__ldg(row + at + i)) << 8 * (i % 4);
@@ -195,34 +198,157 @@ struct Maxima {
     }
 };
 
+/// The documents that a warp meets, one after the other; where they lie is read one document ahead.
+class Documents {
+public:
+    std::int64_t i;      // position among the query's
+    std::int64_t id;     // outside the documents: n is 0
+    std::int64_t begin;  // rows
+    int n;
+
+    __device__ Documents(const Docs& docs, const Work& work, std::int64_t q, std::int64_t first, std::int64_t step)
+        : docs_(docs), work_(work), q_(q), step_(step), count_(work.count(q)), next_(first) {
+        read();
+        advance();
+    }
+    __device__ bool exists() const { return i < count_; }
+    __device__ bool known() const { return id >= 0 && id < docs_.sets; }
+    __device__ void advance() {
+        i = next_, id = next_id_, begin = next_begin_, n = static_cast<int>(next_end_ - next_begin_);
+        next_ += step_;
+        read();
+    }
+
+private:
+    __device__ void read() {
+        next_id_ = next_ < count_ ? work_.id(q_, next_) : -1;
+        const bool known = next_id_ >= 0 && next_id_ < docs_.sets;
+        next_begin_ = known ? __ldg(docs_.offsets + next_id_) : 0;
+        next_end_ = known ? __ldg(docs_.offsets + next_id_ + 1) : 0;
+    }
+
+    const Docs& docs_;
+    const Work& work_;
+    std::int64_t q_, step_, count_, next_, next_id_, next_begin_, next_end_;
+};
+
+/// The steps of a warp: a chunk of 32 tokens, for each chunk, group of tokens, pass over them and document.
+template <class Tokens>
+class Copies {
+public:
+    using Raw = typename Tokens::Raw;
+    static constexpr int group = tiles * columns;
+
+    /// `ring`: of this warp. A warp begins at group `first` of a document and goes on by `step` groups.
+    __device__ Copies(const Docs& docs, const Documents& documents, int passes, int chunks, int first, int step,
+                      unsigned char* ring)
+        : docs_(docs),
+          documents_(documents),
+          passes_(passes),
+          chunks_(chunks),
+          first_(first * group),
+          step_(step * group),
+          ring_(reinterpret_cast<Raw*>(ring) + threadIdx.x % 32) {
+        from_ = first_;
+        find();
+        for (int i = 0; i < stages - 1; ++i) copy();
+    }
+
+    /// This lane's share of the next step.
+    __device__ void take(Raw (&raw)[tiles]) {
+        wait_for_copies<stages - 2>();
+#pragma unroll
+        for (int i = 0; i < tiles; ++i) raw[i] = ring_[(taken_ * tiles + i) * 32];
+        taken_ = (taken_ + 1) % stages;
+        copy();
+    }
+
+private:
+    __device__ void copy() {
+        if (documents_.exists()) {
+            const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
+            const std::int64_t at = (chunk_ * 4 + t) * static_cast<std::int64_t>(sizeof(Raw));
+            const bool inside = at < docs_.row_bytes;
+            const unsigned char* row = docs_.tokens + documents_.begin * docs_.row_bytes + (inside ? at : 0);
+#pragma unroll
+            for (int i = 0; i < tiles; ++i) {
+                const int token = min(from_ + i * columns + g, documents_.n - 1);
+                copy_async<sizeof(Raw)>(shared_address(ring_ + (copied_ * tiles + i) * 32),
+                                        row + token * docs_.row_bytes, inside);
+            }
+            advance();
+        }
+        copied_ = (copied_ + 1) % stages;
+        end_of_copies();
+    }
+    __device__ void advance() {
+        if (++chunk_ < chunks_) return;
+        chunk_ = 0;
+        from_ += step_;
+        if (from_ < documents_.n) return;
+        from_ = first_;
+        if (++pass_ < passes_) return;
+        pass_ = 0;
+        documents_.advance();
+        find();
+    }
+    /// Passes over documents that have no token for this warp.
+    __device__ void find() {
+        while (documents_.exists() && first_ >= documents_.n) documents_.advance();
+    }
+
+    const Docs& docs_;
+    Documents documents_;
+    int passes_, chunks_, first_, step_;
+    Raw* ring_;
+    int from_, chunk_ = 0, pass_ = 0, copied_ = 0, taken_ = 0;
+};
+
+/// Where copies cannot take the rows.
+template <class Tokens>
+struct Loads {
+    template <class... Args>
+    __device__ explicit Loads(const Args&...) {}
+};
+
 /// `fragments`: of the pass; `first`, `step`: which groups of 32 tokens.
-template <class Tokens, bool with_rows>
+template <class Tokens, bool with_rows, class Source>
 __device__ void maxima_of(const Docs& docs, const typename Tokens::Table& table, const uint4* fragments, int chunks,
-                          std::int64_t begin, int n, int first, int step, const float4* centroid_scores,
-                          const float (&factors)[4], Maxima<with_rows>& maxima) {
+                          std::int64_t begin, int n, int first, int step, const HalfScores* centroid_scores,
+                          const float (&factors)[4], Source& source, Maxima<with_rows>& maxima) {
     const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
     constexpr int group = tiles * columns;
-    const unsigned char* const tokens = docs.tokens + begin * docs.row_bytes;
-    using Raw = typename Tokens::Raw;
-    Raw next[tiles];
-    const auto load = [&](int from, int chunk) {
-#pragma unroll
-        for (int i = 0; i < tiles; ++i) {
-            const int token = min(from + i * columns + g, n - 1);
-            next[i] = Tokens::load(docs, tokens + token * docs.row_bytes, chunk, t);
-        }
+    // What a group's tokens are scaled by, and their centroids: a lane reads those of a token, a group ahead.
+    float next_scale = 1;
+    std::int32_t next_centroid = 0;
+    const auto read_ahead = [&](int from) {
+        if (from >= n) return;
+        const std::int64_t token = begin + min(from + lane, n - 1);
+        if constexpr (Tokens::scaled) next_scale = __ldg(docs.scales + token);
+        if constexpr (Tokens::residual) next_centroid = __ldg(docs.centroid_ids + token);
     };
-    if (first * group < n) load(first * group, 0);
+    read_ahead(first * group);
     for (int from = first * group; from < n; from += step * group) {
         Sum<Tokens::words> sums[fragment_rows][tiles][4] = {};
+        const float scale_of_lane = next_scale;
+        [[maybe_unused]] uint2 of_centroid[tiles][2];  // read while the codes are multiplied
+        if constexpr (Tokens::residual) {
+            for (int i = 0; i < tiles; ++i)
+                for (int j = 0; j < 2; ++j) {
+                    const std::int64_t id = __shfl_sync(whole_warp, next_centroid, i * columns + 2 * t + j);
+                    of_centroid[i][j] = __ldg(reinterpret_cast<const uint2*>(centroid_scores + id * 8 + g));
+                }
+        }
+        if constexpr (Tokens::scaled) read_ahead(from + step * group);
         for (int chunk = 0; chunk < chunks; ++chunk) {
-            Raw raw[tiles];
-#pragma unroll
-            for (int i = 0; i < tiles; ++i) raw[i] = next[i];
-            if (chunk + 1 < chunks) {
-                load(from, chunk + 1);
-            } else if (from + step * group < n) {
-                load(from + step * group, 0);
+            typename Tokens::Raw raw[tiles];
+            if constexpr (Tokens::copied) {
+                source.take(raw);
+            } else {
+                for (int i = 0; i < tiles; ++i) {
+                    const std::int64_t token = begin + min(from + i * columns + g, n - 1);
+                    raw[i] = Tokens::load(docs, docs.tokens + token * docs.row_bytes, chunk, t);
+                }
             }
             uint4 word[tiles];
 #pragma unroll
@@ -248,13 +374,15 @@ __device__ void maxima_of(const Docs& docs, const typename Tokens::Table& table,
         for (int i = 0; i < tiles; ++i) {
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-                const int at = min(from + i * columns + 2 * t + j, n - 1);
-                float scale = 1;
-                float4 of_centroid{0, 0, 0, 0};
-                if constexpr (Tokens::scaled) scale = __ldg(docs.scales + begin + at);
-                if constexpr (Tokens::residual)
-                    of_centroid = __ldg(centroid_scores + __ldg(docs.centroid_ids + begin + at) * std::int64_t(8) + g);
-                const float add[4] = {of_centroid.x, of_centroid.y, of_centroid.z, of_centroid.w};
+                const int column = i * columns + 2 * t + j, at = min(from + column, n - 1);
+                float scale = 1, add[4] = {};
+                if constexpr (Tokens::scaled) scale = __shfl_sync(whole_warp, scale_of_lane, column);
+                if constexpr (Tokens::residual) {
+                    for (int k = 0; k < 4; ++k) {
+                        const unsigned pair = k < 2 ? of_centroid[i][j].x : of_centroid[i][j].y;
+                        add[k] = value_of(Float16{static_cast<std::uint16_t>(pair >> 16 * (k % 2))});
+                    }
+                }
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {
                     float value = static_cast<float>(sums[k / 2][i][2 * (k % 2) + j]);
@@ -281,12 +409,13 @@ __global__ void __launch_bounds__(warps * 32, with_rows || Tokens::residual || T
     score_kernel(const __grid_constant__ Queries queries, const __grid_constant__ Docs docs,
                  const __grid_constant__ Work work, int chunks, std::int64_t capacity, bool split,
                  const __grid_constant__ Missing missing, float* out, std::int32_t* found) {
-    auto* fragments = reinterpret_cast<uint4*>(dynamic_shared_memory);
     __shared__ float shared_best[warps][rows];
     __shared__ std::int32_t shared_row[warps][rows];
     const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
     const int g = lane / 4, t = lane % 4, pass_size = chunks * fragments_per_chunk;
     const typename Tokens::Table table(docs);
+    auto* ring = dynamic_shared_memory + warp * (ring_bytes / warps);
+    auto* fragments = reinterpret_cast<uint4*>(dynamic_shared_memory + ring_bytes);
 
     for (std::int64_t q = blockIdx.y; q < queries.sets; q += gridDim.y) {
         const std::int64_t first = queries.offsets[q], tokens = queries.offsets[q + 1] - first;
@@ -308,15 +437,16 @@ __global__ void __launch_bounds__(warps * 32, with_rows || Tokens::residual || T
             for (std::int64_t pass = 0; pass * rows < tokens; ++pass) build(pass, fragments + pass * pass_size);
         __syncthreads();
 
-        const int step = shared ? 1 : warps;
-        const std::int64_t count = work.count(q);
-        for (std::int64_t base = std::int64_t(blockIdx.x) * step; base < count;
-             base += std::int64_t(gridDim.x) * step) {
-            const std::int64_t i = base + (shared ? 0 : warp);
-            const std::int64_t doc = i < count ? work.id(q, i) : -1;
-            const bool exists = doc >= 0 && doc < docs.sets;
-            const std::int64_t begin = exists ? docs.offsets[doc] : 0;
-            const int n = exists ? static_cast<int>(docs.offsets[doc + 1] - begin) : 0;
+        const int per_block = shared ? 1 : warps;
+        const std::int64_t first_doc = std::int64_t(blockIdx.x) * per_block + (shared ? 0 : warp);
+        Documents doc(docs, work, q, first_doc, std::int64_t(gridDim.x) * per_block);
+        const auto passes = static_cast<int>((tokens + rows - 1) / rows);
+        const bool any = passes > 0 && chunks > 0;  // steps to copy for
+        std::conditional_t<Tokens::copied, Copies<Tokens>, Loads<Tokens>> source(
+            docs, any ? doc : Documents(docs, work, q, work.count(q), 0), passes, chunks, shared ? warp : 0,
+            shared ? warps : 1, ring);
+        for (; doc.exists(); doc.advance()) {
+            const int n = doc.n;
             const bool zero = n < missing.full;
             double sum = 0;
             for (std::int64_t pass = 0; pass * rows < tokens; ++pass) {
@@ -331,12 +461,13 @@ __global__ void __launch_bounds__(warps * 32, with_rows || Tokens::residual || T
                         const std::int64_t row = pass * rows + k * 8 + g;
                         factors[k] = row < tokens ? queries.factors[first + row] : 0;
                     }
-                const float4* of_pass = nullptr;
+                const HalfScores* of_pass = nullptr;
                 if constexpr (Tokens::residual)
                     of_pass = docs.centroid_scores + (first_pass(first, q) + pass) * docs.centroids * 8;
                 Maxima<with_rows> maxima;
-                maxima_of<Tokens, with_rows>(docs, table, fragments + (resident ? pass * pass_size : 0), chunks, begin,
-                                             n, shared ? warp : 0, shared ? warps : 1, of_pass, factors, maxima);
+                maxima_of<Tokens, with_rows>(docs, table, fragments + (resident ? pass * pass_size : 0), chunks,
+                                             doc.begin, n, shared ? warp : 0, shared ? warps : 1, of_pass, factors,
+                                             source, maxima);
 #pragma unroll
                 for (int k = 0; k < 4; ++k)
                     for (int other = 1; other < 4; other *= 2) {
@@ -369,15 +500,16 @@ __global__ void __launch_bounds__(warps * 32, with_rows || Tokens::residual || T
                     if (row >= tokens) continue;
                     sum += zero && !(maxima.best[k] > 0) ? 0.0f : maxima.best[k];
                     if constexpr (with_rows)
-                        if (exists) found[(work.pairs ? 0 : doc * queries.tokens) + first + row] = maxima.row[k];
+                        if (doc.known())
+                            found[(work.pairs ? 0 : doc.id * queries.tokens) + first + row] = maxima.row[k];
                 }
             }
             for (int other = 4; other < 32; other *= 2) sum += __shfl_xor_sync(whole_warp, sum, other);
-            if (lane != 0 || i >= count || (shared && warp != 0)) continue;
+            if (lane != 0 || (shared && warp != 0)) continue;
             const bool nothing = n == 0 && !zero && tokens > 0;
-            out[work.place(q, i)] = !exists   ? static_cast<float>(NAN)
-                                    : nothing ? static_cast<float>(missing.empty)
-                                              : static_cast<float>(sum);
+            out[work.place(q, doc.i)] = !doc.known() ? static_cast<float>(NAN)
+                                        : nothing    ? static_cast<float>(missing.empty)
+                                                     : static_cast<float>(sum);
         }
     }
 }
@@ -423,7 +555,7 @@ __global__ void halves_kernel(const T* queries, std::int64_t n, Words to, std::u
 /// threads share the centroid.
 template <class T>
 __global__ void centroid_kernel(const T* queries, const std::int64_t* offsets, std::int64_t sets,
-                                const float* centroids, std::int64_t n, std::int64_t d, float4* out) {
+                                const float* centroids, std::int64_t n, std::int64_t d, HalfScores* out) {
     const std::int64_t at = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x, centroid = at / 8, g = at % 8;
     if (centroid >= n) return;
     for (std::int64_t q = blockIdx.y; q < sets; q += gridDim.y) {
@@ -438,7 +570,8 @@ __global__ void centroid_kernel(const T* queries, const std::int64_t* offsets, s
                     if (row < tokens) sum[k] = fmaf(value_of(queries[(first + row) * d + i]), c, sum[k]);
                 }
             }
-            out[((first_pass(first, q) + pass) * n + centroid) * 8 + g] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+            HalfScores& to = out[((first_pass(first, q) + pass) * n + centroid) * 8 + g];
+            for (int k = 0; k < 4; ++k) to.of[k] = rounded_to_float16(sum[k]);
         }
     }
 }

@@ -1,10 +1,11 @@
-/// MaxSim by wgmma (sm_90a), for many queries: tokens of queries in registers, of documents in shared memory.
+/// MaxSim by wgmma (sm_90a), for more query tokens than a pass of maxsim_streams.cuh takes: tokens of queries in
+/// registers, of documents in shared memory.
 ///
-/// A block has 256 rows of query tokens, whichever queries they belong to, and meets a slice of the documents 64 tokens
-/// at a time: a tile is copied while the ones before it are multiplied. Each of its two warpgroups has two fragments of
-/// 64 rows, so that the maxima of one are taken while the other is multiplied. The maxima of each row and document,
-/// with the document's rows that they are of, go to memory; a second kernel sums them. At 2 x 64 x 256 x d flops a tile
-/// of 128 d bytes the tensor cores are the limit.
+/// A block has 128 or 256 rows of query tokens, whichever queries they belong to, and meets a slice of the documents 64
+/// tokens at a time. One warp copies tiles ahead; two warpgroups multiply them, each its half of the rows, and are free
+/// to be at different tiles, so that one takes maxima while the other's products are under way. The maxima of each row
+/// and document, with the document's rows that they are of, go to memory; a second kernel sums them. 256 rows do 2 x
+/// 256 flops an element of a tile: the tensor cores are the limit; for 128 rows and fewer it is memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,10 +20,14 @@
 namespace polyvec {
 namespace tiles {
 
-constexpr int threads = 256;
-constexpr int block_rows = 256;  // 2 warpgroups x 2 fragments of 64
-constexpr int tile = 64;         // document tokens
+constexpr int groups = 2;                   // warpgroups that multiply
+constexpr int threads = groups * 128 + 32;  // and a warp that copies
+constexpr int tile = 64;                    // document tokens
 constexpr int stages = 4;
+
+/// Query rows of a block whose warpgroups have this many fragments of 64 rows.
+template <int fragments>
+constexpr std::int64_t rows_of = groups * 64 * fragments;
 constexpr int most_d = 128;
 
 /// Of query tokens: rows of d elements of 16 bits; and documents alike, whose rows lie on multiples of 16 bytes.
@@ -115,46 +120,68 @@ __device__ inline void wait_for_products(float (&sum)[n]) {
     for (int i = 0; i < n; ++i) asm volatile("" : "+f"(sum[i])::"memory");  // not read before
 }
 
-/// The tiles of a slice of the documents, one after the other.
-struct Tiles {
-    const std::int64_t* offsets;
-    std::int64_t doc, end;          // documents
-    std::int64_t begin = 0, n = 0;  // the document's rows
-    std::int64_t at = 0;            // first row of the tile
-
-    __device__ Tiles(const std::int64_t* offsets, std::int64_t first, std::int64_t end)
-        : offsets(offsets), doc(first), end(end) {
-        find();
+/// A place where threads wait until others have arrived, as often as it is passed.
+class Barrier {
+public:
+    __device__ void begin(std::uint64_t* place, unsigned arrivals) {
+        at_ = shared_address(place);
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at_), "r"(arrivals) : "memory");
     }
-    __device__ bool exists() const { return doc < end; }
-    __device__ bool last() const { return at + tile >= n; }
-    __device__ void advance() {
-        at += tile;
-        if (at < n) return;
-        ++doc;
-        find();
+    __device__ void find(std::uint64_t* place) { at_ = shared_address(place); }
+    __device__ void arrive() const {
+        asm volatile("{.reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0];}" ::"r"(at_) : "memory");
+    }
+    /// When the copies that this thread has begun are done.
+    __device__ void arrive_with_copies() const {
+        asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(at_) : "memory");
+    }
+    /// Until the phase of this parity has passed.
+    __device__ void wait(unsigned parity) const {
+        unsigned passed = 0;
+        while (!passed)
+            asm volatile(
+                "{.reg .pred passed; mbarrier.try_wait.parity.shared::cta.b64 passed, [%1], %2; selp.u32 %0, 1, 0, "
+                "passed;}"
+                : "=r"(passed)
+                : "r"(at_), "r"(parity)
+                : "memory");
     }
 
 private:
-    /// Passes over documents without tokens.
-    __device__ void find() {
+    unsigned at_;
+};
+
+/// What multiplies need to know of a tile.
+struct Tile {
+    std::int64_t doc;    // -1 behind the last tile
+    std::int32_t at, n;  // its first row, and the document's rows
+};
+
+struct Shared {
+    std::uint64_t full[stages], empty[stages];
+    Tile tiles[stages];
+};
+
+/// Where the next stage is, and how often it has been met before.
+struct Stage {
+    int at = 0;
+    unsigned parity = 0;
+
+    __device__ void advance() {
+        if (++at < stages) return;
         at = 0;
-        for (; doc < end; ++doc) {
-            begin = offsets[doc];
-            n = offsets[doc + 1] - begin;
-            if (n > 0) return;
-        }
+        parity ^= 1;
     }
 };
 
-/// A thread's maxima of four rows, and which tokens they are of.
-template <bool with_rows>
+/// A thread's maxima of two rows of each fragment, and which tokens they are of.
+template <int fragments, bool with_rows>
 struct RowMaxima {
-    float best[2][2];
-    std::int32_t row[2][2];
+    float best[fragments][2];
+    std::int32_t row[fragments][2];
 
     __device__ void clear() {
-        for (int m = 0; m < 2; ++m)
+        for (int m = 0; m < fragments; ++m)
             for (int h = 0; h < 2; ++h) best[m][h] = -HUGE_VALF, row[m][h] = -1;
     }
     __device__ void take(int m, int h, float value, std::int32_t at) {
@@ -166,14 +193,14 @@ struct RowMaxima {
     }
 };
 
-/// steps: products of 16 columns that a row takes.
-template <Words words, int steps, int n, bool with_rows>
-__device__ inline void multiply_and_take(const unsigned (&a)[2][steps][4], unsigned address, std::int32_t at,
-                                         std::int32_t last, RowMaxima<with_rows>& maxima) {
-    float sums[2][n / 2];
+/// steps: products of 16 columns that a row takes. Calls done() when the tile has been read.
+template <Words words, int fragments, int steps, int n, bool with_rows, class F>
+__device__ inline void multiply_and_take(const unsigned (&a)[fragments][steps][4], unsigned address,
+                                         const Tile& tile_of, RowMaxima<fragments, with_rows>& maxima, F done) {
+    float sums[fragments][n / 2];
     begin_products();
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
+    for (int m = 0; m < fragments; ++m) {
 #pragma unroll
         for (int k = 0; k < steps; ++k)
             multiply_tile<words, n>(sums[m], a[m][k], descriptor_of(address + k / 4 * (tile * 128) + k % 4 * 32),
@@ -181,32 +208,84 @@ __device__ inline void multiply_and_take(const unsigned (&a)[2][steps][4], unsig
         end_products();
     }
     const int t = static_cast<int>(threadIdx.x % 4);
+    const std::int32_t last = tile_of.n - 1;
     const auto take = [&](int m) {
 #pragma unroll
         for (int i = 0; i < n / 2; ++i) {
-            const std::int32_t column = at + i / 4 * 8 + 2 * t + i % 2;
+            const std::int32_t column = tile_of.at + i / 4 * 8 + 2 * t + i % 2;
             maxima.take(m, i / 2 % 2, sums[m][i], with_rows && column > last ? last : column);
         }
     };
-    wait_for_products<1>(sums[0]);
-    take(0);
-    wait_for_products<0>(sums[1]);
-    take(1);
+    if constexpr (fragments == 2) {
+        wait_for_products<1>(sums[0]);
+        take(0);
+    }
+    wait_for_products<0>(sums[fragments - 1]);
+    done();
+    take(fragments - 1);
 }
 
-template <Words words, int steps, bool with_rows>
+/// Copies the tiles of a slice of the documents, then one that says that there are no more. A warp.
+template <int steps>
+__device__ void copy_tiles(const Tokens& tokens, Shared& shared, unsigned stages_at) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const std::int64_t first = tokens.sets * blockIdx.y / gridDim.y, end = tokens.sets * (blockIdx.y + 1) / gridDim.y;
+    constexpr int pieces = steps * 2, rows_at_once = 32 / (pieces > 8 ? 16 : 8);  // of 16 bytes, of a row
+    const int piece = lane % (32 / rows_at_once), first_row = lane / (32 / rows_at_once);
+    const bool inside = piece < pieces, exists = inside && piece * 8 < tokens.d;
+    const unsigned to_piece = stages_at + piece / 8 * (tile * 128);
+    Stage stage;
+    const auto put = [&](const Tile& of, auto copy) {
+        Barrier full, empty;
+        full.find(shared.full + stage.at), empty.find(shared.empty + stage.at);
+        empty.wait(stage.parity ^ 1);
+        copy(stage.at * stage_bytes<steps>);
+        full.arrive_with_copies();
+        if (lane == 0) {
+            shared.tiles[stage.at] = of;
+            full.arrive();
+        }
+        stage.advance();
+    };
+    std::int64_t next = first < end ? __ldg(tokens.offsets + first) : 0;
+    for (std::int64_t doc = first; doc < end; ++doc) {
+        const std::int64_t begin = next;
+        next = __ldg(tokens.offsets + doc + 1);
+        const auto n = static_cast<std::int32_t>(next - begin);
+        for (std::int32_t at = 0; at < n; at += tile)
+            put({doc, at, n}, [&](unsigned stage_at) {
+                const std::int32_t left = n - at, rows = left >= tile ? tile : (left + 15) / 16 * 16;
+                const std::uint16_t* from = tokens.docs + (begin + at) * tokens.d + (exists ? piece * 8 : 0);
+                for (int r = first_row; r < rows; r += rows_at_once)
+                    if (inside)
+                        copy_async(to_piece + stage_at + r * 128 + ((piece % 8 ^ r % 8) * 16),
+                                   from + min(r, left - 1) * tokens.d, exists);
+            });
+    }
+    put({-1, 0, 0}, [](unsigned) {});
+}
+
+template <Words words, int fragments, int steps, bool with_rows>
 __global__ void __launch_bounds__(threads, 1)
     row_maxima_kernel(const __grid_constant__ Tokens tokens, float* best, std::int32_t* found) {
-    const unsigned shared = (shared_address(dynamic_shared_memory) + 1023u) & ~1023u;
+    __shared__ Shared shared;
+    const unsigned stages_at = (shared_address(dynamic_shared_memory) + 1023u) & ~1023u;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, g = lane / 4, t = lane % 4;
+    if (thread < stages) {
+        Barrier().begin(shared.full + thread, 33);
+        Barrier().begin(shared.empty + thread, groups * 4);
+    }
+    __syncthreads();
+    if (thread >= groups * 128) return copy_tiles<steps>(tokens, shared, stages_at);
+
     // Rows of this thread's fragments: row_of(m), and 8 more.
     const auto row_of = [&](int m) {
-        return std::int64_t(blockIdx.x) * block_rows + thread / 128 * 128 + m * 64 + thread % 128 / 32 * 16 + g;
+        return std::int64_t(blockIdx.x) * rows_of<fragments> + thread / 128 * (64 * fragments) + m * 64 +
+               thread % 128 / 32 * 16 + g;
     };
-
-    unsigned a[2][steps][4];
+    unsigned a[fragments][steps][4];
 #pragma unroll
-    for (int m = 0; m < 2; ++m)
+    for (int m = 0; m < fragments; ++m)
 #pragma unroll
         for (int k = 0; k < steps; ++k)
 #pragma unroll
@@ -216,76 +295,56 @@ __global__ void __launch_bounds__(threads, 1)
                 a[m][k][i] = exists ? *reinterpret_cast<const unsigned*>(tokens.queries + row * tokens.d + column) : 0;
             }
 
-    const std::int64_t slices = gridDim.y;
-    const std::int64_t first = tokens.sets * blockIdx.y / slices, end = tokens.sets * (blockIdx.y + 1) / slices;
-    Tiles ahead(tokens.offsets, first, end), now = ahead;
-    constexpr int pieces = steps * 2;  // of 16 bytes, of a row
-    const auto copy = [&](int stage) {
-        if (ahead.exists()) {
-            const std::int64_t left = ahead.n - ahead.at;
-            const int rows = left >= tile ? tile : (static_cast<int>(left) + 15) / 16 * 16;
-            const unsigned to = shared + stage * stage_bytes<steps>;
-            for (int i = thread; i < rows * pieces; i += threads) {
-                const int r = i / pieces, piece = i % pieces;
-                const std::int64_t token = ahead.begin + ahead.at + (r < left ? r : left - 1);
-                const bool exists = piece * 8 < tokens.d;
-                copy_async(to + piece / 8 * (tile * 128) + r * 128 + ((piece % 8 ^ r % 8) * 16),
-                           tokens.docs + token * tokens.d + (exists ? piece * 8 : 0), exists);
-            }
-            ahead.advance();
-        }
-        end_of_copies();
-    };
-    for (int stage = 0; stage < stages - 1; ++stage) copy(stage);
-
-    RowMaxima<with_rows> maxima;
+    RowMaxima<fragments, with_rows> maxima;
     maxima.clear();
-    for (int stage = 0; now.exists(); stage = (stage + 1) % stages) {
-        wait_for_copies<stages - 2>();
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        __syncthreads();  // the tile is there, and the one before it is done with
-        copy((stage + stages - 1) % stages);
-        const unsigned address = shared + stage * stage_bytes<steps>;
-        const auto at = static_cast<std::int32_t>(now.at), last = static_cast<std::int32_t>(now.n - 1);
-        const std::int64_t left = now.n - now.at;
+    for (Stage stage;; stage.advance()) {
+        Barrier full, empty;
+        full.find(shared.full + stage.at), empty.find(shared.empty + stage.at);
+        full.wait(stage.parity);
+        const Tile of = shared.tiles[stage.at];
+        if (of.doc < 0) return;
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // what copies wrote, before products read it
+        const unsigned address = stages_at + stage.at * stage_bytes<steps>;
+        const auto done = [&] {
+            if (lane == 0) empty.arrive();
+        };
+        const std::int32_t left = of.n - of.at;
         if (left > 48) {
-            multiply_and_take<words, steps, 64>(a, address, at, last, maxima);
+            multiply_and_take<words, fragments, steps, 64>(a, address, of, maxima, done);
         } else if (left > 32) {
-            multiply_and_take<words, steps, 48>(a, address, at, last, maxima);
+            multiply_and_take<words, fragments, steps, 48>(a, address, of, maxima, done);
         } else if (left > 16) {
-            multiply_and_take<words, steps, 32>(a, address, at, last, maxima);
+            multiply_and_take<words, fragments, steps, 32>(a, address, of, maxima, done);
         } else {
-            multiply_and_take<words, steps, 16>(a, address, at, last, maxima);
+            multiply_and_take<words, fragments, steps, 16>(a, address, of, maxima, done);
         }
-        if (now.last()) {
+        if (left > tile) continue;
 #pragma unroll
-            for (int m = 0; m < 2; ++m)
+        for (int m = 0; m < fragments; ++m)
 #pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    float value = maxima.best[m][h];
-                    std::int32_t row = maxima.row[m][h];
-                    for (int other = 1; other < 4; other *= 2) {
-                        const float theirs = __shfl_xor_sync(whole_warp, value, other);
-                        if constexpr (with_rows) {
-                            const std::int32_t at = __shfl_xor_sync(whole_warp, row, other);
-                            if (theirs > value || (theirs == value && at >= 0 && at < row)) row = at;
-                        }
-                        value = fmaxf(value, theirs);
+            for (int h = 0; h < 2; ++h) {
+                float value = maxima.best[m][h];
+                std::int32_t row = maxima.row[m][h];
+                for (int other = 1; other < 4; other *= 2) {
+                    const float theirs = __shfl_xor_sync(whole_warp, value, other);
+                    if constexpr (with_rows) {
+                        const std::int32_t at = __shfl_xor_sync(whole_warp, row, other);
+                        if (theirs > value || (theirs == value && at >= 0 && at < row)) row = at;
                     }
-                    const std::int64_t token = row_of(m) + 8 * h;
-                    if (t != 0 || token >= tokens.query_tokens) continue;
-                    best[now.doc * tokens.query_tokens + token] = value;
-                    if constexpr (with_rows) found[now.doc * tokens.query_tokens + token] = row;
+                    value = fmaxf(value, theirs);
                 }
-            maxima.clear();
-        }
-        now.advance();
+                const std::int64_t token = row_of(m) + 8 * h;
+                if (t != 0 || token >= tokens.query_tokens) continue;
+                best[of.doc * tokens.query_tokens + token] = value;
+                if constexpr (with_rows) found[of.doc * tokens.query_tokens + token] = row;
+            }
+        maxima.clear();
     }
 }
 
 #else
 
-template <Words words, int steps, bool with_rows>
+template <Words words, int fragments, int steps, bool with_rows>
 __global__ void row_maxima_kernel(const __grid_constant__ Tokens, float*, std::int32_t*) {}
 
 #endif

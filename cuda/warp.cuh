@@ -49,12 +49,19 @@ inline SharedAddress shared_address(void* x) {
 }
 #endif
 
-/// Copies 16 bytes to shared memory, or zeros; done after `wait_for_copies`.
+/// Copies 4, 8 or 16 bytes to shared memory, or zeros; done after `wait_for_copies`.
+template <int bytes = 16>
 __device__ inline void copy_async(SharedAddress to, const void* from, bool copied) {
 #ifdef __CUDACC__
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(copied ? 16 : 0) : "memory");
+    const int size = copied ? bytes : 0;
+    if constexpr (bytes == 16) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(size) : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(bytes), "r"(size)
+                     : "memory");
+    }
 #else
-    copied ? std::memcpy(to, from, 16) : std::memset(to, 0, 16);
+    copied ? std::memcpy(to, from, bytes) : std::memset(to, 0, bytes);
 #endif
 }
 

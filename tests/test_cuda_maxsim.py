@@ -51,9 +51,10 @@ def in_halves(request, on_device, sets, dtype):
     return pv.Ragged(on_device(ragged.values.astype(np.float16)), ragged.offsets)
 
 
-def assert_scores(scores, queries, docs):
+def assert_scores(scores, queries, docs, rounded_to=0.0):
+    """`rounded_to`: the relative error of parts of a similarity."""
     assert on_host(scores).dtype == np.float32
-    scale = np.abs(ref.scale(queries, docs))
+    scale = np.abs(ref.scale(queries, docs)) * (1 + rounded_to / np.finfo(np.float32).eps)
     assert_reduction(scores, ref.score(queries, docs), scale, length=queries[0].shape[1])
 
 
@@ -80,7 +81,8 @@ def test_score_of_residuals(rng, on_device, d, bits):
     wide_queries = [np.concatenate([q, stored.rounded_queries(q)], axis=1) for q in queries]
     wide = np.concatenate([centroids, residuals], axis=1) / np.linalg.norm(tokens, axis=1, keepdims=True)
     scores = pv.maxsim.score(placed(on_device, queries), placed_packed(on_device, packed))
-    assert_scores(scores, wide_queries, np.split(wide, arrays[4][1:-1]))
+    # products with centroids are kept in float16
+    assert_scores(scores, wide_queries, np.split(wide, arrays[4][1:-1]), rounded_to=2.0**-11)
 
 
 @pytest.mark.parametrize("d", [1, 8, 24, 96, 128, 136])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,7 @@ from polyvec._arrays import as_count, device_name, is_array, is_torch
 _MISSING = "polyvec was built without CUDA; install it with: pip install polyvec -Ccmake.define.POLYVEC_CUDA=ON"
 
 
+@cache
 def cuda_module() -> ModuleType | None:
     """Return the CUDA module, or None when it was not built. It imports without a driver or a GPU."""
     try:
@@ -28,7 +30,7 @@ def _stream_of(x: Any) -> int:
     if is_torch(x):
         import torch
 
-        stream = torch.cuda.current_stream(x.device).cuda_stream
+        stream = torch._C._cuda_getCurrentRawStream(x.device.index)  # without an object around it
     elif type(x).__module__.partition(".")[0] == "cupy":
         import cupy
 
