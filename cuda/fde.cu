@@ -7,42 +7,25 @@
 #include <limits>
 #include <memory>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "elements.cuh"
 #include "fragments.cuh"
 #include "launch.cuh"
 #include "polyvec/fde.hpp"
+#include "warp.cuh"
 
 namespace polyvec {
 namespace {
 
-constexpr int lanes = Fragments::lanes;
-constexpr unsigned all_lanes = ~0u;
+constexpr int lanes = Fragment<>::lanes;
 
 /// Entries i ... i + 3 of a row of d, 0 beyond. `aligned`: they can be read at once.
 __device__ float4 load4(const float* row, std::int64_t i, std::int64_t d, bool aligned) {
     if (aligned) return i < d ? *reinterpret_cast<const float4*>(row + i) : float4{};
     const auto at = [&](int j) { return i + j < d ? row[i + j] : 0.0f; };
     return {at(0), at(1), at(2), at(3)};
-}
-
-/// Starts to copy four floats to shared memory.
-__device__ void copy_async(float* to, const float* from) {
-#ifdef __CUDACC__
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
-                 "l"(from)
-                 : "memory");
-#else
-    *reinterpret_cast<float4*>(to) = *reinterpret_cast<const float4*>(from);
-#endif
-}
-
-/// Waits for the copies that the calling thread started.
-__device__ void wait_for_copies() {
-#ifdef __CUDACC__
-    asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
 }
 
 // Bucket ids
@@ -63,7 +46,7 @@ struct Planes {
 __device__ bool is_above(const float* x, const float* plane, std::int64_t d, unsigned lane) {
     double sum = 0;
     for (std::int64_t i = lane; i < d; i += lanes) sum += static_cast<double>(x[i]) * plane[i];
-    for (int bit = lanes / 2; bit > 0; bit /= 2) sum += __shfl_xor_sync(all_lanes, sum, bit);
+    for (int bit = lanes / 2; bit > 0; bit /= 2) sum += __shfl_xor_sync(whole_warp, sum, bit);
     return sum > 0;
 }
 
@@ -85,9 +68,8 @@ __global__ void __launch_bounds__(128)
     const int first_repetition = static_cast<int>(blockIdx.y) * planes.per_panel;
     const int left = planes.repetitions - first_repetition;
     const int repetitions = left < planes.per_panel ? left : planes.per_panel, columns = repetitions * planes.bits;
-    Fragments panel = planes.fragments;
-    const int tiles = panel.tiles;
-    panel.at += static_cast<std::int64_t>(blockIdx.y) * tiles * panel.chunks * Fragments::per_chunk;
+    const int tiles = planes.fragments.tiles, chunks = planes.fragments.chunks;
+    const uint4* at = planes.fragments.at + blockIdx.y * planes.fragments.size() + lane;
 
     float product[max_tiles][groups][4] = {}, magnitude[groups] = {};
     float4 next[groups];
@@ -99,7 +81,8 @@ __global__ void __launch_bounds__(128)
         }
     };
     load(0);
-    for (int k = 0; k < panel.chunks; ++k) {
+    Fragment<> ahead(at);
+    for (int k = 0; k < chunks; ++k) {
         float4 x[groups];
 #pragma unroll
         for (int i = 0; i < groups; ++i) {
@@ -107,7 +90,7 @@ __global__ void __launch_bounds__(128)
             magnitude[i] =
                 fmaxf(fmaxf(magnitude[i], fmaxf(fabsf(x[i].x), fabsf(x[i].y))), fmaxf(fabsf(x[i].z), fabsf(x[i].w)));
         }
-        if (k + 1 < panel.chunks) load(k + 1);  // on its way during the products
+        if (k + 1 < chunks) load(k + 1);  // on its way during the products
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const auto pair = [&](const float4& v, int e) { return Tf32Pair(h ? (e ? v.w : v.z) : (e ? v.y : v.x)); };
@@ -116,22 +99,26 @@ __global__ void __launch_bounds__(128)
                                                 {pair(x[2], 0), pair(x[2], 1)},
                                                 {pair(x[3], 0), pair(x[3], 1)}};
 #pragma unroll
-            for (int m = 0; m < max_tiles; ++m)
-                if (m < tiles) panel.multiply<false>(product[m], product[m], m, k, h, lane, halves);
+            for (int m = 0; m < max_tiles; ++m) {
+                if (m >= tiles) continue;
+                const Fragment<> fragment = ahead;
+                ahead = Fragment<>(at += Fragment<>::size);
+                fragment.multiply(product[m], product[m], halves);
+            }
         }
     }
 
 #pragma unroll
     for (int i = 0; i < groups; ++i) {
         float& reach = magnitude[i];
-        for (int bit = 1; bit < 4; bit *= 2) reach = fmaxf(reach, __shfl_xor_sync(all_lanes, reach, bit));
+        for (int bit = 1; bit < 4; bit *= 2) reach = fmaxf(reach, __shfl_xor_sync(whole_warp, reach, bit));
         if (reach > 0 && !(reach > smallest && reach < largest)) reach = static_cast<float>(HUGE_VALF);
     }
     const float* slack = planes.slack + blockIdx.y * 16 * tiles;
 #pragma unroll
     for (int i = 0; i < groups; ++i) {
-        const float reach[2] = {__shfl_sync(all_lanes, magnitude[i], static_cast<int>(8 * t)),
-                                __shfl_sync(all_lanes, magnitude[i], static_cast<int>(8 * t + 4))};
+        const float reach[2] = {__shfl_sync(whole_warp, magnitude[i], static_cast<int>(8 * t)),
+                                __shfl_sync(whole_warp, magnitude[i], static_cast<int>(8 * t + 4))};
         unsigned positive = 0, unsure = 0;  // bit 4 * m + j: of product[m][i][j]
 #pragma unroll
         for (int m = 0; m < max_tiles; ++m) {
@@ -145,8 +132,8 @@ __global__ void __launch_bounds__(128)
                 unsure |= static_cast<unsigned>(!sure && column < columns) << (4 * m + j);
             }
         }
-        for (unsigned waiting; (waiting = __ballot_sync(all_lanes, unsure != 0)) != 0;) {
-            const int source = __ffs(waiting) - 1, which = __ffs(__shfl_sync(all_lanes, unsure, source)) - 1;
+        for (unsigned waiting; (waiting = __ballot_sync(whole_warp, unsure != 0)) != 0;) {
+            const int source = __ffs(waiting) - 1, which = __ffs(__shfl_sync(whole_warp, unsure, source)) - 1;
             const int row = 8 * i + source % 4 * 2 + which % 2;
             const int column = which / 4 * 16 + source / 4 + which % 4 / 2 * 8;
             const float* plane = planes.rows + (static_cast<std::int64_t>(first_repetition) * planes.bits + column) * d;
@@ -165,8 +152,8 @@ __global__ void __launch_bounds__(128)
                 words[m / 4] |= (lower | upper << 8) << (m % 4 * 16 + g);
             }
             for (int bit = 4; bit < lanes; bit *= 2) {
-                words[0] |= __shfl_xor_sync(all_lanes, words[0], bit);
-                words[1] |= __shfl_xor_sync(all_lanes, words[1], bit);
+                words[0] |= __shfl_xor_sync(whole_warp, words[0], bit);
+                words[1] |= __shfl_xor_sync(whole_warp, words[1], bit);
             }
             const std::int64_t token = first + 8 * i + 2 * t + j;
             if (token >= n) continue;
@@ -208,13 +195,15 @@ struct Encode {
     bool mean, fill, lowest_bucket;
     void* out;  // (sets, R * buckets * width) float16 or float32
     bool half;
-    // What does not fit into shared memory: sets of more than `rows` tokens
-    int rows;
+    std::int64_t done;  // sets of at most so many tokens are passed over
+    int rows;           // tokens that fit into shared memory
+    // For sets of more tokens, which are passed over where these are null
     std::uint32_t* order;  // (R, total)
     std::uint64_t* keys;   // (gridDim.x, R, buckets)
     std::uint32_t* ends;   // the same
 
     static constexpr std::uint64_t farther = std::uint64_t(1) << 40, nothing = ~std::uint64_t(0) >> 1;
+    static constexpr int most_warps = 20;
     using Staged = std::uint16_t;
 
     /// Floats from one token to the next in shared memory: as many for each bank.
@@ -241,7 +230,7 @@ struct Encode {
             for (std::int64_t token = lane; token < n + lane; token += lanes) {
                 const std::int32_t id = next;
                 next = load(token + lanes);
-                const unsigned peers = __match_any_sync(all_lanes, id);
+                const unsigned peers = __match_any_sync(whole_warp, id);
                 f(token, id, id >= 0, peers);
             }
         };
@@ -257,11 +246,11 @@ struct Encode {
             complete = complete && count > 0;
             std::uint32_t sum = count;
             for (int distance = 1; distance < lanes; distance *= 2) {
-                const std::uint32_t other = __shfl_up_sync(all_lanes, sum, distance);
+                const std::uint32_t other = __shfl_up_sync(whole_warp, sum, distance);
                 if (static_cast<int>(lane) >= distance) sum += other;
             }
             if (b < buckets) to.ends[b] = before + sum - count;
-            before += __shfl_sync(all_lanes, sum, lanes - 1);
+            before += __shfl_sync(whole_warp, sum, lanes - 1);
         }
         __syncwarp();
         for_each_chunk([&](std::int64_t token, std::int32_t id, bool valid, unsigned peers) {
@@ -273,7 +262,7 @@ struct Encode {
             }
             __syncwarp();
         });
-        if (!fill || __all_sync(all_lanes, complete)) return;
+        if (!fill || __all_sync(whole_warp, complete)) return;
 
         // The nearest token of all sign words: one round a bit over the hypercube, a Hamming distance being a sum.
         for (std::int64_t b = lane; b < buckets; b += lanes) {
@@ -304,23 +293,30 @@ __device__ void add_up(float (&sum)[8][4], const Encode& e, const float* rows, c
                        std::uint32_t count, int column, int chunks, unsigned lane) {
     using Index = std::conditional_t<staged, int, std::int64_t>;
     const int swap = static_cast<int>(lane / 4 & 1), begin = column + 4 * static_cast<int>(lane % 4);
+    const int even = begin + 16 * swap, odd = begin - 16 * swap;
     const auto stride = static_cast<Index>(staged ? e.stride() : e.d);
 #pragma unroll
     for (int k = 0; k < 8; ++k)
         for (float& x : sum[k]) x = 0;
     auto token = static_cast<Index>(first);
+#pragma unroll 1
     for (std::uint32_t i = 0; i < count; ++i) {
         const float* row = rows + token * stride;
         if (i + 1 < count) token = tokens[i + 1];
+        float4 x[8];
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
             if (!full && k >= chunks) continue;
-            const int at = begin + 16 * (k ^ swap);
-            const float4 x = staged ? *reinterpret_cast<const float4*>(row + at) : load4(row, at, e.d, e.aligned);
-            sum[k][0] += x.x;
-            sum[k][1] += x.y;
-            sum[k][2] += x.z;
-            sum[k][3] += x.w;
+            const int at = (k % 2 ? odd : even) + 16 * k;
+            x[k] = staged ? *reinterpret_cast<const float4*>(row + at) : load4(row, at, e.d, e.aligned);
+        }
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            if (!full && k >= chunks) continue;
+            sum[k][0] += x[k].x;
+            sum[k][1] += x[k].y;
+            sum[k][2] += x[k].z;
+            sum[k][3] += x[k].w;
         }
     }
 }
@@ -346,7 +342,7 @@ struct Members {
 };
 
 /// Writes the blocks of eight buckets of a repetition, of a warp: row g of a product is the g-th of them. full: d is a
-/// multiple of 128, and blocks have at most 16 columns or are not projected.
+/// multiple of 128, and blocks have at most 16 columns or are not projected. exact: the projections are.
 template <bool staged, bool full, bool exact, class Token>
 __device__ void write_blocks(const Encode& e, const float* rows, const Buckets<Token>& from, int r, int first_bucket,
                              std::int64_t set, unsigned lane) {
@@ -355,8 +351,9 @@ __device__ void write_blocks(const Encode& e, const float* rows, const Buckets<T
     const Members members(e, from, first_bucket + g);
     const float scale = e.mean && members.count > 1 ? 1 / static_cast<float>(members.count) : 1;
     const std::int64_t row = (set * e.repetitions + r) * e.buckets + first_bucket;  // of the block of bucket 0 here
-    Fragments projection = e.projections;
-    projection.at += static_cast<std::int64_t>(r) * projection.tiles * projection.chunks * Fragments::per_chunk;
+    const Fragments& projection = e.projections;
+    const uint4* const at =
+        (exact ? projection.exact + r * projection.exact_size() : projection.at + r * projection.size()) + lane;
 
     for (int m0 = 0; m0 == 0 || (!full && m0 < projection.tiles); m0 += tiles) {
         float product[tiles][1][4] = {}, rest[tiles][1][4] = {};  // apart: neither waits for the other
@@ -368,10 +365,10 @@ __device__ void write_blocks(const Encode& e, const float* rows, const Buckets<T
             if (projection.tiles == 0) {
 #pragma unroll
                 for (int k = 0; k < 8; ++k) {
-                    const int at = column + 16 * (k ^ (g & 1)) + 4 * t;
+                    const int c = column + 16 * (k ^ (g & 1)) + 4 * t;
                     for (int j = 0; j < 4; ++j)
-                        if (k < chunks && at + j < e.d && first_bucket + g < e.buckets)
-                            e.store((row + g) * e.d + at + j, sum[k][j] * scale);
+                        if (k < chunks && c + j < e.d && first_bucket + g < e.buckets)
+                            e.store((row + g) * e.d + c + j, sum[k][j] * scale);
                 }
                 continue;
             }
@@ -380,14 +377,21 @@ __device__ void write_blocks(const Encode& e, const float* rows, const Buckets<T
             for (int k = 0; k < 8; ++k) {
                 const int chunk = column / 16 + k;
                 if (!full && (k >= chunks || chunk >= projection.chunks)) continue;
+                const uint4 both = exact ? at[chunk * lanes] : uint4{};
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
                     const auto value = [&](int j) { return (g & 1 ? sum[k ^ 1][j] : sum[k][j]) * scale; };
                     const Tf32Pair x[1][2] = {{Tf32Pair(value(2 * h)), Tf32Pair(value(2 * h + 1))}};
+                    if constexpr (exact) {
+                        Fragment<true>(h ? both.z : both.x, h ? both.w : both.y).multiply(product[0], rest[0], x);
+                    } else {
 #pragma unroll
-                    for (int m = 0; m < tiles; ++m)
-                        if (m == 0 || m0 + m < projection.tiles)
-                            projection.multiply<exact>(product[m], rest[m], m0 + m, chunk, h, lane, x);
+                        for (int m = 0; m < tiles; ++m) {
+                            if (m > 0 && m0 + m >= projection.tiles) continue;
+                            const int fragment = (2 * chunk + h) * (full ? 1 : projection.tiles) + m0 + m;
+                            Fragment<>(at + fragment * Fragment<>::size).multiply(product[m], rest[m], x);
+                        }
+                    }
                 }
             }
         }
@@ -411,7 +415,8 @@ __device__ void encode_set(const Encode& e, std::int64_t set, std::int64_t begin
     const unsigned lane = threadIdx.x % lanes;
     const int warp = static_cast<int>(threadIdx.x / lanes), warps = static_cast<int>(blockDim.x / lanes);
     for (int r = warp; r < e.repetitions; r += warps) e.sort(e.ids + r * e.total + begin, n, buckets_of(r), lane);
-    wait_for_copies();
+    end_of_copies();
+    wait_for_copies<0>();
     __syncthreads();
     const int parts = (e.buckets + 7) / 8;
     const auto write = [&]<bool full, bool exact>() {
@@ -427,40 +432,53 @@ __device__ void encode_set(const Encode& e, std::int64_t set, std::int64_t begin
     }
 }
 
-__global__ void __launch_bounds__(320, 2) encode_kernel(const __grid_constant__ Encode e) {
-    const std::int64_t stride = e.stride(), shared_rows = static_cast<std::int64_t>(e.rows) * stride;
+/// The rows of a set, in shared memory where they fit, or else where they lie.
+__device__ void encode(const Encode& e, std::int64_t set) {
+    const std::int64_t begin = e.offsets[set], n = e.offsets[set + 1] - begin, stride = e.stride();
+    const float* tokens = e.tokens + begin * e.d;
+    if (n > e.rows) {
+        const std::int64_t at = blockIdx.x * e.all_buckets();
+        encode_set<false>(e, set, begin, n, tokens, [&](int r) {
+            const std::int64_t bucket = at + static_cast<std::int64_t>(r) * e.buckets;
+            return Buckets<std::uint32_t>{e.order + r * e.total + begin, e.ends + bucket, e.keys + bucket};
+        });
+        return;
+    }
     auto* rows = reinterpret_cast<float*>(dynamic_shared_memory);
-    for (std::int64_t set = blockIdx.x; set < e.sets; set += gridDim.x) {
-        const std::int64_t begin = e.offsets[set], n = e.offsets[set + 1] - begin;
-        const float* tokens = e.tokens + begin * e.d;
-        if (n == 0) {
-            const std::int64_t size = e.all_buckets() * e.width;
-            for (std::int64_t i = threadIdx.x; i < size; i += blockDim.x) e.store(set * size + i, 0);
-        } else if (n <= e.rows) {
-            const int quads = static_cast<int>(stride / 4), size = static_cast<int>(n) * quads;
-            for (int i = static_cast<int>(threadIdx.x); i < size; i += static_cast<int>(blockDim.x)) {
-                const int column = i % quads * 4;
-                const float* from = tokens + i / quads * e.d;
-                if (e.aligned && column < e.d) {
-                    copy_async(rows + 4 * i, from + column);
-                } else {
-                    *reinterpret_cast<float4*>(rows + 4 * i) = load4(from, column, e.d, e.aligned);
-                }
-            }
-            auto* keys = reinterpret_cast<std::uint64_t*>(rows + shared_rows);
-            auto* ends = reinterpret_cast<std::uint32_t*>(keys + e.all_buckets());
-            auto* order = reinterpret_cast<Encode::Staged*>(ends + e.all_buckets());
-            encode_set<true>(e, set, begin, n, rows, [&](int r) {
-                return Buckets<Encode::Staged>{order + r * e.rows, ends + r * e.buckets, keys + r * e.buckets};
-            });
-            __syncthreads();  // before the next set takes the memory
+    const int quads = static_cast<int>(stride / 4), size = static_cast<int>(n) * quads;
+    for (int i = static_cast<int>(threadIdx.x); i < size; i += static_cast<int>(blockDim.x)) {
+        const int column = i % quads * 4;
+        const float* from = tokens + i / quads * e.d;
+        if (e.aligned) {
+            copy_async(shared_address(rows + 4 * i), from + column, column < e.d);
         } else {
-            const std::int64_t at = blockIdx.x * e.all_buckets();
-            encode_set<false>(e, set, begin, n, tokens, [&](int r) {
-                const std::int64_t bucket = at + static_cast<std::int64_t>(r) * e.buckets;
-                return Buckets<std::uint32_t>{e.order + r * e.total + begin, e.ends + bucket, e.keys + bucket};
-            });
-            __syncthreads();
+            *reinterpret_cast<float4*>(rows + 4 * i) = load4(from, column, e.d, false);
+        }
+    }
+    auto* keys = reinterpret_cast<std::uint64_t*>(rows + e.rows * stride);
+    auto* ends = reinterpret_cast<std::uint32_t*>(keys + e.all_buckets());
+    auto* order = reinterpret_cast<Encode::Staged*>(ends + e.all_buckets());
+    encode_set<true>(e, set, begin, n, rows, [&](int r) {
+        return Buckets<Encode::Staged>{order + r * e.rows, ends + r * e.buckets, keys + r * e.buckets};
+    });
+}
+
+/// A block takes every gridDim.x-th set; of 32 of these, its lanes find those that this launch encodes.
+__global__ void __launch_bounds__(Encode::most_warps* lanes) encode_kernel(const __grid_constant__ Encode e) {
+    const std::int64_t step = gridDim.x;
+    for (std::int64_t first = blockIdx.x; first < e.sets; first += lanes * step) {
+        const std::int64_t candidate = first + threadIdx.x % lanes * step;
+        const std::int64_t n = candidate < e.sets ? e.offsets[candidate + 1] - e.offsets[candidate] : -1;
+        unsigned left = __ballot_sync(whole_warp, n > e.done && (n <= e.rows || e.order));
+        for (; left; left &= left - 1) {
+            const std::int64_t set = first + (__ffs(left) - 1) * step;
+            if (e.offsets[set + 1] == e.offsets[set]) {
+                const std::int64_t size = e.all_buckets() * e.width;
+                for (std::int64_t i = threadIdx.x; i < size; i += blockDim.x) e.store(set * size + i, 0);
+                continue;
+            }
+            encode(e, set);
+            __syncthreads();  // before the next set takes the memory
         }
     }
 }
@@ -499,8 +517,8 @@ __global__ void round_kernel(const float* rows, std::int8_t* codes, float* scale
         finite = finite && x < HUGE_VALF;  // and not NaN
         largest = fmaxf(largest, x);
     }
-    for (int bit = 1; bit < lanes; bit *= 2) largest = fmaxf(largest, __shfl_xor_sync(all_lanes, largest, bit));
-    finite = __all_sync(all_lanes, finite);
+    for (int bit = 1; bit < lanes; bit *= 2) largest = fmaxf(largest, __shfl_xor_sync(whole_warp, largest, bit));
+    finite = __all_sync(whole_warp, finite);
     const float steps = largest > 0 ? 127 / largest : 0;
     for (std::int64_t c = threadIdx.x; c < d; c += lanes)
         codes[set * d + c] = finite ? static_cast<std::int8_t>(rintf(rows[set * d + c] * steps)) : 0;
@@ -511,7 +529,7 @@ __global__ void round_kernel(const float* rows, std::int8_t* codes, float* scale
 
 /// An encoder's matrices on a device.
 struct Matrices {
-    DeviceArray<uint4> planes_memory, projections_memory;
+    DeviceArray<uint4> planes_memory, projections_memory, exact_projections_memory;
     DeviceArray<float> slack, rows, signs;
     DeviceArray<std::uint32_t> bucket_of, words, sources, entries;
     DeviceArray<std::int64_t> begins;
@@ -537,7 +555,7 @@ Matrices place(const char* op, const FdeMatrices& m, Cuda cuda) {
     const std::int64_t columns = planes.per_panel * m.bits, total = m.repetitions * m.bits;
     planes.fragments.tiles = tiles_of(columns), planes.fragments.chunks = tiles_of(m.d);
 
-    std::vector<uint4> fragments;
+    std::vector<uint4> fragments, exact;
     // Of a product of d terms on tensor cores: 3 * d / 8 steps, each of which truncates 9 terms to 2^-23 of the
     // largest, and factors that are off by 2^-22; m.slack is (d + 2) * 2^-24 of the same.
     constexpr float steps = 8;
@@ -551,6 +569,7 @@ Matrices place(const char* op, const FdeMatrices& m, Cuda cuda) {
     }
     for (std::int64_t c = 0; c < total; ++c)
         for (std::int64_t i = 0; i < m.d; ++i) rows.push_back(m.plane(c, i));
+    fragments.resize(fragments.size() + Fragment<>::size);  // that partition_kernel reads ahead
     to.planes_memory = on_device(fragments);
     to.slack = on_device(slack), to.rows = on_device(rows);
     to.bucket_of = on_device(vector_of(m.bucket_of, m.buckets()));
@@ -558,17 +577,17 @@ Matrices place(const char* op, const FdeMatrices& m, Cuda cuda) {
     planes.fragments.at = to.planes_memory.get(), planes.slack = to.slack.get(), planes.rows = to.rows.get();
     planes.bucket_of = to.bucket_of.get();
 
-    to.projections = {nullptr, 0, tiles_of(m.d), true};
+    to.projections = {nullptr, nullptr, 0, tiles_of(m.d)};
     if (m.projections) {
         fragments.clear();
         to.projections.tiles = tiles_of(m.width);
-        for (std::int64_t r = 0; r < m.repetitions; ++r) {
-            const bool exact = append_fragments(fragments, m.width, m.d,
-                                                [&](std::int64_t c, std::int64_t i) { return m.projection(r, c, i); });
-            to.projections.exact = to.projections.exact && exact;
-        }
+        for (std::int64_t r = 0; r < m.repetitions; ++r)
+            append_fragments(fragments, m.width, m.d,
+                             [&](std::int64_t c, std::int64_t i) { return m.projection(r, c, i); });
         to.projections_memory = on_device(fragments);
-        to.projections.at = to.projections_memory.get();
+        exact = exact_fragments(fragments, to.projections.tiles);
+        to.exact_projections_memory = on_device(exact);
+        to.projections.at = to.projections_memory.get(), to.projections.exact = to.exact_projections_memory.get();
     }
 
     if (m.sketch_index) {
@@ -612,24 +631,49 @@ void partition(const char* op, Cuda cuda, const Matrices& matrices, const float*
            matrices.planes, out, token_stride, repetition_stride);
 }
 
-/// What blocks of encode_kernel share: as many tokens as most sets have, such that two blocks fit, or else one.
-struct SharedMemory {
+/// How many tokens a block of encode_kernel holds in shared memory.
+struct Share {
     int rows = 0;
     std::size_t bytes = 0;
 
-    SharedMemory(const char* op, Cuda cuda, const Encode& e) {
-        constexpr std::int64_t reserved = 1 << 10, most_buckets = 48 << 10;  // bytes
-        int limit = 0;
-        check(op, cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, cuda.device));
+    /// At most `most` tokens in at most `limit` bytes.
+    Share(const Encode& e, std::int64_t limit, std::int64_t most) {
+        constexpr std::int64_t most_for_buckets = 48 << 10;
         const std::int64_t a_bucket = sizeof *e.keys + sizeof *e.ends, buckets = e.all_buckets() * a_bucket;
-        if (buckets > most_buckets) return;
         const std::int64_t a_row = e.stride() * 4 + e.repetitions * static_cast<std::int64_t>(sizeof(Encode::Staged));
-        const std::int64_t mean = (e.total + e.sets - 1) / std::max<std::int64_t>(1, e.sets);
-        const auto fit = [&](std::int64_t size) { return std::max<std::int64_t>(0, (size - buckets) / a_row); };
-        const std::int64_t half = fit((limit + reserved) / 2 - reserved), whole = fit(limit);
-        const std::int64_t most = mean <= half ? half : mean <= whole ? whole : 0;
-        rows = static_cast<int>(std::min({most, 2 * mean, e.total}));
-        if (rows > 0) bytes = static_cast<std::size_t>(rows * a_row + buckets);
+        if (buckets > most_for_buckets || limit < buckets + a_row) return;
+        rows = static_cast<int>(std::min({(limit - buckets) / a_row, most, e.total}));
+        bytes = static_cast<std::size_t>(rows * a_row + buckets);
+    }
+};
+
+/// Encodes e.sets sets: those of common size first, two blocks or more a multiprocessor; then the longer ones.
+struct Launches {
+    const char* op;
+    Cuda cuda;
+    Share two, one;
+    bool all_in_two;
+
+    Launches(const char* op_, Cuda cuda_, const Encode& e, std::int64_t sets, std::int64_t limit)
+        : op(op_), cuda(cuda_), two(e, limit / 2 - 512, 2 * (e.total / sets + 1)), one(e, limit, e.total) {
+        if (two.rows < e.total / sets) two.rows = 0;  // most would not fit
+        all_in_two = two.rows > 0 && e.total <= two.rows;
+    }
+
+    void operator()(Encode e, std::int64_t most_blocks) const {
+        const auto start = [&](const Share& share, int warps, std::int64_t blocks) {
+            const int rounds = (e.repetitions + warps - 1) / warps;
+            const auto threads = static_cast<unsigned>((e.repetitions + rounds - 1) / rounds * lanes);
+            e.rows = share.rows;
+            launch(op, cuda, dim3(static_cast<unsigned>(std::min(e.sets, blocks))), dim3(threads), share.bytes,
+                   encode_kernel, e);
+            e.done = share.rows;
+        };
+        std::uint32_t* const order = std::exchange(e.order, nullptr);
+        e.done = -1;  // those without tokens are encoded, too
+        if (two.rows > 0) start(two, Encode::most_warps / 2, 1 << 20);
+        e.order = order;  // null, where all that are left fit
+        if (!all_in_two) start(one, Encode::most_warps, most_blocks);
     }
 };
 
@@ -665,25 +709,22 @@ void run(const FdeEncode& op, Cuda cuda) {
     const Scratch<float> blocks(op.op, cuda, direct ? 0 : step * long_dim);
     const Scratch<float> rows(op.op, cuda, sketched && codes ? step * m.output_dim : 0);
 
-    e.sets = n;
-    const SharedMemory shared(op.op, cuda, e);
-    e.rows = shared.rows;
-    const bool all_fit = total <= shared.rows;
-    const std::int64_t most_blocks =
-        all_fit ? 1 << 20 : std::clamp<std::int64_t>(scratch / (3 * e.all_buckets()), 1, 1024);
-    const std::int64_t grid = std::min(step, most_blocks), bucket_slots = all_fit ? 0 : grid * e.all_buckets();
-    const Scratch<std::uint32_t> order(op.op, cuda, all_fit ? 0 : R * total), ends(op.op, cuda, bucket_slots);
-    const Scratch<std::uint64_t> keys(op.op, cuda, bucket_slots);
+    int limit = 0, multiprocessors = 0;
+    check(op.op, cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, cuda.device));
+    check(op.op, cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, cuda.device));
+    const Launches encode(op.op, cuda, e, n, limit);
+    const std::int64_t most_blocks = std::clamp<std::int64_t>(scratch / (3 * e.all_buckets()), 1, 4 * multiprocessors);
+    const bool spills = !encode.all_in_two && total > encode.one.rows;
+    const std::int64_t slots = spills ? std::min(step, most_blocks) * e.all_buckets() : 0;
+    const Scratch<std::uint32_t> order(op.op, cuda, spills ? R * total : 0), ends(op.op, cuda, slots);
+    const Scratch<std::uint64_t> keys(op.op, cuda, slots);
     e.order = order.get(), e.ends = ends.get(), e.keys = keys.get();
 
-    const std::int64_t rounds = (R + 9) / 10;  // of at most 10 warps
-    const auto threads = static_cast<unsigned>((R + rounds - 1) / rounds * lanes);
     for (std::int64_t first = 0; first < n; first += step) {
         e.sets = std::min(step, n - first);
         e.offsets = op.sets.offsets.as<const std::int64_t>() + first;
         e.out = direct ? op.out.data : blocks.get();
-        launch(op.op, cuda, dim3(static_cast<unsigned>(std::min(grid, e.sets))), dim3(threads), shared.bytes,
-               encode_kernel, e);
+        encode(e, most_blocks);
         const float* encodings = blocks.get();
         if (sketched) {
             void* out = codes  ? rows.get()

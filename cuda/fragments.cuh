@@ -15,13 +15,14 @@
 
 namespace polyvec {
 
-/// x = high + low, but for its last bits.
+/// x = high + low, but for its last bits. `mma` reads the first 11 bits of a number, and passes over the others.
 struct Tf32Pair {
+    static constexpr unsigned read = 0xffffe000u;
     unsigned high, low;
 
     explicit __device__ Tf32Pair(float x) {
-        high = rounded_to_tf32(x);
-        low = rounded_to_tf32(x - __uint_as_float(high));
+        high = (__float_as_uint(x) + 0x1000u) & read;  // rounded; of Inf and NaN, the low part is NaN
+        low = __float_as_uint(x - __uint_as_float(high));
     }
 };
 
@@ -30,66 +31,87 @@ __device__ inline void mma(float (&c)[4], const uint4& a, unsigned b0, unsigned 
     multiply_tf32(c, {a.x, a.y, a.z, a.w}, b0, b1);
 }
 
-/// A matrix (d, n) in the order in which lanes read it: [tile of 16 columns][16 entries][half of each four][high, low].
-struct Fragments {
-    static constexpr int lanes = 32, per_chunk = 4 * lanes;
+/// 16 columns of 8 entries each, of a matrix. exact: all entries are bfloat16 numbers, so that there are no low parts.
+template <bool exact = false>
+struct Fragment {
+    static constexpr int lanes = 32, size = 2 * lanes;  // high and low parts of all lanes
 
-    const uint4* at;
-    int tiles, chunks;  // of 16 columns, of 16 entries
-    bool exact;         // all entries are TF32 numbers: the low parts may be left out
+    uint4 high, low;
 
-    /// Of tile m, chunk k, half h; `lane` is the caller's.
-    __device__ uint4 high(int m, int k, int h, unsigned lane) const {
-        return at[(static_cast<std::int64_t>(m) * chunks + k) * per_chunk + 2 * h * lanes + lane];
-    }
-    __device__ uint4 low(int m, int k, int h, unsigned lane) const {
-        return at[(static_cast<std::int64_t>(m) * chunks + k) * per_chunk + (2 * h + 1) * lanes + lane];
-    }
+    /// `at` is of the lane that calls.
+    explicit __device__ Fragment(const uint4* at) : high(at[0]), low(at[lanes]) {}
 
-    /// sums[i] + rest[i] += tile m times x[i], the half h of chunk k of the rows of i, for i < N.
-    template <bool exact, int N>
-    __device__ void multiply(float (&sums)[N][4], float (&rest)[N][4], int m, int k, int h, unsigned lane,
-                             const Tf32Pair (&x)[N][2]) const {
-        const uint4 a = high(m, k, h, lane);
+    /// Of pairs of bfloat16 numbers.
+    __device__ Fragment(unsigned first, unsigned second)
+        : high{first << 16, first & 0xffff0000u, second << 16, second & 0xffff0000u}, low{} {}
+
+    /// sums[i] + rest[i] += these columns times the rows x[i], for i < N.
+    template <int N>
+    __device__ void multiply(float (&sums)[N][4], float (&rest)[N][4], const Tf32Pair (&x)[N][2]) const {
         if constexpr (!exact) {
-            const uint4 b = low(m, k, h, lane);
 #pragma unroll
-            for (int i = 0; i < N; ++i) mma(rest[i], b, x[i][0].high, x[i][1].high);
+            for (int i = 0; i < N; ++i) mma(rest[i], low, x[i][0].high, x[i][1].high);
         }
 #pragma unroll
-        for (int i = 0; i < N; ++i) mma(rest[i], a, x[i][0].low, x[i][1].low);
+        for (int i = 0; i < N; ++i) mma(rest[i], high, x[i][0].low, x[i][1].low);
 #pragma unroll
-        for (int i = 0; i < N; ++i) mma(sums[i], a, x[i][0].high, x[i][1].high);
+        for (int i = 0; i < N; ++i) mma(sums[i], high, x[i][0].high, x[i][1].high);
     }
+};
+
+/// A matrix (d, n) as fragments, one after the other: [16 entries][first, second half of each four][16 columns].
+struct Fragments {
+    const uint4 *at, *exact;  // the second one as bfloat16 numbers, both halves together; null where they are others
+    int tiles, chunks;        // of 16 columns, of 16 entries
+
+    __host__ __device__ std::int64_t size() const {
+        return static_cast<std::int64_t>(2) * chunks * tiles * Fragment<>::size;
+    }
+    __host__ __device__ std::int64_t exact_size() const { return size() / 4; }
 };
 
 constexpr int tiles_of(std::int64_t n) {
     return static_cast<int>((n + 15) / 16);
 }
 
-/// Appends a matrix (d, n) to `out`, whose entries are entry(column, i); returns whether it is exact.
+/// Appends a matrix (d, n) to `out`, whose entries are entry(column, i).
 template <class F>
-bool append_fragments(std::vector<uint4>& out, std::int64_t n, std::int64_t d, F entry) {
-    bool exact = true;
-    for (int m = 0; m < tiles_of(n); ++m) {
-        for (int k = 0; k < tiles_of(d); ++k) {
-            for (int part = 0; part < 4; ++part) {
-                for (int lane = 0; lane < Fragments::lanes; ++lane) {
-                    const auto value = [&](int column, int i) {
-                        const std::int64_t c = 16 * m + column, at = 16 * k + 4 * (lane % 4) + 2 * (part / 2) + i;
-                        const float x = c < n && at < d ? entry(c, at) : 0;
-                        const unsigned high = rounded_to_tf32(x);
-                        const unsigned low = rounded_to_tf32(x - std::bit_cast<float>(high));
-                        exact = exact && low << 1 == 0;
-                        return part % 2 == 0 ? high : low;
-                    };
-                    const int g = lane / 4;
-                    out.push_back({value(g, 0), value(g + 8, 0), value(g, 1), value(g + 8, 1)});
-                }
+void append_fragments(std::vector<uint4>& out, std::int64_t n, std::int64_t d, F entry) {
+    const auto rounded = [](float x) { return (std::bit_cast<std::uint32_t>(x) + 0x1000u) & Tf32Pair::read; };
+    for (int half = 0; half < 2 * tiles_of(d); ++half) {
+        for (int m = 0; m < tiles_of(n); ++m) {
+            for (int lane = 0; lane < Fragment<>::size; ++lane) {
+                const auto value = [&](int column, int i) {
+                    const std::int64_t c = 16 * m + column, at = half / 2 * 16 + lane % 4 * 4 + half % 2 * 2 + i;
+                    const float x = c < n && at < d ? entry(c, at) : 0;
+                    const std::uint32_t high = rounded(x);
+                    return lane < Fragment<>::lanes ? high : rounded(x - std::bit_cast<float>(high));
+                };
+                const int g = lane % Fragment<>::lanes / 4;
+                out.push_back({value(g, 0), value(g + 8, 0), value(g, 1), value(g + 8, 1)});
             }
         }
     }
-    return exact;
+}
+
+/// The same fragments, `tiles` a half, as bfloat16 numbers; none where they are others.
+inline std::vector<uint4> exact_fragments(const std::vector<uint4>& fragments, int tiles) {
+    constexpr std::size_t lanes = Fragment<>::lanes;
+    const auto half = static_cast<std::size_t>(tiles * Fragment<>::size);
+    const auto pair = [](unsigned first, unsigned second) { return first >> 16 | (second & 0xffff0000u); };
+    std::vector<uint4> out;
+    for (std::size_t k = 0; k < fragments.size(); k += 2 * half) {
+        for (std::size_t at = k; at < k + half; ++at) {
+            const uint4 &a = fragments[at], &b = fragments[at + half];
+            if (at / lanes % 2 == 0) {
+                if ((a.x | a.y | a.z | a.w | b.x | b.y | b.z | b.w) & 0xffffu) return {};
+                out.push_back({pair(a.x, a.y), pair(a.z, a.w), pair(b.x, b.y), pair(b.z, b.w)});
+            } else if ((a.x | a.y | a.z | a.w | b.x | b.y | b.z | b.w) << 1) {
+                return {};  // a low part
+            }
+        }
+    }
+    return out;
 }
 
 }  // namespace polyvec
