@@ -172,6 +172,11 @@ def eager_encodings(padded, planes, projections):
     return torch.cat(out, 1).half()
 
 
+def eager_ids(tokens, planes):
+    powers = 2 ** torch.arange(planes.shape[2], device=DEVICE)
+    return ((torch.einsum("td,rdj->trj", tokens, planes) > 0) * powers).sum(-1).int()
+
+
 def fde_cases(docs, t=180):
     """Encodings in float16 of documents of t tokens. Signs are of sums of integers: exact in float32, too."""
     padded = torch.randint(-64, 65, (docs, t, D), device=DEVICE) / 512
@@ -186,6 +191,16 @@ def fde_cases(docs, t=180):
         (padded, planes.to(DEVICE), torch.from_numpy(encoder.projections.copy()).to(DEVICE)),
         compiled=False,
         tolerance={"rtol": 2e-3, "atol": 1e-3},
+        documents=docs,
+    )
+    tokens, ids = sets.values, torch.empty(docs * t, 20, device=DEVICE, dtype=torch.int32)
+    yield Case(
+        f"fde.partition, {docs:,} documents of {t}, 20 times 5 planes",
+        tokens.nbytes + ids.nbytes,
+        lambda: encoder.partition(tokens, out=ids),
+        eager_ids,
+        (tokens, planes.to(DEVICE)),
+        compiled=False,
         documents=docs,
     )
 

@@ -1,8 +1,9 @@
 // Fixed dimensional encodings on a GPU: bucket ids of all tokens first, then a block of threads a set.
 //
 // A document of 180 tokens x 128 with 20 repetitions of 5 planes and 16 columns: 2.3 M multiply-adds for the signs and
-// 1.3 M for the projections on tensor cores, three products for one of float32; 1.8 MB of tokens from shared memory, to
-// which they are copied once, for the sums of buckets. Sums run in the order of tokens: the same bits in every run.
+// 1.3 M for the projections on tensor cores, two or three products for one of float32; 1.8 MB of tokens from shared
+// memory, to which they are copied once, for the sums of buckets. Sums run in the order of tokens: the same bits in
+// every run.
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -34,9 +35,10 @@ __device__ float4 load4(const float* row, std::int64_t i, std::int64_t d, bool a
 struct Planes {
     static constexpr int max_tiles = 8, max_columns = 16 * max_tiles;
 
-    Fragments fragments;  // those of all panels, one after the other
-    const float* slack;   // (panels, 16 * tiles): times a token's magnitude, more than a product is off by
-    const float* rows;    // (R * bits, d)
+    const uint4* fragments;  // Bf16Fragments of all panels, one after the other
+    int tiles, chunks;       // of a panel: of 16 planes, of 16 entries
+    const float* slack;      // (panels, 16 * tiles): times a token's norm, more than a product is off by
+    const float* rows;       // (R * bits, d)
     const std::uint32_t* bucket_of;
     std::int64_t d;
     int bits, repetitions, per_panel;  // repetitions
@@ -52,8 +54,8 @@ __device__ bool is_above(const float* x, const float* plane, std::int64_t d, uns
 
 /// out[token * token_stride + r * repetition_stride] = the bucket. A warp computes 32 tokens of a panel (blockIdx.y).
 ///
-/// A product is off by less than slack times the token's magnitude: the signs of those closer to zero are decided in
-/// float64. Rows too small or too large for float32 products have magnitude infinity: all signs are decided there.
+/// A product is off by less than slack times the token's norm: the signs of those closer to zero are decided in
+/// float64. Rows too small or too large for float32 products count as of infinite norm: all signs are decided there.
 template <bool aligned>
 __global__ void __launch_bounds__(128)
     partition_kernel(const float* tokens, std::int64_t n, const __grid_constant__ Planes planes, std::int32_t* out,
@@ -68,10 +70,12 @@ __global__ void __launch_bounds__(128)
     const int first_repetition = static_cast<int>(blockIdx.y) * planes.per_panel;
     const int left = planes.repetitions - first_repetition;
     const int repetitions = left < planes.per_panel ? left : planes.per_panel, columns = repetitions * planes.bits;
-    const int tiles = planes.fragments.tiles, chunks = planes.fragments.chunks;
-    const uint4* at = planes.fragments.at + blockIdx.y * planes.fragments.size() + lane;
+    const int tiles = planes.tiles, chunks = planes.chunks;
+    const uint4* at =
+        planes.fragments + static_cast<std::int64_t>(blockIdx.y) * tiles * chunks * Bf16Fragment::size + lane;
 
-    float product[max_tiles][groups][4] = {}, magnitude[groups] = {};
+    float product[max_tiles][groups][4] = {}, norm[groups] = {};  // squared, at first
+    unsigned bits[groups] = {};                                   // of all entries
     float4 next[groups];
     const auto load = [&](int k) {
 #pragma unroll
@@ -81,44 +85,44 @@ __global__ void __launch_bounds__(128)
         }
     };
     load(0);
-    Fragment<> ahead(at);
+    Bf16Fragment ahead(at);
     for (int k = 0; k < chunks; ++k) {
         float4 x[groups];
 #pragma unroll
         for (int i = 0; i < groups; ++i) {
             x[i] = next[i];
-            magnitude[i] =
-                fmaxf(fmaxf(magnitude[i], fmaxf(fabsf(x[i].x), fabsf(x[i].y))), fmaxf(fabsf(x[i].z), fabsf(x[i].w)));
+            norm[i] = fmaf(x[i].w, x[i].w, fmaf(x[i].z, x[i].z, fmaf(x[i].y, x[i].y, fmaf(x[i].x, x[i].x, norm[i]))));
+            bits[i] |= (__float_as_uint(x[i].x) | __float_as_uint(x[i].y)) |
+                       (__float_as_uint(x[i].z) | __float_as_uint(x[i].w));
         }
         if (k + 1 < chunks) load(k + 1);  // on its way during the products
+        const Bf16Pairs pairs[groups][2] = {{Bf16Pairs(x[0].x, x[0].y), Bf16Pairs(x[0].z, x[0].w)},
+                                            {Bf16Pairs(x[1].x, x[1].y), Bf16Pairs(x[1].z, x[1].w)},
+                                            {Bf16Pairs(x[2].x, x[2].y), Bf16Pairs(x[2].z, x[2].w)},
+                                            {Bf16Pairs(x[3].x, x[3].y), Bf16Pairs(x[3].z, x[3].w)}};
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const auto pair = [&](const float4& v, int e) { return Tf32Pair(h ? (e ? v.w : v.z) : (e ? v.y : v.x)); };
-            const Tf32Pair halves[groups][2] = {{pair(x[0], 0), pair(x[0], 1)},
-                                                {pair(x[1], 0), pair(x[1], 1)},
-                                                {pair(x[2], 0), pair(x[2], 1)},
-                                                {pair(x[3], 0), pair(x[3], 1)}};
-#pragma unroll
-            for (int m = 0; m < max_tiles; ++m) {
-                if (m >= tiles) continue;
-                const Fragment<> fragment = ahead;
-                ahead = Fragment<>(at += Fragment<>::size);
-                fragment.multiply(product[m], product[m], halves);
-            }
+        for (int m = 0; m < max_tiles; ++m) {
+            if (m >= tiles) continue;
+            const Bf16Fragment fragment = ahead;
+            ahead = Bf16Fragment(at += Bf16Fragment::size);
+            fragment.multiply(product[m], pairs);
         }
     }
 
 #pragma unroll
     for (int i = 0; i < groups; ++i) {
-        float& reach = magnitude[i];
-        for (int bit = 1; bit < 4; bit *= 2) reach = fmaxf(reach, __shfl_xor_sync(whole_warp, reach, bit));
-        if (reach > 0 && !(reach > smallest && reach < largest)) reach = static_cast<float>(HUGE_VALF);
+        for (int bit = 1; bit < 4; bit *= 2) {
+            norm[i] += __shfl_xor_sync(whole_warp, norm[i], bit);
+            bits[i] |= __shfl_xor_sync(whole_warp, bits[i], bit);
+        }
+        norm[i] = sqrt(norm[i]);
+        if (bits[i] << 1 != 0 && !(norm[i] > smallest && norm[i] < largest)) norm[i] = static_cast<float>(HUGE_VALF);
     }
     const float* slack = planes.slack + blockIdx.y * 16 * tiles;
 #pragma unroll
     for (int i = 0; i < groups; ++i) {
-        const float reach[2] = {__shfl_sync(whole_warp, magnitude[i], static_cast<int>(8 * t)),
-                                __shfl_sync(whole_warp, magnitude[i], static_cast<int>(8 * t + 4))};
+        const float reach[2] = {__shfl_sync(whole_warp, norm[i], static_cast<int>(8 * t)),
+                                __shfl_sync(whole_warp, norm[i], static_cast<int>(8 * t + 4))};
         unsigned positive = 0, unsure = 0;  // bit 4 * m + j: of product[m][i][j]
 #pragma unroll
         for (int m = 0; m < max_tiles; ++m) {
@@ -553,28 +557,32 @@ Matrices place(const char* op, const FdeMatrices& m, Cuda cuda) {
     to.panels = static_cast<int>((m.repetitions + fit - 1) / fit);
     planes.per_panel = (planes.repetitions + to.panels - 1) / to.panels;
     const std::int64_t columns = planes.per_panel * m.bits, total = m.repetitions * m.bits;
-    planes.fragments.tiles = tiles_of(columns), planes.fragments.chunks = tiles_of(m.d);
+    planes.tiles = tiles_of(columns), planes.chunks = tiles_of(m.d);
 
     std::vector<uint4> fragments, exact;
-    // Of a product of d terms on tensor cores: 3 * d / 8 steps, each of which truncates 9 terms to 2^-23 of the
-    // largest, and factors that are off by 2^-22; m.slack is (d + 2) * 2^-24 of the same.
-    constexpr float steps = 8;
-    std::vector<float> slack(static_cast<std::size_t>(to.panels * 16 * planes.fragments.tiles)), rows;
+    // A product with a plane is off by less than `error` times both norms: its factors are off by 2^-16, as is what
+    // leaving out the product of their low parts costs; and each of 3 * d / 16 steps on tensor cores truncates 17 terms
+    // to 2^-23 of the largest. Norms are off by less than a hundredth.
+    const double error = 1.01 * (3 * 0x1p-16 + 3 * planes.chunks * 17 * 0x1p-23);
+    std::vector<float> slack(static_cast<std::size_t>(to.panels * 16 * planes.tiles)), rows;
     for (int p = 0; p < to.panels; ++p) {
         const std::int64_t first = p * columns, count = std::min(columns, total - first);
-        append_fragments(fragments, columns, m.d,
-                         [&](std::int64_t c, std::int64_t i) { return c < count ? m.plane(first + c, i) : 0; });
-        for (std::int64_t c = 0; c < count; ++c)
-            slack[static_cast<std::size_t>(p * 16 * planes.fragments.tiles + c)] = steps * m.slack[first + c];
+        append_bf16_fragments(fragments, columns, m.d,
+                              [&](std::int64_t c, std::int64_t i) { return c < count ? m.plane(first + c, i) : 0; });
+        for (std::int64_t c = 0; c < count; ++c) {
+            double size = 0;
+            for (std::int64_t i = 0; i < m.d; ++i) size += std::pow(static_cast<double>(m.plane(first + c, i)), 2);
+            slack[static_cast<std::size_t>(p * 16 * planes.tiles + c)] = static_cast<float>(error * std::sqrt(size));
+        }
     }
     for (std::int64_t c = 0; c < total; ++c)
         for (std::int64_t i = 0; i < m.d; ++i) rows.push_back(m.plane(c, i));
-    fragments.resize(fragments.size() + Fragment<>::size);  // that partition_kernel reads ahead
+    fragments.resize(fragments.size() + Bf16Fragment::size);  // that partition_kernel reads ahead
     to.planes_memory = on_device(fragments);
     to.slack = on_device(slack), to.rows = on_device(rows);
     to.bucket_of = on_device(vector_of(m.bucket_of, m.buckets()));
     to.words = on_device(vector_of(m.words, m.buckets())), to.sources = on_device(vector_of(m.sources, m.buckets()));
-    planes.fragments.at = to.planes_memory.get(), planes.slack = to.slack.get(), planes.rows = to.rows.get();
+    planes.fragments = to.planes_memory.get(), planes.slack = to.slack.get(), planes.rows = to.rows.get();
     planes.bucket_of = to.bucket_of.get();
 
     to.projections = {nullptr, nullptr, 0, tiles_of(m.d)};

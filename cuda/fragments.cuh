@@ -1,4 +1,5 @@
-/// Matrix products on tensor cores, nearly as exact as in float32: a factor is the sum of two TF32 numbers of 11 bits.
+/// Matrix products on tensor cores, nearly as exact as in float32: a factor is the sum of two TF32 numbers of 11 bits,
+/// or, less exactly and in half the time, of two bfloat16 numbers.
 ///
 /// A warp multiplies 16 columns of a matrix with 8 rows of data. Lane 4 * g + t holds entries of columns g and g + 8,
 /// or of row g; of the product, columns g and g + 8 of rows 2 * t and 2 * t + 1. Of each 16 entries of a row it holds
@@ -11,6 +12,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "elements.cuh"
 #include "mma.cuh"
 
 namespace polyvec {
@@ -59,6 +61,47 @@ struct Fragment {
     }
 };
 
+/// Two numbers as pairs of bfloat16 numbers of 8 bits: x, y = high + low, but for 2^-16 of them.
+struct Bf16Pairs {
+    unsigned high, low;
+
+    explicit __device__ Bf16Pairs(float x, float y) {
+        high = rounded(x, y);
+        low = rounded(x - __uint_as_float(high << 16), y - __uint_as_float(high & 0xffff0000u));
+    }
+
+    static __device__ unsigned rounded(float x, float y) {
+#ifdef __CUDACC__
+        unsigned pair;
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+        return pair;
+#else
+        return __float_as_uint(rounded_to_bfloat16(x)) >> 16 | (__float_as_uint(rounded_to_bfloat16(y)) & 0xffff0000u);
+#endif
+    }
+};
+
+/// 16 columns of 16 entries each: half as exact as a Fragment, and in half the time.
+struct Bf16Fragment {
+    static constexpr int lanes = 32, size = 2 * lanes;
+
+    uint4 high, low;
+
+    explicit __device__ Bf16Fragment(const uint4* at) : high(at[0]), low(at[lanes]) {}
+
+    /// sums[i] += these columns times the rows x[i], for i < N.
+    template <int N>
+    __device__ void multiply(float (&sums)[N][4], const Bf16Pairs (&x)[N][2]) const {
+        const unsigned first[] = {high.x, high.y, high.z, high.w}, second[] = {low.x, low.y, low.z, low.w};
+#pragma unroll
+        for (int i = 0; i < N; ++i) multiply_bf16(sums[i], second, x[i][0].high, x[i][1].high);
+#pragma unroll
+        for (int i = 0; i < N; ++i) multiply_bf16(sums[i], first, x[i][0].low, x[i][1].low);
+#pragma unroll
+        for (int i = 0; i < N; ++i) multiply_bf16(sums[i], first, x[i][0].high, x[i][1].high);
+    }
+};
+
 /// A matrix (d, n) as fragments, one after the other: [16 entries][first, second half of each four][16 columns].
 struct Fragments {
     const uint4 *at, *exact;  // the second one as bfloat16 numbers, both halves together; null where they are others
@@ -89,6 +132,32 @@ void append_fragments(std::vector<uint4>& out, std::int64_t n, std::int64_t d, F
                 };
                 const int g = lane % Fragment<>::lanes / 4;
                 out.push_back({value(g, 0), value(g + 8, 0), value(g, 1), value(g + 8, 1)});
+            }
+        }
+    }
+}
+
+/// Appends a matrix (d, n) as Bf16Fragments, [16 entries][16 columns].
+template <class F>
+void append_bf16_fragments(std::vector<uint4>& out, std::int64_t n, std::int64_t d, F entry) {
+    const auto rounded = [](float x) {  // entries are finite
+        const auto bits = std::bit_cast<std::uint32_t>(x);
+        return (bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u;
+    };
+    for (int k = 0; k < tiles_of(d); ++k) {
+        for (int m = 0; m < tiles_of(n); ++m) {
+            for (int lane = 0; lane < Bf16Fragment::size; ++lane) {
+                const auto value = [&](std::int64_t c, std::int64_t i) {
+                    const float x = c < n && i < d ? entry(c, i) : 0;
+                    const std::uint32_t high = rounded(x);
+                    return lane < Bf16Fragment::lanes ? high : rounded(x - std::bit_cast<float>(high));
+                };
+                const auto pair = [&](int column, int i) {
+                    const std::int64_t c = 16 * m + lane % Bf16Fragment::lanes / 4 + column,
+                                       at = 16 * k + lane % 4 * 4 + i;
+                    return value(c, at) >> 16 | value(c, at + 1);
+                };
+                out.push_back({pair(0, 0), pair(8, 0), pair(0, 2), pair(8, 2)});
             }
         }
     }
