@@ -6,7 +6,6 @@
 // every run.
 #include <cmath>
 #include <limits>
-#include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -41,7 +40,7 @@ struct Planes {
     const float* rows;       // (R * bits, d)
     const std::uint32_t* bucket_of;
     std::int64_t d;
-    int bits, repetitions, per_panel;  // repetitions
+    int bits, repetitions, panels, per_panel;  // repetitions
 };
 
 /// Whether <x, plane> > 0, of a warp, in float64, where the products of floats are exact.
@@ -52,7 +51,8 @@ __device__ bool is_above(const float* x, const float* plane, std::int64_t d, uns
     return sum > 0;
 }
 
-/// out[token * token_stride + r * repetition_stride] = the bucket. A warp computes 32 tokens of a panel (blockIdx.y).
+/// out[token * token_stride + r * repetition_stride] = the bucket. A warp computes 32 tokens of a panel; the
+/// panels of a block's tokens are neighbours, so that tokens come from memory once.
 ///
 /// A product is off by less than slack times the token's norm: the signs of those closer to zero are decided in
 /// float64. Rows too small or too large for float32 products count as of infinite norm: all signs are decided there.
@@ -63,16 +63,16 @@ __global__ void __launch_bounds__(128)
     constexpr int groups = 4, max_tiles = Planes::max_tiles;  // of 8 tokens, of 16 planes
     constexpr float smallest = 1e-18f, largest = 1e18f;       // between these, products neither under- nor overflow
     const unsigned lane = threadIdx.x % lanes, g = lane / 4, t = lane % 4;
-    const std::int64_t first =
-        (static_cast<std::int64_t>(blockIdx.x) * (blockDim.x / lanes) + threadIdx.x / lanes) * 32;
+    const int panel = static_cast<int>(blockIdx.x % planes.panels);
+    const std::int64_t block = blockIdx.x / planes.panels;
+    const std::int64_t first = (block * (blockDim.x / lanes) + threadIdx.x / lanes) * 32;
     if (first >= n) return;
     const std::int64_t d = planes.d;
-    const int first_repetition = static_cast<int>(blockIdx.y) * planes.per_panel;
+    const int first_repetition = panel * planes.per_panel;
     const int left = planes.repetitions - first_repetition;
     const int repetitions = left < planes.per_panel ? left : planes.per_panel, columns = repetitions * planes.bits;
     const int tiles = planes.tiles, chunks = planes.chunks;
-    const uint4* at =
-        planes.fragments + static_cast<std::int64_t>(blockIdx.y) * tiles * chunks * Bf16Fragment::size + lane;
+    const uint4* at = planes.fragments + static_cast<std::int64_t>(panel) * tiles * chunks * Bf16Fragment::size + lane;
 
     float product[max_tiles][groups][4] = {}, norm[groups] = {};  // squared, at first
     unsigned bits[groups] = {};                                   // of all entries
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(128)
         norm[i] = sqrt(norm[i]);
         if (bits[i] << 1 != 0 && !(norm[i] > smallest && norm[i] < largest)) norm[i] = static_cast<float>(HUGE_VALF);
     }
-    const float* slack = planes.slack + blockIdx.y * 16 * tiles;
+    const float* slack = planes.slack + panel * 16 * tiles;
 #pragma unroll
     for (int i = 0; i < groups; ++i) {
         const float reach[2] = {__shfl_sync(whole_warp, norm[i], static_cast<int>(8 * t)),
@@ -210,7 +210,7 @@ struct Encode {
     static constexpr int most_warps = 20;
     using Staged = std::uint16_t;
 
-    /// Floats from one token to the next in shared memory: as many for each bank.
+    /// Floats from one token to the next in shared memory: a multiple of its 32 banks.
     __host__ __device__ std::int64_t stride() const { return (d + 31) / 32 * 32; }
     __host__ __device__ std::int64_t all_buckets() const { return static_cast<std::int64_t>(repetitions) * buckets; }
 
@@ -412,7 +412,7 @@ __device__ void write_blocks(const Encode& e, const float* rows, const Buckets<T
     }
 }
 
-/// A set of n tokens, of a block. rows(r): the buckets of repetition r.
+/// A set of n tokens, of a block. rows: its tokens; buckets_of(r): where those of repetition r are.
 template <bool staged, class BucketsOf>
 __device__ void encode_set(const Encode& e, std::int64_t set, std::int64_t begin, std::int64_t n, const float* rows,
                            BucketsOf buckets_of) {
@@ -436,7 +436,7 @@ __device__ void encode_set(const Encode& e, std::int64_t set, std::int64_t begin
     }
 }
 
-/// The rows of a set, in shared memory where they fit, or else where they lie.
+/// Encodes a set: its tokens from shared memory where they fit, or else from where they lie.
 __device__ void encode(const Encode& e, std::int64_t set) {
     const std::int64_t begin = e.offsets[set], n = e.offsets[set + 1] - begin, stride = e.stride();
     const float* tokens = e.tokens + begin * e.d;
@@ -538,7 +538,6 @@ struct Matrices {
     DeviceArray<std::uint32_t> bucket_of, words, sources, entries;
     DeviceArray<std::int64_t> begins;
     Planes planes;
-    int panels;
     Fragments projections;
     Sketch sketch;
 };
@@ -554,8 +553,8 @@ Matrices place(const char* op, const FdeMatrices& m, Cuda cuda) {
     Planes& planes = to.planes;
     planes.d = m.d, planes.bits = static_cast<int>(m.bits), planes.repetitions = static_cast<int>(m.repetitions);
     const std::int64_t fit = Planes::max_columns / std::max<std::int64_t>(1, m.bits);
-    to.panels = static_cast<int>((m.repetitions + fit - 1) / fit);
-    planes.per_panel = (planes.repetitions + to.panels - 1) / to.panels;
+    planes.panels = static_cast<int>((m.repetitions + fit - 1) / fit);
+    planes.per_panel = (planes.repetitions + planes.panels - 1) / planes.panels;
     const std::int64_t columns = planes.per_panel * m.bits, total = m.repetitions * m.bits;
     planes.tiles = tiles_of(columns), planes.chunks = tiles_of(m.d);
 
@@ -564,8 +563,8 @@ Matrices place(const char* op, const FdeMatrices& m, Cuda cuda) {
     // leaving out the product of their low parts costs; and each of 3 * d / 16 steps on tensor cores truncates 17 terms
     // to 2^-23 of the largest. Norms are off by less than a hundredth.
     const double error = 1.01 * (3 * 0x1p-16 + 3 * planes.chunks * 17 * 0x1p-23);
-    std::vector<float> slack(static_cast<std::size_t>(to.panels * 16 * planes.tiles)), rows;
-    for (int p = 0; p < to.panels; ++p) {
+    std::vector<float> slack(static_cast<std::size_t>(planes.panels * 16 * planes.tiles)), rows;
+    for (int p = 0; p < planes.panels; ++p) {
         const std::int64_t first = p * columns, count = std::min(columns, total - first);
         append_bf16_fragments(fragments, columns, m.d,
                               [&](std::int64_t c, std::int64_t i) { return c < count ? m.plane(first + c, i) : 0; });
@@ -633,7 +632,7 @@ void partition(const char* op, Cuda cuda, const Matrices& matrices, const float*
                std::int32_t* out, std::int64_t token_stride, std::int64_t repetition_stride) {
     if (n == 0) return;
     constexpr unsigned threads = 128;  // 32 tokens a warp
-    const dim3 grid(static_cast<unsigned>((n + threads - 1) / threads), static_cast<unsigned>(matrices.panels));
+    const dim3 grid(static_cast<unsigned>((n + threads - 1) / threads * matrices.planes.panels));
     launch(op, cuda, grid, dim3(threads), 0,
            is_aligned(tokens, matrices.planes.d) ? partition_kernel<true> : partition_kernel<false>, tokens, n,
            matrices.planes, out, token_stride, repetition_stride);
