@@ -57,31 +57,30 @@ __global__ void prepare_kernel(const float* queries, std::int64_t stride, float*
 }
 
 /// Queries and items, and the score of a pair, higher is better: the negative of a distance.
-template <class T>
 struct Pairs {
     const float* queries;
     std::int64_t stride;
-    const T* rows;
+    const void* rows;
+    DType dtype;
     const float *scales, *bias;  // null when absent
     std::int64_t items, d;
     Metric metric;
 
-    __device__ bool has(std::int64_t item) const { return item >= 0 && item < items; }
-
-    __device__ float operator()(std::int64_t query, std::int64_t item) const {
-        float sum = 0, square = 0;
-        add(query, item, 0, 1, metric == Metric::l2, sum, square);
-        return score(item, sum, square);
+    template <class T>
+    __device__ const T* row(std::int64_t item) const {
+        return static_cast<const T*>(rows) + item * d;
     }
 
-    /// The same, by the 32 threads of a warp.
+    __device__ bool has(std::int64_t item) const { return item >= 0 && item < items; }
+
+    /// The score, by the 32 threads of a warp.
     __device__ float by_warp(std::int64_t query, std::int64_t item) const {
         float sum = 0, square = 0;
         add(query, item, threadIdx.x % 32, 32, metric == Metric::l2, sum, square);
         return score(item, sum_of_warp(sum), sum_of_warp(square));
     }
 
-    /// The same for l2 with |q|^2 more, from inner products.
+    /// By one thread; for l2 with |q|^2 more, from inner products.
     __device__ float expanded(std::int64_t query, std::int64_t item) const {
         float sum = 0, square = 0;
         add(query, item, 0, 1, false, sum, square);
@@ -98,17 +97,27 @@ private:
     __device__ void add(std::int64_t query, std::int64_t item, std::int64_t first, std::int64_t step, bool distances,
                         float& sum, float& square) const {
         const float* q = queries + query * stride;
-        const T* x = rows + item * d;
         const float scale = distances && scales ? scales[item] : 1;
-        for (std::int64_t c = first; c < d; c += step) {
-            const float element = value_of(x[c]);
-            if (distances) {
-                const float difference = fmaf(-scale, element, q[c]);
-                sum = fmaf(difference, difference, sum);
-            } else {
-                sum = fmaf(q[c], element, sum);
-                square = fmaf(element, element, square);
+        const auto add_row = [&](const auto* x) {
+            for (std::int64_t c = first; c < d; c += step) {
+                const float element = value_of(x[c]);
+                if (distances) {
+                    const float difference = fmaf(-scale, element, q[c]);
+                    sum = fmaf(difference, difference, sum);
+                } else {
+                    sum = fmaf(q[c], element, sum);
+                    square = fmaf(element, element, square);
+                }
             }
+        };
+        if (dtype == DType::f32) {
+            add_row(row<float>(item));
+        } else if (dtype == DType::f16) {
+            add_row(row<Float16>(item));
+        } else if (dtype == DType::i8) {
+            add_row(row<std::int8_t>(item));
+        } else {
+            add_row(row<BFloat16>(item));
         }
     }
 
@@ -241,20 +250,18 @@ __device__ float write_parts(Values values, float largest, std::int64_t d, std::
     return factor;
 }
 
-template <class T>
+template <class Half, int Count>
 __global__ void __launch_bounds__(row_threads)
     prepare_rows_kernel(const float* queries, std::int64_t stride, std::int64_t n, std::int64_t d,
                         std::uint16_t* values, std::int64_t plane, float* factors) {
-    using P = Parted<T>;
     const std::int64_t i = row_of_warp();
     const int lane = static_cast<int>(threadIdx.x % 32);
     if (i >= n) return;
     const float* from = queries + i * stride;
     float largest = 0;
     for (std::int64_t c = lane; c < d; c += 32) largest = fmaxf(largest, fabsf(from[c]));
-    const float factor =
-        write_parts<typename P::Half, P::query>([&](std::int64_t c) { return from[c]; }, largest_of_warp(largest), d,
-                                                values + i * (padded_width(d)), plane, lane);
+    const float factor = write_parts<Half, Count>([&](std::int64_t c) { return from[c]; }, largest_of_warp(largest), d,
+                                                  values + i * (padded_width(d)), plane, lane);
     if (lane == 0) factors[i] = factor;
 }
 
@@ -262,7 +269,7 @@ __global__ void __launch_bounds__(row_threads)
 /// `values` is null. For l2 the score of a tile is that of a pair and |q|^2 more.
 template <class T>
 __global__ void __launch_bounds__(row_threads)
-    prepare_columns_kernel(const __grid_constant__ Pairs<T> score, const __grid_constant__ TileOrder order,
+    prepare_columns_kernel(const __grid_constant__ Pairs score, const __grid_constant__ TileOrder order,
                            std::int64_t first, std::int64_t n, const std::int64_t* ids, std::int64_t ids_n,
                            std::uint16_t* values, std::int64_t plane, Affine* affine) {
     using P = Parted<T>;
@@ -279,7 +286,7 @@ __global__ void __launch_bounds__(row_threads)
         if (lane == 0) affine[j] = {0, ids ? NAN : -HUGE_VALF};
         return;
     }
-    const T* from = score.rows + item * d;
+    const T* from = score.row<T>(item);
     const float scale = score.scales ? score.scales[item] : 1, bias = score.bias ? score.bias[item] : 0;
     float largest = 0, square = 0, factor = 1;
     if (score.metric != Metric::ip || (values && P::item == 2)) {
@@ -324,9 +331,9 @@ struct Passed {
 
 /// Turns the products of a tile into scores for an action, which keeps what it makes of them. What an item that takes
 /// no part scores, is NaN.
-template <class T, class Action>
+template <class Action>
 struct Epilogue {
-    Pairs<T> score;
+    Pairs score;
     const float* factors;
     std::int64_t queries;
     const std::int64_t* ids;  // null, or the items of the columns, as many as queries
@@ -653,7 +660,7 @@ __device__ float dot(const float4& x, const float4& y, float sum) {
 /// leave tensor cores idle. 16 bytes of a row go to each of `lanes` threads at a time. d: a multiple of these.
 template <class T, int Q>
 __global__ void __launch_bounds__(row_threads)
-    stream_kernel(const __grid_constant__ Pairs<T> score, const __grid_constant__ TileOrder order, std::int64_t first,
+    stream_kernel(const __grid_constant__ Pairs score, const __grid_constant__ TileOrder order, std::int64_t first,
                   std::int64_t end, const __grid_constant__ Lists exclude,
                   const __grid_constant__ Candidates candidates, int queries, int lanes) {
     constexpr int width = 16 / sizeof(T), rows = Q == 1 ? 8 : 4, rows_of_warp = tile_columns / (row_threads / 32);
@@ -681,7 +688,7 @@ __global__ void __launch_bounds__(row_threads)
 #pragma unroll
                 for (int u = 0; u < rows; ++u) {
                     const std::int64_t row = item + u < score.items ? item + u : score.items - 1;
-                    x[u] = *reinterpret_cast<const Chunk*>(score.rows + row * score.d + chunk * width);
+                    x[u] = *reinterpret_cast<const Chunk*>(score.row<T>(row) + chunk * width);
                 }
 #pragma unroll
                 for (int four = 0; four < width / 4; ++four) {
@@ -719,9 +726,8 @@ __global__ void __launch_bounds__(row_threads)
 
 /// The k best of each query in order, by scores that are computed directly; of all items where candidates were lost.
 /// size: the power of two that is not below k, nor above the capacity.
-template <class T>
 __global__ void __launch_bounds__(select_threads)
-    order_kernel(const __grid_constant__ Pairs<T> score, const __grid_constant__ Lists exclude,
+    order_kernel(const __grid_constant__ Pairs score, const __grid_constant__ Lists exclude,
                  const __grid_constant__ Candidates candidates, float* scores, std::int64_t* ids, unsigned size,
                  float sign) {
     __shared__ Selection selection;
@@ -760,9 +766,8 @@ __global__ void __launch_bounds__(select_threads)
     }
 }
 
-template <class T>
 __global__ void __launch_bounds__(row_threads)
-    nearest_kernel(const __grid_constant__ Pairs<T> score, const Key* best, float* scores, std::int64_t* ids,
+    nearest_kernel(const __grid_constant__ Pairs score, const Key* best, float* scores, std::int64_t* ids,
                    std::int64_t queries, float sign) {
     const std::int64_t query = row_of_warp();
     if (query >= queries) return;
@@ -774,9 +779,8 @@ __global__ void __launch_bounds__(row_threads)
     if (scores) scores[query] = sign * value;
 }
 
-template <class T>
 __global__ void __launch_bounds__(row_threads)
-    pairs_kernel(const __grid_constant__ Pairs<T> score, const std::int64_t* ids, float* out, std::int64_t n,
+    pairs_kernel(const __grid_constant__ Pairs score, const std::int64_t* ids, float* out, std::int64_t n,
                  std::int64_t m, float sign) {
     const std::int64_t i = row_of_warp();
     if (i >= n * m) return;
@@ -802,7 +806,7 @@ void with_items(DType dtype, F f) {
     }
 }
 
-/// Calls f(pairs) with the queries prepared.
+/// Calls f(pairs) with the element type of the items as a constant, and the queries prepared.
 template <class F>
 void with_pairs(const char* op, Cuda cuda, const Array& queries, const ScanItems& items, const Array& bias,
                 Metric metric, F f) {
@@ -813,9 +817,9 @@ void with_pairs(const char* op, Cuda cuda, const Array& queries, const ScanItems
         if (changed)
             launch_warps(op, cuda, n, prepare_kernel, queries.as<const float>(), queries.stride(0), prepared.get(), n,
                          d, unit, rounding);
-        f(Pairs<T>{changed ? prepared.get() : queries.as<const float>(), changed ? d : queries.stride(0),
-                   items.rows.as<const T>(), items.scales.as<const float>(), bias.as<const float>(), items.rows.dim(0),
-                   d, metric});
+        f.template operator()<T>(Pairs{
+            changed ? prepared.get() : queries.as<const float>(), changed ? d : queries.stride(0), items.rows.data,
+            items.rows.dtype, items.scales.as<const float>(), bias.as<const float>(), items.rows.dim(0), d, metric});
     });
 }
 
@@ -836,7 +840,7 @@ public:
         return std::max<std::int64_t>(tile_rows, batch_elements / width(d) / tile_rows * tile_rows);
     }
 
-    Tiles(const char* op, Cuda cuda, const Pairs<T>& score, std::int64_t queries, const Passed& passed)
+    Tiles(const char* op, Cuda cuda, const Pairs& score, std::int64_t queries, const Passed& passed)
         : op_(op),
           cuda_(cuda),
           score_(score),
@@ -852,8 +856,8 @@ public:
           factors_(op, cuda, queries),
           item_values_(op, cuda, packed_ ? P::item * piece_ * tile_columns * width(score.d) : 0),
           affine_(op, cuda, piece_ * tile_columns) {
-        launch_warps(op, cuda, queries, prepare_rows_kernel<T>, score.queries, score.stride, queries, score.d,
-                     query_values_.get(), queries * width(score.d), factors_.get());
+        launch_warps(op, cuda, queries, prepare_rows_kernel<typename P::Half, P::query>, score.queries, score.stride,
+                     queries, score.d, query_values_.get(), queries * width(score.d), factors_.get());
     }
 
     std::int64_t positions() const { return order_.tiles; }
@@ -866,7 +870,7 @@ public:
             const std::int64_t last = std::min(first + piece_, end), n = (last - first) * tile_columns;
             const std::int64_t plane = piece_ * tile_columns * width(score_.d);
             prepare(order_, first, n, nullptr, 0, packed_ ? item_values_.get() : nullptr, plane, affine_.get());
-            const TileOperand items{packed_ ? item_values_.get() : reinterpret_cast<const std::uint16_t*>(score_.rows),
+            const TileOperand items{packed_ ? item_values_.get() : static_cast<const std::uint16_t*>(score_.rows),
                                     packed_ ? n : score_.items, width(score_.d), plane};
             launch_tiles(std::min(parts_, last - first), {items, affine_.get(), order_, first, last, packed_, false},
                          action, passed_, nullptr);
@@ -900,14 +904,14 @@ private:
                       const std::int64_t* ids) const {
         const std::int64_t d = width(score_.d);
         launch(op_, cuda_, dim3(static_cast<unsigned>(row_tiles()), static_cast<unsigned>(parts)), dim3(tile_threads),
-               tile_bytes<P::query, P::item>, tile_kernel<typename P::Half, P::query, P::item, Epilogue<T, Action>>,
+               tile_bytes<P::query, P::item>, tile_kernel<typename P::Half, P::query, P::item, Epilogue<Action>>,
                TileOperand{query_values_.get(), queries_, d, queries_ * d}, columns, d,
-               Epilogue<T, Action>{score_, factors_.get(), queries_, ids, passed, action});
+               Epilogue<Action>{score_, factors_.get(), queries_, ids, passed, action});
     }
 
     const char* op_;
     Cuda cuda_;
-    Pairs<T> score_;
+    Pairs score_;
     std::int64_t queries_;
     Passed passed_;
     TileOrder order_;
@@ -920,10 +924,10 @@ private:
 };
 
 /// Calls f(pairs of a batch of queries, first, count) for all queries.
-template <class T, class F>
-void for_batches(const Pairs<T>& score, std::int64_t queries, std::int64_t batch, F f) {
+template <class F>
+void for_batches(const Pairs& score, std::int64_t queries, std::int64_t batch, F f) {
     for (std::int64_t first = 0; first < queries; first += batch) {
-        Pairs<T> some = score;
+        Pairs some = score;
         some.queries += first * score.stride;
         f(some, first, std::min(batch, queries - first));
     }
@@ -933,15 +937,15 @@ constexpr std::int64_t most_streamed = 8;  // queries
 
 /// Whether few queries meet rows that can be read 16 bytes at a time.
 template <class T>
-bool streams(const Pairs<T>& score, std::int64_t queries) {
+bool streams(const Pairs& score, std::int64_t queries) {
     return queries <= most_streamed && score.d > 0 && score.d % (16 / sizeof(T)) == 0 && score.d <= 1536 &&
            reinterpret_cast<std::uintptr_t>(score.rows) % 16 == 0;
 }
 
 /// Shows the items at some positions to all queries.
 template <class T>
-void stream(const char* op, Cuda cuda, const Pairs<T>& score, const TileOrder& order, std::int64_t begin,
-            std::int64_t end, Lists exclude, const Candidates& candidates, std::int64_t queries) {
+void stream(const char* op, Cuda cuda, const Pairs& score, const TileOrder& order, std::int64_t begin, std::int64_t end,
+            Lists exclude, const Candidates& candidates, std::int64_t queries) {
     constexpr std::int64_t blocks = 8;  // a multiprocessor
     const auto of_queries = [&]<int Q>() {
         const int chunks = static_cast<int>(score.d) / (16 / static_cast<int>(sizeof(T)));
@@ -962,12 +966,12 @@ void stream(const char* op, Cuda cuda, const Pairs<T>& score, const TileOrder& o
 
 /// Writes `scores` and `ids` (queries, k).
 template <class T>
-void search(const char* op, Cuda cuda, const Pairs<T>& score, Lists exclude, float* scores, std::int64_t* ids,
+void search(const char* op, Cuda cuda, const Pairs& score, Lists exclude, float* scores, std::int64_t* ids,
             std::int64_t queries, std::int64_t k) {
     constexpr std::int64_t most_keys = std::int64_t(1) << 24;  // 128 MB
     const Rounds rounds(k);
     const std::int64_t batch = std::min(Tiles<T>::batch(score.d), most_keys / rounds.capacity);
-    for_batches(score, queries, batch, [&](const Pairs<T>& some, std::int64_t first, std::int64_t n) {
+    for_batches(score, queries, batch, [&](const Pairs& some, std::int64_t first, std::int64_t n) {
         const Scratch<Key> keys(op, cuda, n * rounds.capacity), limits(op, cuda, n);
         const Scratch<unsigned> counts(op, cuda, n);
         fill_with_zeros(op, cuda, limits.get(), n);
@@ -983,46 +987,45 @@ void search(const char* op, Cuda cuda, const Pairs<T>& score, Lists exclude, flo
                 seen = end;
             }
         };
-        if (streams(score, queries)) {
+        if (streams<T>(score, queries)) {
             const TileOrder order(score.items);
             in_rounds(order.tiles, [&](std::int64_t begin, std::int64_t end) {
-                stream(op, cuda, some, order, begin, end, passed.lists, candidates, n);
+                stream<T>(op, cuda, some, order, begin, end, passed.lists, candidates, n);
             });
         } else {
             const Tiles<T> tiles(op, cuda, some, n, passed);
             in_rounds(tiles.positions(),
                       [&](std::int64_t begin, std::int64_t end) { tiles.visit(begin, end, ListBest{candidates}); });
         }
-        launch(op, cuda, dim3(static_cast<unsigned>(n)), dim3(select_threads), 0, order_kernel<T>, some, passed.lists,
+        launch(op, cuda, dim3(static_cast<unsigned>(n)), dim3(select_threads), 0, order_kernel, some, passed.lists,
                candidates, scores + first * k, ids + first * k, std::bit_ceil(candidates.k), sign_of(score.metric));
     });
 }
 
 template <class T>
-void nearest(const char* op, Cuda cuda, const Pairs<T>& score, float* scores, std::int64_t* ids, std::int64_t queries) {
-    for_batches(score, queries, Tiles<T>::batch(score.d),
-                [&](const Pairs<T>& some, std::int64_t first, std::int64_t n) {
-                    const Scratch<Key> best(op, cuda, n);
-                    fill_with_zeros(op, cuda, best.get(), n);
-                    const Tiles<T> tiles(op, cuda, some, n, Passed{{nullptr, nullptr}});
-                    tiles.visit(0, tiles.positions(), KeepBest{best.get()});
-                    launch_warps(op, cuda, n, nearest_kernel<T>, some, best.get(), scores ? scores + first : nullptr,
-                                 ids + first, n, sign_of(score.metric));
-                });
+void nearest(const char* op, Cuda cuda, const Pairs& score, float* scores, std::int64_t* ids, std::int64_t queries) {
+    for_batches(score, queries, Tiles<T>::batch(score.d), [&](const Pairs& some, std::int64_t first, std::int64_t n) {
+        const Scratch<Key> best(op, cuda, n);
+        fill_with_zeros(op, cuda, best.get(), n);
+        const Tiles<T> tiles(op, cuda, some, n, Passed{{nullptr, nullptr}});
+        tiles.visit(0, tiles.positions(), KeepBest{best.get()});
+        launch_warps(op, cuda, n, nearest_kernel, some, best.get(), scores ? scores + first : nullptr, ids + first, n,
+                     sign_of(score.metric));
+    });
 }
 
 }  // namespace
 
 void run(const ScanTopK& op, Cuda cuda) {
-    with_pairs(op.op, cuda, op.queries, op.items, op.bias, op.metric, [&](const auto& score) {
-        search(op.op, cuda, score, lists_of(op.exclude), op.scores.as<float>(), op.ids.as<std::int64_t>(),
-               op.queries.dim(0), op.scores.dim(1));
+    with_pairs(op.op, cuda, op.queries, op.items, op.bias, op.metric, [&]<class T>(const Pairs& score) {
+        search<T>(op.op, cuda, score, lists_of(op.exclude), op.scores.as<float>(), op.ids.as<std::int64_t>(),
+                  op.queries.dim(0), op.scores.dim(1));
     });
 }
 
 void run(const ScanNearest& op, Cuda cuda) {
-    with_pairs(op.op, cuda, op.x, op.centroids, Array(), op.metric, [&](const auto& score) {
-        nearest(op.op, cuda, score, op.distances.as<float>(), op.ids.as<std::int64_t>(), op.x.dim(0));
+    with_pairs(op.op, cuda, op.x, op.centroids, Array(), op.metric, [&]<class T>(const Pairs& score) {
+        nearest<T>(op.op, cuda, score, op.distances.as<float>(), op.ids.as<std::int64_t>(), op.x.dim(0));
     });
 }
 
@@ -1031,9 +1034,9 @@ void run(const ScanRank& op, Cuda cuda) {
     const std::int64_t* targets = op.targets.as<const std::int64_t>();
     const Scratch<unsigned long long> counts(op.op, cuda, 2 * n);
     fill_with_zeros(op.op, cuda, counts.get(), 2 * n);
-    with_pairs(op.op, cuda, op.queries, op.items, op.bias, op.metric, [&]<class T>(const Pairs<T>& score) {
+    with_pairs(op.op, cuda, op.queries, op.items, op.bias, op.metric, [&]<class T>(const Pairs& score) {
         const Passed known{lists_of(op.known), targets, true, false};
-        for_batches(score, n, Tiles<T>::batch(score.d), [&](const Pairs<T>& some, std::int64_t first, std::int64_t m) {
+        for_batches(score, n, Tiles<T>::batch(score.d), [&](const Pairs& some, std::int64_t first, std::int64_t m) {
             const Scratch<float> limits(op.op, cuda, m);
             const Tiles<T> tiles(op.op, cuda, some, m, known.from(first));
             tiles.score_targets(targets + first, limits.get());
@@ -1045,18 +1048,18 @@ void run(const ScanRank& op, Cuda cuda) {
 
 void run(const ScanPairs& op, Cuda cuda) {
     const std::int64_t n = op.ids.dim(0), m = op.ids.dim(1);
-    with_pairs(op.op, cuda, op.queries, op.items, op.bias, op.metric, [&]<class T>(const Pairs<T>& score) {
-        launch_warps(op.op, cuda, n * m, pairs_kernel<T>, score, op.ids.as<const std::int64_t>(), op.out.as<float>(), n,
-                     m, sign_of(op.metric));
+    with_pairs(op.op, cuda, op.queries, op.items, op.bias, op.metric, [&]<class T>(const Pairs& score) {
+        launch_warps(op.op, cuda, n * m, pairs_kernel, score, op.ids.as<const std::int64_t>(), op.out.as<float>(), n, m,
+                     sign_of(op.metric));
     });
 }
 
 void run(const ScanLogSumExp& op, Cuda cuda) {
     const std::int64_t n = op.queries.dim(0);
     const float exponent_scale = op.scale * 1.44269504f;  // of exponents of 2
-    with_pairs(op.op, cuda, op.queries, op.items, op.bias, op.metric, [&]<class T>(const Pairs<T>& score) {
+    with_pairs(op.op, cuda, op.queries, op.items, op.bias, op.metric, [&]<class T>(const Pairs& score) {
         const Passed exclude{lists_of(op.exclude)};
-        for_batches(score, n, Tiles<T>::batch(score.d), [&](const Pairs<T>& some, std::int64_t first, std::int64_t m) {
+        for_batches(score, n, Tiles<T>::batch(score.d), [&](const Pairs& some, std::int64_t first, std::int64_t m) {
             const Tiles<T> tiles(op.op, cuda, some, m, exclude.from(first));
             const std::int64_t partials = tiles.partials();
             const Scratch<ScaledSum> sums(op.op, cuda, partials * m);
@@ -1072,9 +1075,9 @@ void run(const ScanLogSumExp& op, Cuda cuda) {
 void run(const ScanHinge& op, Cuda cuda) {
     const std::int64_t n = op.queries.dim(0);
     const std::int64_t* targets = op.targets.as<const std::int64_t>();
-    with_pairs(op.op, cuda, op.queries, op.items, op.bias, op.metric, [&]<class T>(const Pairs<T>& score) {
+    with_pairs(op.op, cuda, op.queries, op.items, op.bias, op.metric, [&]<class T>(const Pairs& score) {
         const Passed known{lists_of(op.known), targets, false, true};
-        for_batches(score, n, Tiles<T>::batch(score.d), [&](const Pairs<T>& some, std::int64_t first, std::int64_t m) {
+        for_batches(score, n, Tiles<T>::batch(score.d), [&](const Pairs& some, std::int64_t first, std::int64_t m) {
             const Scratch<float> limits(op.op, cuda, m);
             const Tiles<T> tiles(op.op, cuda, some, m, known.from(first));
             const std::int64_t partials = tiles.partials();
