@@ -96,12 +96,6 @@ void launch_rows(const char* op, Cuda cuda, std::int64_t rows, std::int64_t d, v
     launch(op, cuda, grid, block, 0, kernel, args...);
 }
 
-inline int multiprocessors_of(const char* op, Cuda cuda) {
-    int value = 0;
-    check(op, cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, cuda.device));
-    return value;
-}
-
 /// polyvec's own pool of a device's memory. It keeps up to 1 GB of what ops gave back: the device's default pool
 /// returns all of it to the system whenever somebody waits for the stream, and takes a millisecond to get it again.
 inline cudaMemPool_t pool_of(const char* op, int device) {

@@ -851,7 +851,8 @@ public:
                   reinterpret_cast<std::uintptr_t>(score.rows) % 16 != 0),
           piece_(std::clamp<std::int64_t>((packed_ ? piece_elements / width(score.d) : piece_items) / tile_columns, 1,
                                           std::max<std::int64_t>(order_.tiles, 1))),
-          parts_(tile_parts(multiprocessors_of(op, cuda), row_tiles(), piece_)),
+          parts_(tile_parts(static_cast<int>(attribute_of(op, cuda, cudaDevAttrMultiProcessorCount)), row_tiles(),
+                            piece_)),
           query_values_(op, cuda, P::query * queries * width(score.d)),
           factors_(op, cuda, queries),
           item_values_(op, cuda, packed_ ? P::item * piece_ * tile_columns * width(score.d) : 0),
@@ -950,7 +951,8 @@ void stream(const char* op, Cuda cuda, const Pairs& score, const TileOrder& orde
     const auto of_queries = [&]<int Q>() {
         const int chunks = static_cast<int>(score.d) / (16 / static_cast<int>(sizeof(T)));
         const int lanes = std::clamp(static_cast<int>(std::bit_ceil(static_cast<unsigned>(chunks))), 8, 32);
-        const std::int64_t grid = std::min(end - begin, blocks * multiprocessors_of(op, cuda));
+        const std::int64_t grid =
+            std::min(end - begin, blocks * static_cast<int>(attribute_of(op, cuda, cudaDevAttrMultiProcessorCount)));
         launch(op, cuda, dim3(static_cast<unsigned>(grid)), dim3(row_threads),
                static_cast<std::size_t>(Q * score.d) * sizeof(float), stream_kernel<T, Q>, score, order, begin, end,
                exclude, candidates, static_cast<int>(queries), lanes);

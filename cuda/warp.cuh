@@ -3,7 +3,6 @@
 
 #include <cuda_runtime.h>
 
-#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
