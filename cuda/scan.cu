@@ -364,9 +364,9 @@ struct Epilogue {
             for (int slot = 0; slot < 8; ++slot) largest[slot] = -HUGE_VALF;
 #pragma unroll
             for (int j = 0; j < 16; ++j) {
-                const Affine item = affine[place.column(j)];
 #pragma unroll
                 for (int slot = 0; slot < 8; ++slot) {
+                    const Affine item = affine[place.column(slot, j)];
                     float& score = scores(slot, j);
                     score = fmaf(score * item.x, factor[slot], item.y);
                     largest[slot] = larger_or_nan(largest[slot], score);
@@ -402,7 +402,7 @@ struct Epilogue {
             }
             for (; lost != 0; lost &= lost - 1) {
                 const int lowest = __ffs(static_cast<int>(lost)) - 1;
-                std::int64_t item = first_item + place.column(lowest);
+                std::int64_t item = first_item + place.column(slot, lowest);
                 if (all.ids) item = item < all.queries ? all.ids[item] : -1;
                 if (query >= all.queries || !all.score.has(item)) continue;
                 const float score = all.score.expanded(query, item);
@@ -443,7 +443,7 @@ struct Epilogue {
             float largest = -HUGE_VALF;
 #pragma unroll
             for (int j = 0; j < 16; ++j) {
-                const int column = place.column(j);
+                const int column = place.column(slot, j);
                 if (mask[place.row(slot) * (tile_columns / 32) + column / 32] >> column % 32 & 1) scores(slot, j) = NAN;
                 largest = fmaxf(largest, scores(slot, j));
             }
@@ -483,7 +483,7 @@ struct ListBest {
                 float score = 0;
 #pragma unroll
                 for (int j = 0; j < 16; ++j) score = j == lowest ? scores(slot, j) : score;
-                const Key key = key_of(score, first_item + place.column(lowest));
+                const Key key = key_of(score, first_item + place.column(slot, lowest));
                 if (at < candidates.capacity) candidates.keys[query * candidates.capacity + at] = key > least ? key : 0;
             }
         }
@@ -510,7 +510,7 @@ struct KeepBest {
             if (!__any_sync(whole_warp, largest >= limit[slot] && largest > -HUGE_VALF)) return;
 #pragma unroll
             for (int j = 0; j < 16; ++j) {
-                const int item = static_cast<int>(first_item) + place.column(j);
+                const int item = static_cast<int>(first_item) + place.column(slot, j);
                 if (scores(slot, j) > score[slot] || (scores(slot, j) == score[slot] && item < id[slot])) {
                     score[slot] = scores(slot, j);
                     id[slot] = item;
@@ -569,20 +569,19 @@ struct TakeDiagonal {
                              std::int64_t query, std::int64_t first_item) {
 #pragma unroll
             for (int j = 0; j < 16; ++j)
-                if (first_item + place.column(j) == query && query < all.queries) all.scores[query] = scores(slot, j);
+                if (first_item + place.column(slot, j) == query && query < all.queries)
+                    all.scores[query] = scores(slot, j);
         }
 
         __device__ void finish(const TakeDiagonal&, int, const TilePlace&, std::int64_t, bool) {}
     };
 };
 
-/// Where partial sums of queries lie: 4 warps of a tile's columns for each part.
+/// Where partial sums of queries lie: of the 4 parts of a tile's columns, for all that share the tiles of a row.
 struct Partials {
     std::int64_t queries;
 
-    __device__ std::int64_t at(std::int64_t query, const TilePlace& place) const {
-        return (blockIdx.y * 4 + place.warp / 2) * queries + query;
-    }
+    __device__ std::int64_t at(std::int64_t query, int part) const { return (blockIdx.y * 4 + part) * queries + query; }
 };
 
 struct SumExponentials {
@@ -614,7 +613,7 @@ struct SumExponentials {
                 sum[slot].add(__shfl_xor_sync(whole_warp, sum[slot].top, other),
                               __shfl_xor_sync(whole_warp, sum[slot].sum, other), all.scale);
             if (!inside || place.lane % 4 != 0) return;
-            ScaledSum& total = all.sums[all.partials.at(query, place)];
+            ScaledSum& total = all.sums[all.partials.at(query, place.part(slot))];
             total.add(sum[slot].top, sum[slot].sum, all.scale);
         }
     };
@@ -647,7 +646,7 @@ struct SumHinges {
         __device__ void finish(const SumHinges& all, int slot, const TilePlace& place, std::int64_t query,
                                bool inside) {
             for (int other = 1; other <= 2; other *= 2) sum[slot] += __shfl_xor_sync(whole_warp, sum[slot], other);
-            if (inside && place.lane % 4 == 0) all.sums[all.partials.at(query, place)] += sum[slot];
+            if (inside && place.lane % 4 == 0) all.sums[all.partials.at(query, place.part(slot))] += sum[slot];
         }
     };
 };
@@ -905,7 +904,8 @@ private:
                       const std::int64_t* ids) const {
         const std::int64_t d = width(score_.d);
         launch(op_, cuda_, dim3(static_cast<unsigned>(row_tiles()), static_cast<unsigned>(parts)), dim3(tile_threads),
-               tile_bytes<P::query, P::item>, tile_kernel<typename P::Half, P::query, P::item, Epilogue<Action>>,
+               tile_bytes<P::query, P::item>(tile_stages_of(has_wgmma(op_, cuda_))),
+               tile_kernel<typename P::Half, P::query, P::item, Epilogue<Action>>,
                TileOperand{query_values_.get(), queries_, d, queries_ * d}, columns, d,
                Epilogue<Action>{score_, factors_.get(), queries_, ids, passed, action});
     }

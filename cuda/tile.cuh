@@ -14,7 +14,17 @@
 
 namespace polyvec {
 
-constexpr int tile_rows = 128, tile_columns = 256, tile_threads = 256, tile_stages = 3;
+constexpr int tile_rows = 128, tile_columns = 256, tile_threads = 256, tile_alignment = 1024;
+
+/// Steps that shared memory holds; with wgmma, two of them are being multiplied.
+constexpr int tile_stages_of(bool wgmma) {
+    return wgmma ? 4 : 3;
+}
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr int tile_stages = tile_stages_of(true), tile_steps_ahead = tile_stages - 2;
+#else
+constexpr int tile_stages = tile_stages_of(false), tile_steps_ahead = tile_stages - 1;
+#endif
 
 /// Rows of `stride` elements, a multiple of 8, from a 16-byte boundary; part p of a row is `plane` elements further.
 struct TileOperand {
@@ -59,19 +69,26 @@ struct TileColumns {
     bool packed, diagonal;  // diagonal: no tiles but those that have columns of the same numbers as the rows
 };
 
-/// Where the products of a thread lie in a tile: 8 rows, of 16 columns each.
+/// Where the products of a thread lie in a tile: 8 slots of 16, each in one row.
 struct TilePlace {
     int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
 
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)  // wgmma: 16 rows a warp
+    __device__ int row(int slot) const { return warp * 16 + slot % 2 * 8 + lane / 4; }
+    __device__ int part(int slot) const { return slot / 2; }
+#else  // 64 rows and 64 columns a warp
     __device__ int row(int slot) const { return warp % 2 * 64 + slot / 2 * 16 + slot % 2 * 8 + lane / 4; }
-    __device__ int column(int j) const { return warp / 2 * 64 + j / 2 * 8 + lane % 4 * 2 + j % 2; }
+    __device__ int part(int) const { return warp / 2; }
+#endif
+    /// Of four parts of 64.
+    __device__ int column(int slot, int j) const { return part(slot) * 64 + j / 2 * 8 + lane % 4 * 2 + j % 2; }
 };
 
 /// The products of a thread by slot and j.
 struct TileProducts {
-    float at[4][8][4];
+    float at[128];
 
-    __device__ float& operator()(int slot, int j) { return at[slot / 2][j / 2][slot % 2 * 2 + j % 2]; }
+    __device__ float& operator()(int slot, int j) { return at[(slot / 2 * 8 + j / 2) * 4 + slot % 2 * 2 + j % 2]; }
 };
 
 template <int Parts>
@@ -81,8 +98,21 @@ template <int RowParts, int ColumnParts>
 constexpr int tile_stage_bytes = (RowParts * tile_rows + ColumnParts * tile_columns) * tile_depth<RowParts> * 2 +
                                  tile_columns * static_cast<int>(sizeof(Affine));
 
+/// Of a block; `stages` as tile_stages is on the device.
 template <int RowParts, int ColumnParts>
-constexpr int tile_bytes = tile_stages * tile_stage_bytes<RowParts, ColumnParts> + tile_rows * tile_columns / 8;
+constexpr int tile_bytes(int stages) {
+    return stages * tile_stage_bytes<RowParts, ColumnParts> + tile_rows * tile_columns / 8 + tile_alignment;
+}
+
+/// Which parts the product p is of, where 0 is that of high parts.
+template <int RowParts>
+__host__ __device__ constexpr int row_part(int p) {
+    return p == 1 && RowParts == 2;
+}
+template <int RowParts>
+__host__ __device__ constexpr int column_part(int p) {
+    return p == 2 || (p == 1 && RowParts == 1);
+}
 
 /// Where 16 bytes of a row lie, so that 8 rows at the same chunk are in different banks. A row 16 further is 16 rows
 /// of bytes further, and the chunk ^ c the offset ^ 16 c.
@@ -115,11 +145,12 @@ __global__ void __launch_bounds__(tile_threads, 1)
     constexpr int depth = tile_depth<RowParts>, chunks = depth / 8;
     constexpr int row_bytes = tile_rows * depth * 2, column_bytes = tile_columns * depth * 2;
     constexpr int stage_bytes = tile_stage_bytes<RowParts, ColumnParts>;
-    unsigned char* const memory = dynamic_shared_memory;
+    unsigned char* memory = dynamic_shared_memory;
+    memory += (tile_alignment - reinterpret_cast<std::uintptr_t>(memory) % tile_alignment) % tile_alignment;
     const SharedAddress shared = shared_address(memory);
     const TilePlace place;
-    const int row_offset = tile_offset<chunks>(place.warp % 2 * 64 + place.lane % 16, place.lane / 16);
-    const int column_offset =
+    [[maybe_unused]] const int row_offset = tile_offset<chunks>(place.warp % 2 * 64 + place.lane % 16, place.lane / 16);
+    [[maybe_unused]] const int column_offset =
         tile_offset<chunks>(place.warp / 2 * 64 + place.lane / 16 * 8 + place.lane % 8, place.lane / 8 % 2);
     const std::int64_t first_row = static_cast<std::int64_t>(blockIdx.x) * tile_rows;
     const std::int64_t first = columns.diagonal ? first_row / tile_columns : columns.first + blockIdx.y;
@@ -162,14 +193,34 @@ __global__ void __launch_bounds__(tile_threads, 1)
 
     auto state = epilogue.thread(first_row, memory + tile_stages * stage_bytes);
     TileProducts products = {};
-    for (int stage = 0; stage < tile_stages - 1; ++stage) copy(stage);
+    for (int step = 0; step < tile_steps_ahead; ++step) copy(step);
     std::int64_t position = first;
     int at = 0, stage = 0;
     for (std::int64_t step = 0; step < steps; ++step) {
-        wait_for_copies<tile_stages - 2>();
-        __syncthreads();  // the copies of all threads are seen, and nobody reads the stage that is written next
-        copy(step + tile_stages - 1);
         const SharedAddress from = shared + stage * stage_bytes;
+        wait_for_copies<tile_steps_ahead - 1>();
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+        show_copies_to_products();
+        wait_for_products<1>(products.at);
+        __syncthreads();  // the copies of all threads are seen, and nobody multiplies the stage that is written next
+        begin_products();
+        const SharedAddress rows_of_group = from + place.warp / 4 * 64 * depth * 2;
+#pragma unroll
+        for (int k = 0; k < depth / 16; ++k)
+#pragma unroll
+            for (int p = RowParts + ColumnParts - 2; p >= 0; --p)  // the low parts first
+                multiply_matrices<Half>(
+                    products.at, matrix_at<depth * 2>(rows_of_group + row_part<RowParts>(p) * row_bytes + k * 32),
+                    matrix_at<depth * 2>(from + RowParts * row_bytes + column_part<RowParts>(p) * column_bytes +
+                                         k * 32),
+                    at > 0 || k > 0 || p < RowParts + ColumnParts - 2);
+        end_products();
+        copy(step + tile_steps_ahead);
+        if (at + 1 == depths) wait_for_products<0>(products.at);
+#else
+        __syncthreads();  // the copies of all threads are seen, and nobody reads the stage that is written next
+        copy(step + tile_steps_ahead);
+        if (at == 0) products = {};
 #pragma unroll
         for (int k = 0; k < depth / 16; ++k) {
             unsigned row_parts[RowParts][4][4];
@@ -191,21 +242,31 @@ __global__ void __launch_bounds__(tile_threads, 1)
                     for (int i = 0; i < 4; ++i)
 #pragma unroll
                         for (int h = 0; h < 2; ++h)
-                            multiply_add<Half>(products.at[i][j * 2 + h], row_parts[p == 1 && RowParts == 2][i],
-                                               column_parts[p == 2 || (p == 1 && RowParts == 1)] + h * 2);
+                            multiply_add<Half>(products.at + (i * 8 + j * 2 + h) * 4,
+                                               row_parts[row_part<RowParts>(p)][i],
+                                               column_parts[column_part<RowParts>(p)] + h * 2);
             }
         }
+#endif
         if (++at == depths) {
             const auto* affine = reinterpret_cast<const Affine*>(memory + stage * stage_bytes + RowParts * row_bytes +
                                                                  ColumnParts * column_bytes);
             state.take(products, affine, columns.order.first_column(position));
-            products = {};
             position += stride;
             at = 0;
         }
         stage = stage + 1 == tile_stages ? 0 : stage + 1;
     }
     state.finish();
+}
+
+/// Whether tiles are multiplied by wgmma there.
+inline bool has_wgmma([[maybe_unused]] const char* op, [[maybe_unused]] Cuda cuda) {
+#ifdef POLYVEC_SM_90A
+    return attribute_of(op, cuda, cudaDevAttrComputeCapabilityMajor) == 9;
+#else
+    return false;
+#endif
 }
 
 /// How many blocks share the columns' `tiles` beside each tile of rows, so that all multiprocessors are at work for

@@ -98,7 +98,7 @@ __device__ inline void load_matrices(unsigned (&to)[4], SharedAddress from) {
 /// sum (16 x 8) += rows (16 x 16) times columns (8 x 16): thread 4 g + t has entries 2 t, 2 t + 1, 2 t + 8 and 2 t + 9
 /// of rows g and g + 8, which alternate, and of column g; of the sum, columns 2 t and 2 t + 1 of rows g and g + 8.
 template <class Half>
-__device__ void multiply_add(float (&sum)[4], const unsigned (&rows)[4], const unsigned* columns) {
+__device__ void multiply_add(float* sum, const unsigned (&rows)[4], const unsigned* columns) {
 #ifdef __CUDACC__
     if constexpr (std::is_same_v<Half, Float16>) {
         asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -139,5 +139,68 @@ __device__ void multiply_add(float (&sum)[4], const unsigned (&rows)[4], const u
     });
 #endif
 }
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+/// What wgmma takes for rows of `Bytes` bytes (64 or 128), swizzled alike, from a multiple of 1024 on.
+template <int Bytes>
+__device__ inline std::uint64_t matrix_at(unsigned address) {
+    return std::uint64_t((address & 0x3ffffu) >> 4) | std::uint64_t(1) << 16 | std::uint64_t(Bytes / 2) << 32 |
+           std::uint64_t(Bytes == 128 ? 1 : 2) << 62;
+}
+
+/// sum (64 x 256) = rows (64 x 16) times columns (16 x 256), added to what it was if `add`: 4 warps have 16 rows each,
+/// in 8 columns at a time as `multiply_add` has them. Done after `wait_for_products`.
+template <class Half>
+__device__ inline void multiply_matrices(float (&sum)[128], std::uint64_t rows, std::uint64_t columns, bool add) {
+#define POLYVEC_SUMS                                                                                       \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+    "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
+    "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
+    "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, " \
+    "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, "     \
+    "%101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, "     \
+    "%117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define POLYVEC_FOUR(i) "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3])
+#define POLYVEC_16(i) POLYVEC_FOUR(i), POLYVEC_FOUR(i + 4), POLYVEC_FOUR(i + 8), POLYVEC_FOUR(i + 12)
+#define POLYVEC_64(i) POLYVEC_16(i), POLYVEC_16(i + 16), POLYVEC_16(i + 32), POLYVEC_16(i + 48)
+#define POLYVEC_WGMMA(type)                                                                                     \
+    asm volatile("{.reg .pred add; setp.ne.b32 add, %130, 0; wgmma.mma_async.sync.aligned.m64n256k16.f32." type \
+                 "." type " {" POLYVEC_SUMS "}, %128, %129, add, 1, 1, 0, 0;}"                                  \
+                 : POLYVEC_64(0), POLYVEC_64(64)                                                                \
+                 : "l"(rows), "l"(columns), "r"(static_cast<int>(add)))
+    if constexpr (std::is_same_v<Half, Float16>) {
+        POLYVEC_WGMMA("f16");
+    } else {
+        POLYVEC_WGMMA("bf16");
+    }
+#undef POLYVEC_WGMMA
+#undef POLYVEC_64
+#undef POLYVEC_16
+#undef POLYVEC_FOUR
+#undef POLYVEC_SUMS
+}
+
+/// Lets products read what copies of this thread wrote to shared memory.
+__device__ inline void show_copies_to_products() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+/// Orders what was written to sums before the products that add to them.
+__device__ inline void begin_products() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+__device__ inline void end_products() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+/// Waits until at most `Left` groups of products are under way.
+template <int Left>
+__device__ inline void wait_for_products(float (&sum)[128]) {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Left) : "memory");
+#pragma unroll
+    for (int i = 0; Left == 0 && i < 128; ++i) asm volatile("" : "+f"(sum[i])::"memory");  // not read before
+}
+
+#endif
 
 }  // namespace polyvec
