@@ -219,11 +219,35 @@ struct Parted<BFloat16> {
     static constexpr int query = 1, item = 1;
 };
 
+template <class T>
+struct alignas(4 * sizeof(T)) Four {
+    T at[4];
+};
+
+/// Entries c ... c + 3 of a row, zeros from d on.
+template <class T>
+__device__ float4 four_of(const T* row, std::int64_t c, std::int64_t d) {
+    if (c + 4 <= d && reinterpret_cast<std::uintptr_t>(row + c) % sizeof(Four<T>) == 0) {
+        const auto x = *reinterpret_cast<const Four<T>*>(row + c);
+        return {value_of(x.at[0]), value_of(x.at[1]), value_of(x.at[2]), value_of(x.at[3])};
+    }
+    const auto at = [&](std::int64_t i) { return i < d ? value_of(row[i]) : 0.0f; };
+    return {at(c), at(c + 1), at(c + 2), at(c + 3)};
+}
+
+__device__ float largest_of(const float4& x) {
+    return fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w)));
+}
+
+__device__ float dot(const float4& x, const float4& y, float sum) {
+    return fmaf(x.x, y.x, fmaf(x.y, y.y, fmaf(x.z, y.z, fmaf(x.w, y.w, sum))));
+}
+
 /// Writes a row of d values as 16-bit floats, and zeros up to a multiple of 8; returns the factor that they lack. Two
 /// parts are multiplied by a power of two so that the largest has 2^14 to 2^15, which leaves 39 bits below it. A row
 /// that has no such power gives zeros and the factor NaN. A warp a row.
-template <class Half, int Count, class Values>
-__device__ float write_parts(Values values, float largest, std::int64_t d, std::uint16_t* to, std::int64_t plane,
+template <class Half, int Count, class T>
+__device__ float write_parts(const T* row, float largest, std::int64_t d, std::uint16_t* to, std::int64_t plane,
                              int lane) {
     float scale = 1, factor = 1;
     if constexpr (Count == 2) {
@@ -237,15 +261,21 @@ __device__ float write_parts(Values values, float largest, std::int64_t d, std::
             factor = NAN;
         }
     }
-    for (std::int64_t c = lane; c < padded_width(d); c += 32) {
-        const float value = c < d && scale != 0 ? values(c) * scale : 0;
-        if constexpr (std::is_same_v<Half, BFloat16>) {
-            to[c] = static_cast<std::uint16_t>(__float_as_uint(value) >> 16);
-        } else {
-            const Float16 high = rounded_to_float16(value);
-            to[c] = high.bits;
-            if constexpr (Count == 2) to[plane + c] = rounded_to_float16(value - value_of(high)).bits;
+    for (std::int64_t c = 4 * lane; c < padded_width(d); c += 128) {
+        const float4 x = scale != 0 ? four_of(row, c, d) : float4{0, 0, 0, 0};
+        const float values[4] = {x.x * scale, x.y * scale, x.z * scale, x.w * scale};
+        Four<std::uint16_t> high, low;
+        for (int i = 0; i < 4; ++i) {
+            if constexpr (std::is_same_v<Half, BFloat16>) {
+                high.at[i] = static_cast<std::uint16_t>(__float_as_uint(values[i]) >> 16);
+            } else {
+                const Float16 half = rounded_to_float16(values[i]);
+                high.at[i] = half.bits;
+                low.at[i] = rounded_to_float16(values[i] - value_of(half)).bits;
+            }
         }
+        *reinterpret_cast<Four<std::uint16_t>*>(to + c) = high;
+        if constexpr (Count == 2) *reinterpret_cast<Four<std::uint16_t>*>(to + plane + c) = low;
     }
     return factor;
 }
@@ -259,9 +289,9 @@ __global__ void __launch_bounds__(row_threads)
     if (i >= n) return;
     const float* from = queries + i * stride;
     float largest = 0;
-    for (std::int64_t c = lane; c < d; c += 32) largest = fmaxf(largest, fabsf(from[c]));
-    const float factor = write_parts<Half, Count>([&](std::int64_t c) { return from[c]; }, largest_of_warp(largest), d,
-                                                  values + i * (padded_width(d)), plane, lane);
+    for (std::int64_t c = 4 * lane; c < d; c += 128) largest = fmaxf(largest, largest_of(four_of(from, c, d)));
+    const float factor =
+        write_parts<Half, Count>(from, largest_of_warp(largest), d, values + i * padded_width(d), plane, lane);
     if (lane == 0) factors[i] = factor;
 }
 
@@ -290,18 +320,17 @@ __global__ void __launch_bounds__(row_threads)
     const float scale = score.scales ? score.scales[item] : 1, bias = score.bias ? score.bias[item] : 0;
     float largest = 0, square = 0, factor = 1;
     if (score.metric != Metric::ip || (values && P::item == 2)) {
-#pragma unroll 4
-        for (std::int64_t c = lane; c < d; c += 32) {
-            const float value = value_of(from[c]);
-            largest = fmaxf(largest, fabsf(value));
-            square = fmaf(value, value, square);
+#pragma unroll 2
+        for (std::int64_t c = 4 * lane; c < d; c += 128) {
+            const float4 x = four_of(from, c, d);
+            largest = fmaxf(largest, largest_of(x));
+            square = dot(x, x, square);
         }
         largest = largest_of_warp(largest);
         square = sum_of_warp(square);
     }
     if (values)
-        factor = write_parts<typename P::Half, P::item>([&](std::int64_t c) { return value_of(from[c]); }, largest, d,
-                                                        values + j * (padded_width(d)), plane, lane);
+        factor = write_parts<typename P::Half, P::item>(from, largest, d, values + j * padded_width(d), plane, lane);
     if (lane != 0) return;
     if (score.metric == Metric::ip) {
         affine[j] = {factor * scale, bias};
@@ -650,10 +679,6 @@ struct SumHinges {
         }
     };
 };
-
-__device__ float dot(const float4& x, const float4& y, float sum) {
-    return fmaf(x.x, y.x, fmaf(x.y, y.y, fmaf(x.z, y.z, fmaf(x.w, y.w, sum))));
-}
 
 /// Lists the scores of up to Q queries that may be among the k best, by reading items once: for few queries, which
 /// leave tensor cores idle. 16 bytes of a row go to each of `lanes` threads at a time. d: a multiple of these.
