@@ -216,7 +216,6 @@ __global__ void __launch_bounds__(tile_threads, 1)
                     at > 0 || k > 0 || p < RowParts + ColumnParts - 2);
         end_products();
         copy(step + tile_steps_ahead);
-        if (at + 1 == depths) wait_for_products<0>(products.at);
 #else
         __syncthreads();  // the copies of all threads are seen, and nobody reads the stage that is written next
         copy(step + tile_steps_ahead);
@@ -249,6 +248,9 @@ __global__ void __launch_bounds__(tile_threads, 1)
         }
 #endif
         if (++at == depths) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+            wait_for_products<0>(products.at);
+#endif
             const auto* affine = reinterpret_cast<const Affine*>(memory + stage * stage_bytes + RowParts * row_bytes +
                                                                  ColumnParts * column_bytes);
             state.take(products, affine, columns.order.first_column(position));
