@@ -5,6 +5,7 @@
 
 #include "launch.cuh"
 #include "polyvec/hypercomplex.hpp"
+#include "warp.cuh"
 
 namespace polyvec {
 namespace {
@@ -199,22 +200,103 @@ __device__ void add(float* sums, const Wide<float, 4>& terms) {
 }
 #endif
 
-/// Adds to `out`, which is zero before, in no fixed order. What lies outside the tables is left out.
+/// The terms of sums by the row of `out` that they go to, so that a row is written once where its terms are few:
+/// `terms` has those of a row one after the other, and before ends[row]. Rows stand in no fixed order, nor do a row's
+/// terms.
+struct Grouped {
+    static constexpr std::int64_t window = 16;  // terms that a thread adds before it writes
+
+    std::int64_t *terms, *ends;
+    unsigned* counts;           // of each row
+    unsigned long long* total;  // terms of all rows
+
+    __device__ std::int64_t first(std::int64_t row) const { return ends[row] - counts[row]; }
+
+    /// Whether one thread adds all terms of a row.
+    __device__ bool whole(std::int64_t row) const { return first(row) / window == (ends[row] - 1) / window; }
+};
+
+/// Counts the terms of each row. What lies outside the tables is left out.
+template <class T>
+__global__ void count_terms_kernel(const __grid_constant__ Gathered<T> x, const __grid_constant__ Gathered<T> y,
+                                   const __grid_constant__ Gathered<T> out, const __grid_constant__ Grouped grouped,
+                                   std::int64_t n) {
+    for_each_position(n, 1, [&](std::int64_t k, std::int64_t) {
+        if (x.has(k) && y.has(k) && out.has(k)) atomicAdd(grouped.counts + out.ids[k], 1u);
+    });
+}
+
+/// Gives each row its place, where `ends` begins.
+__global__ void place_rows_kernel(const __grid_constant__ Grouped grouped, std::int64_t rows) {
+    const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    const unsigned lane = threadIdx.x % 32;
+    const unsigned long long count = row < rows ? grouped.counts[row] : 0;
+    unsigned long long end = count, first = 0;
+    for (unsigned distance = 1; distance < 32; distance *= 2) {
+        const unsigned long long before = __shfl_up_sync(whole_warp, end, distance);
+        if (lane >= distance) end += before;
+    }
+    if (lane == 31) first = atomicAdd(grouped.total, end);
+    first = __shfl_sync(whole_warp, first, 31);
+    if (row < rows) grouped.ends[row] = static_cast<std::int64_t>(first + end - count);
+}
+
+/// Writes the terms of each row, and moves `ends` to where they end.
+template <class T>
+__global__ void group_terms_kernel(const __grid_constant__ Gathered<T> x, const __grid_constant__ Gathered<T> y,
+                                   const __grid_constant__ Gathered<T> out, const __grid_constant__ Grouped grouped,
+                                   std::int64_t n) {
+    for_each_position(n, 1, [&](std::int64_t k, std::int64_t) {
+        if (!x.has(k) || !y.has(k) || !out.has(k)) return;
+        const auto at = atomicAdd(reinterpret_cast<unsigned long long*>(grouped.ends + out.ids[k]), 1ull);
+        grouped.terms[at] = k;
+    });
+}
+
+/// Zeros in the rows that no thread writes, or to which several add.
+template <int N, int W, class T>
+__global__ void clear_rows_kernel(T* out, const __grid_constant__ Grouped grouped, std::int64_t rows, std::int64_t d) {
+    for_each_number<W>(rows, d, [&](std::int64_t row, std::int64_t v) {
+        if (grouped.counts[row] == 0 || !grouped.whole(row)) store(Numbers<T, N, W>{}, out + row * N * d + v, d);
+    });
+}
+
 template <int N, int W, class T>
 __global__ void sum_products_kernel(const __grid_constant__ Gathered<T> x, const __grid_constant__ Gathered<T> y,
-                                    const __grid_constant__ Gathered<T> out, std::int64_t n, std::int64_t d,
-                                    const __grid_constant__ Table<T, N> table) {
-    for_each_number<W>(n, d, [&](std::int64_t k, std::int64_t v) {
-        if (!x.has(k) || !y.has(k) || !out.has(k)) return;
-        auto products = load<N, W>(x, k, v, d);
-        const auto right = load<N, W>(y, k, v, d);
-        products.each([&](Number<T, N>& number, int w) { number = multiply(number, right.at[w], table); });
-        T* sums = const_cast<T*>(out.rows) + out.ids[k] * N * d + v;
-        for (int c = 0; c < N; ++c) {
-            Wide<T, W> terms;
-            for (int w = 0; w < W; ++w) terms.at[w] = products.at[w].part[c];
-            add(sums + c * d, terms);
+                                    const __grid_constant__ Gathered<T> out, const __grid_constant__ Grouped grouped,
+                                    std::int64_t windows, std::int64_t d, const __grid_constant__ Table<T, N> table) {
+    for_each_number<W>(windows, d, [&](std::int64_t window, std::int64_t v) {
+        const auto total = static_cast<std::int64_t>(*grouped.total);
+        const std::int64_t begin = window * Grouped::window;
+        const std::int64_t end = begin + Grouped::window < total ? begin + Grouped::window : total;
+        Numbers<T, N, W> sums;
+        const auto write = [&](std::int64_t row) {
+            T* to = const_cast<T*>(out.rows) + row * N * d + v;
+            if (grouped.whole(row)) {
+                store(sums, to, d);
+                return;
+            }
+            for (int c = 0; c < N; ++c) {
+                Wide<T, W> terms;
+                for (int w = 0; w < W; ++w) terms.at[w] = sums.at[w].part[c];
+                add(to + c * d, terms);
+            }
+        };
+        std::int64_t row = -1;
+        for (std::int64_t i = begin; i < end; ++i) {
+            const std::int64_t k = grouped.terms[i];
+            const auto left = load<N, W>(x, k, v, d), right = load<N, W>(y, k, v, d);
+            if (out.ids[k] != row) {
+                if (row >= 0) write(row);
+                row = out.ids[k];
+                sums = {};
+            }
+            sums.each([&](Number<T, N>& number, int w) {
+                const Number<T, N> product = multiply(left.at[w], right.at[w], table);
+                for (int c = 0; c < N; ++c) number.part[c] += product.part[c];
+            });
         }
+        if (row >= 0) write(row);
     });
 }
 
@@ -408,10 +490,24 @@ void run(const RelationQuery& op, Cuda cuda) {
 void run(const HypercomplexSums& op, Cuda cuda) {
     const std::int64_t n = op.out_ids.dim(0), d = op.out.dim(2);
     const bool fits = wide(op.x.dtype, d, {op.x.data, op.y.data, op.out.data});
+    const std::int64_t rows = op.out.dim(0), windows = (n + Grouped::window - 1) / Grouped::window;
+    const Scratch<std::int64_t> terms(op.op, cuda, n), ends(op.op, cuda, rows);
+    const Scratch<unsigned> counts(op.op, cuda, rows);
+    const Scratch<unsigned long long> total(op.op, cuda, 1);
+    const Grouped grouped{terms.get(), ends.get(), counts.get(), total.get()};
+    fill_with_zeros(op.op, cuda, counts.get(), rows);
+    fill_with_zeros(op.op, cuda, total.get(), 1);
     with_number(op.x.dtype, op.out.dim(1), fits, [&]<class T, int N, int W>() {
-        fill_with_zeros(op.op, cuda, op.out.as<T>(), op.out.size());
-        launch_rows(op.op, cuda, n, d / W, sum_products_kernel<N, W, T>, gathered<T>(op.x, op.x_ids),
-                    gathered<T>(op.y, op.y_ids), gathered<T>(op.out, op.out_ids), n, d, table_of<T, N>(op.table));
+        const auto x = gathered<T>(op.x, op.x_ids), y = gathered<T>(op.y, op.y_ids);
+        const auto out = gathered<T>(op.out, op.out_ids);
+        launch_rows(op.op, cuda, n, 1, count_terms_kernel<T>, x, y, out, grouped, n);
+        if (rows > 0)
+            launch(op.op, cuda, blocks_for(rows, threads_per_block), dim3(threads_per_block), 0, place_rows_kernel,
+                   grouped, rows);
+        launch_rows(op.op, cuda, n, 1, group_terms_kernel<T>, x, y, out, grouped, n);
+        launch_rows(op.op, cuda, rows, d / W, clear_rows_kernel<N, W, T>, op.out.as<T>(), grouped, rows, d);
+        launch_rows(op.op, cuda, windows, d / W, sum_products_kernel<N, W, T>, x, y, out, grouped, windows, d,
+                    table_of<T, N>(op.table));
     });
 }
 
