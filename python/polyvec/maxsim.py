@@ -14,9 +14,9 @@ libraries:
 - `padding="relu"`: a zero vector in every document, so that no maximum is below 0. As ColBERT on a CPU.
 
 On a GPU, tokens are bfloat16 and float16, too, and their scores float32; queries are rounded to bfloat16 or float16
-where packed documents are, and their products with the centroids of residuals to float16. Offsets are copied there once
-a `polyvec.Ragged`: pass one that is kept, and calls copy and wait for nothing. A candidate outside the documents is left
-out. The bits of a score of 16-bit tokens can depend on whether a call has few queries or many.
+where packed documents are, and their products with the centroids of residuals to float16. Offsets are copied there
+once a `polyvec.Ragged`: pass one that is kept, and calls copy and wait for nothing. A candidate outside the documents
+is left out. The bits of a score of 16-bit tokens can depend on whether a call has few queries or many.
 
 A document in which nothing takes part scores `empty`: -inf, so that it is never found ahead of another. A query without
 tokens scores 0 against any document.
