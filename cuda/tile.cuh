@@ -259,6 +259,9 @@ __global__ void __launch_bounds__(tile_threads, 1)
         }
         stage = stage + 1 == tile_stages ? 0 : stage + 1;
     }
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    wait_for_products<0>(products.at);  // for none that are left
+#endif
     state.finish();
 }
 
