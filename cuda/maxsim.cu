@@ -322,7 +322,7 @@ bool score_by_streams(const Scores& call) {
                            passes = (tokens + streams::rows - 1) / streams::rows;
         const std::int64_t resident =
             std::clamp<std::int64_t>(budget / pass_bytes, 1, std::max<std::int64_t>(1, passes));
-        if (streams::ring_bytes + resident * pass_bytes >
+        if (streams::ring_bytes<Tokens> + resident * pass_bytes >
             attribute_of(op, cuda, cudaDevAttrMaxSharedMemoryPerBlockOptin) - 2048) {
             fits = false;
             return;
@@ -379,8 +379,9 @@ bool score_by_streams(const Scores& call) {
         const std::int64_t needed = split ? columns : (columns + streams::warps - 1) / streams::warps;
         const dim3 grid = blocks_for(std::clamp<std::int64_t>((4 * blocks + n - 1) / n, 1, needed), 1, n);
         const auto score = [&](auto* kernel) {
-            launch(op, cuda, grid, dim3(streams::warps * 32), streams::ring_bytes + resident * pass_bytes, kernel, rows,
-                   stored, work, chunks, resident * streams::rows, split, missing, static_cast<float*>(out), found);
+            launch(op, cuda, grid, dim3(streams::warps * 32), streams::ring_bytes<Tokens> + resident * pass_bytes,
+                   kernel, rows, stored, work, chunks, resident * streams::rows, split, missing,
+                   static_cast<float*>(out), found);
         };
         if constexpr (!bytes) {
             if (found) return score(streams::score_kernel<Tokens, true>);

@@ -27,8 +27,11 @@ constexpr int columns = 8;        // document tokens of a product
 constexpr int tiles = 4;          // products of a warp side by side
 constexpr int fragment_rows = 2;  // products one below the other: rows / 16
 constexpr int fragments_per_chunk = 2 * fragment_rows * 32;
-constexpr int stages = 4;  // of copies
-constexpr int ring_bytes = warps * stages * tiles * 32 * 16;
+constexpr int step_chunks = 4;  // chunks of a step: 256 bytes of a row
+constexpr int stages = 3;       // steps that shared memory holds for each warp
+template <class Tokens>
+constexpr int ring_bytes =
+    warps * stages * step_chunks * tiles * 32 * (Tokens::copied ? sizeof(typename Tokens::Raw) : 0);
 
 /// Query tokens as rows of 32-bit words, or of elements of 16 bits.
 struct Queries {
@@ -232,7 +235,8 @@ private:
     std::int64_t q_, step_, count_, next_, next_id_, next_begin_, next_end_;
 };
 
-/// The steps of a warp: a chunk of 32 tokens, for each chunk, group of tokens, pass over them and document.
+/// The steps of a warp: up to four chunks of 32 tokens, for each four chunks, group of tokens, pass over them,
+/// document.
 template <class Tokens>
 class Copies {
 public:
@@ -254,27 +258,34 @@ public:
         for (int i = 0; i < stages - 1; ++i) copy();
     }
 
-    /// This lane's share of the next step.
-    __device__ void take(Raw (&raw)[tiles]) {
+    /// Waits for the next step: the place of this lane's share of its chunks.
+    __device__ const Raw* begin_step() {
         wait_for_copies<stages - 2>();
-#pragma unroll
-        for (int i = 0; i < tiles; ++i) raw[i] = ring_[(taken_ * tiles + i) * 32];
+        const Raw* step = ring_ + taken_ * step_chunks * tiles * 32;
         taken_ = (taken_ + 1) % stages;
-        copy();
+        return step;
     }
+    /// After the last share has been read.
+    __device__ void end_step() { copy(); }
 
 private:
     __device__ void copy() {
         if (documents_.exists()) {
             const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
-            const std::int64_t at = (chunk_ * 4 + t) * static_cast<std::int64_t>(sizeof(Raw));
-            const bool inside = at < docs_.row_bytes;
-            const unsigned char* row = docs_.tokens + documents_.begin * docs_.row_bytes + (inside ? at : 0);
+            const int count = min(step_chunks, chunks_ - chunk_);
+            const unsigned char* rows = docs_.tokens + documents_.begin * docs_.row_bytes;
+            Raw* to = ring_ + copied_ * step_chunks * tiles * 32;
 #pragma unroll
             for (int i = 0; i < tiles; ++i) {
                 const int token = min(from_ + i * columns + g, documents_.n - 1);
-                copy_async<sizeof(Raw)>(shared_address(ring_ + (copied_ * tiles + i) * 32),
-                                        row + token * docs_.row_bytes, inside);
+                const unsigned char* row = rows + token * docs_.row_bytes;
+#pragma unroll
+                for (int c = 0; c < step_chunks; ++c) {
+                    if (c >= count) break;
+                    const std::int64_t at = ((chunk_ + c) * 4 + t) * static_cast<std::int64_t>(sizeof(Raw));
+                    const bool inside = at < docs_.row_bytes;
+                    copy_async<sizeof(Raw)>(shared_address(to + (c * tiles + i) * 32), row + (inside ? at : 0), inside);
+                }
             }
             advance();
         }
@@ -282,7 +293,8 @@ private:
         end_of_copies();
     }
     __device__ void advance() {
-        if (++chunk_ < chunks_) return;
+        chunk_ += step_chunks;
+        if (chunk_ < chunks_) return;
         chunk_ = 0;
         from_ += step_;
         if (from_ < documents_.n) return;
@@ -311,6 +323,10 @@ struct Loads {
     __device__ explicit Loads(const Args&...) {}
 };
 
+/// What sums of products of bytes begin with: the bits of 1.5 * 2^23, so that a sum below 2^22 is read as a float, less
+/// that number. Conversions cost sixteen times as much.
+constexpr int zero_of_bytes = 0x4b400000;
+
 /// `fragments`: of the pass; `first`, `step`: which groups of 32 tokens.
 template <class Tokens, bool with_rows, class Source>
 __device__ void maxima_of(const Docs& docs, const typename Tokens::Table& table, const uint4* fragments, int chunks,
@@ -328,8 +344,15 @@ __device__ void maxima_of(const Docs& docs, const typename Tokens::Table& table,
         if constexpr (Tokens::residual) next_centroid = __ldg(docs.centroid_ids + token);
     };
     read_ahead(first * group);
+    const bool small_sums = chunks <= 4;  // of 256 products of bytes at most: below 2^22
     for (int from = first * group; from < n; from += step * group) {
-        Sum<Tokens::words> sums[fragment_rows][tiles][4] = {};
+        Sum<Tokens::words> sums[fragment_rows][tiles][4];
+#pragma unroll
+        for (int r = 0; r < fragment_rows; ++r)
+#pragma unroll
+            for (int i = 0; i < tiles; ++i)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) sums[r][i][e] = Tokens::words == Words::s8 ? zero_of_bytes : 0;
         const float scale_of_lane = next_scale;
         [[maybe_unused]] uint2 of_centroid[tiles][2];  // read while the codes are multiplied
         if constexpr (Tokens::residual) {
@@ -340,10 +363,15 @@ __device__ void maxima_of(const Docs& docs, const typename Tokens::Table& table,
                 }
         }
         if constexpr (Tokens::scaled) read_ahead(from + step * group);
+        [[maybe_unused]] const typename Tokens::Raw* step_at = nullptr;
         for (int chunk = 0; chunk < chunks; ++chunk) {
             typename Tokens::Raw raw[tiles];
             if constexpr (Tokens::copied) {
-                source.take(raw);
+                const int c = chunk % step_chunks;
+                if (c == 0) step_at = source.begin_step();
+#pragma unroll
+                for (int i = 0; i < tiles; ++i) raw[i] = step_at[(c * tiles + i) * 32];
+                if (c == step_chunks - 1 || chunk == chunks - 1) source.end_step();
             } else {
                 for (int i = 0; i < tiles; ++i) {
                     const std::int64_t token = begin + min(from + i * columns + g, n - 1);
@@ -385,7 +413,14 @@ __device__ void maxima_of(const Docs& docs, const typename Tokens::Table& table,
                 }
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {
-                    float value = static_cast<float>(sums[k / 2][i][2 * (k % 2) + j]);
+                    float value;
+                    if constexpr (Tokens::words == Words::s8) {
+                        const int sum = sums[k / 2][i][2 * (k % 2) + j];
+                        value = small_sums ? __uint_as_float(static_cast<unsigned>(sum)) - 0x1.8p23f
+                                           : static_cast<float>(sum - zero_of_bytes);
+                    } else {
+                        value = sums[k / 2][i][2 * (k % 2) + j];
+                    }
                     if constexpr (Tokens::scaled) value *= factors[k];
                     if constexpr (Tokens::residual) value += add[k];
                     if constexpr (Tokens::scaled) value *= scale;
@@ -405,7 +440,7 @@ __device__ inline std::int64_t first_pass(std::int64_t first_token, std::int64_t
 /// it has at most `capacity` tokens; otherwise a pass at a time for each document. split: the warps of a block share a
 /// document.
 template <class Tokens, bool with_rows>
-__global__ void __launch_bounds__(warps * 32, with_rows || Tokens::residual || Tokens::words == Words::f32 ? 3 : 4)
+__global__ void __launch_bounds__(warps * 32, Tokens::residual ? 3 : 2)
     score_kernel(const __grid_constant__ Queries queries, const __grid_constant__ Docs docs,
                  const __grid_constant__ Work work, int chunks, std::int64_t capacity, bool split,
                  const __grid_constant__ Missing missing, float* out, std::int32_t* found) {
@@ -414,8 +449,8 @@ __global__ void __launch_bounds__(warps * 32, with_rows || Tokens::residual || T
     const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
     const int g = lane / 4, t = lane % 4, pass_size = chunks * fragments_per_chunk;
     const typename Tokens::Table table(docs);
-    auto* ring = dynamic_shared_memory + warp * (ring_bytes / warps);
-    auto* fragments = reinterpret_cast<uint4*>(dynamic_shared_memory + ring_bytes);
+    auto* ring = dynamic_shared_memory + warp * (ring_bytes<Tokens> / warps);
+    auto* fragments = reinterpret_cast<uint4*>(dynamic_shared_memory + ring_bytes<Tokens>);
 
     for (std::int64_t q = blockIdx.y; q < queries.sets; q += gridDim.y) {
         const std::int64_t first = queries.offsets[q], tokens = queries.offsets[q + 1] - first;

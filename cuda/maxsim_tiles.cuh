@@ -2,10 +2,10 @@
 /// registers, of documents in shared memory.
 ///
 /// A block has 128 or 256 rows of query tokens, whichever queries they belong to, and meets a slice of the documents 64
-/// tokens at a time. One warp copies tiles ahead; two warpgroups multiply them, each its half of the rows, and are free
-/// to be at different tiles, so that one takes maxima while the other's products are under way. The maxima of each row
-/// and document, with the document's rows that they are of, go to memory; a second kernel sums them. 256 rows do 2 x
-/// 256 flops an element of a tile: the tensor cores are the limit; for 128 rows and fewer it is memory.
+/// tokens at a time. Four warps copy tiles ahead (one is too slow); two warpgroups multiply them, each its half of the
+/// rows, and are free to be at different tiles, so that one takes maxima while the other's products are under way. The
+/// maxima of each row and document, with the document's rows that they are of, go to memory; a second kernel sums them.
+/// 256 rows do 2 x 256 flops an element of a tile: the tensor cores are the limit; for 128 rows and fewer it is memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,9 +20,10 @@
 namespace polyvec {
 namespace tiles {
 
-constexpr int groups = 2;                   // warpgroups that multiply
-constexpr int threads = groups * 128 + 32;  // and a warp that copies
-constexpr int tile = 64;                    // document tokens
+constexpr int groups = 2;  // warpgroups that multiply
+constexpr int copiers = 128;
+constexpr int threads = groups * 128 + copiers;
+constexpr int tile = 64;  // document tokens
 constexpr int stages = 4;
 
 /// Query rows of a block whose warpgroups have this many fragments of 64 rows.
@@ -225,13 +226,13 @@ __device__ inline void multiply_and_take(const unsigned (&a)[fragments][steps][4
     take(fragments - 1);
 }
 
-/// Copies the tiles of a slice of the documents, then one that says that there are no more. A warp.
+/// Copies the tiles of a slice of the documents, then one that says that there are no more.
 template <int steps>
 __device__ void copy_tiles(const Tokens& tokens, Shared& shared, unsigned stages_at) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
+    const int copier = static_cast<int>(threadIdx.x) - groups * 128;
     const std::int64_t first = tokens.sets * blockIdx.y / gridDim.y, end = tokens.sets * (blockIdx.y + 1) / gridDim.y;
-    constexpr int pieces = steps * 2, rows_at_once = 32 / (pieces > 8 ? 16 : 8);  // of 16 bytes, of a row
-    const int piece = lane % (32 / rows_at_once), first_row = lane / (32 / rows_at_once);
+    constexpr int pieces = steps * 2, rows_at_once = copiers / (pieces > 8 ? 16 : 8);
+    const int piece = copier % (copiers / rows_at_once), first_row = copier / (copiers / rows_at_once);
     const bool inside = piece < pieces, exists = inside && piece * 8 < tokens.d;
     const unsigned to_piece = stages_at + piece / 8 * (tile * 128);
     Stage stage;
@@ -241,7 +242,7 @@ __device__ void copy_tiles(const Tokens& tokens, Shared& shared, unsigned stages
         empty.wait(stage.parity ^ 1);
         copy(stage.at * stage_bytes<steps>);
         full.arrive_with_copies();
-        if (lane == 0) {
+        if (copier == 0) {
             shared.tiles[stage.at] = of;
             full.arrive();
         }
@@ -256,10 +257,13 @@ __device__ void copy_tiles(const Tokens& tokens, Shared& shared, unsigned stages
             put({doc, at, n}, [&](unsigned stage_at) {
                 const std::int32_t left = n - at, rows = left >= tile ? tile : (left + 15) / 16 * 16;
                 const std::uint16_t* from = tokens.docs + (begin + at) * tokens.d + (exists ? piece * 8 : 0);
-                for (int r = first_row; r < rows; r += rows_at_once)
-                    if (inside)
+#pragma unroll
+                for (int i = 0; i < tile / rows_at_once; ++i) {
+                    const int r = first_row + i * rows_at_once;
+                    if (inside && r < rows)
                         copy_async(to_piece + stage_at + r * 128 + ((piece % 8 ^ r % 8) * 16),
                                    from + min(r, left - 1) * tokens.d, exists);
+                }
             });
     }
     put({-1, 0, 0}, [](unsigned) {});
@@ -272,7 +276,7 @@ __global__ void __launch_bounds__(threads, 1)
     const unsigned stages_at = (shared_address(dynamic_shared_memory) + 1023u) & ~1023u;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, g = lane / 4, t = lane % 4;
     if (thread < stages) {
-        Barrier().begin(shared.full + thread, 33);
+        Barrier().begin(shared.full + thread, copiers + 1);
         Barrier().begin(shared.empty + thread, groups * 4);
     }
     __syncthreads();

@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "polyvec/aligned.hpp"
 #include "tables.hpp"
 
 namespace polyvec {
@@ -86,16 +87,19 @@ class Trial {
 public:
     explicit Trial(const Kernels& table)
         : scan_(*table.scan),
-          panel_(scan_.f32.panel_words(d) * scan_.panel_width, 1.0f),
-          rows_(n * d, 1.0f),
-          out_(n * scan_.panel_width) {}
+          panel_(aligned<float>(scan_.f32.panel_words(d) * scan_.panel_width)),
+          rows_(aligned<float>(n * d)),
+          out_(aligned<float>(n * scan_.panel_width)) {
+        std::fill_n(panel_.get(), scan_.f32.panel_words(d) * scan_.panel_width, 1.0f);
+        std::fill_n(rows_.get(), n * d, 1.0f);
+    }
 
     /// Runs some tens of microseconds; keeps the shortest time of a product.
     void run() {
         using Clock = std::chrono::steady_clock;
         for (int repeat = 0; repeat < 20; ++repeat) {
             const auto start = Clock::now();
-            scan_.f32.values({.panel = panel_.data(), .rows = rows_.data(), .n = n, .d = d}, out_.data());
+            scan_.f32.values({.panel = panel_.get(), .rows = rows_.get(), .n = n, .d = d}, out_.get());
             best_ = std::min(best_, std::chrono::duration<double>(Clock::now() - start).count());
         }
     }
@@ -105,7 +109,7 @@ public:
 private:
     static constexpr std::size_t n = 48, d = 64;
     const ScanKernels& scan_;
-    std::vector<float> panel_, rows_, out_;
+    Aligned<float> panel_, rows_, out_;  // as kernels read and write them
     double best_ = 1;
 };
 

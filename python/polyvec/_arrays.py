@@ -207,6 +207,22 @@ def namespace(x: Any) -> Any:
     return x.__array_namespace__() if hasattr(x, "__array_namespace__") else importlib.import_module(_root(x))
 
 
+def joined(arrays: Sequence[Any]) -> Any:
+    """Return the rows of arrays on a GPU, one array after the other."""
+    xp = namespace(arrays[0])
+    return (xp.concat if hasattr(xp, "concat") else xp.concatenate)(arrays)
+
+
+def rows_of(x: Any, rows: Any) -> Any:
+    """Return `x[rows]` for numpy `rows`; torch does not index uint16 on a GPU."""
+    if not is_torch(x) or x.device.type == "cpu":
+        return x[rows]
+    import torch
+
+    at = torch.from_numpy(rows).to(x.device)
+    return x.view(torch.int16)[at].view(x.dtype) if x.dtype == torch.uint16 else x[at]
+
+
 def to_device_of(like: Any, x: Any) -> Any:
     """Return the numpy array `x` as an array of `like`'s library and device."""
     if is_torch(like):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from polyvec import _backend, _files
-from polyvec._arrays import as_array, as_count, as_ids, choice, empty, is_torch
+from polyvec._arrays import as_array, as_count, as_ids, choice, empty, is_torch, rows_of
 from polyvec._ragged import Ragged, as_ragged
 
 STORED = {
@@ -124,8 +124,11 @@ class PackedTokens:
         return (self._sets.values, self._sets.placed_offsets, *(parts[name] for name in _PARTS))
 
     def _with(self, sets: Ragged, rows: Any, documents: Any) -> PackedTokens:
-        of_tokens = {name: None if x is None else x[rows] for name, x in self._of_tokens.items()}
-        bounds = None if self._bounds is None else self._bounds[documents]
+        def chosen(x: Any, which: Any) -> Any:
+            return None if x is None else x[which] if isinstance(which, slice) else rows_of(x, which)
+
+        of_tokens = {name: chosen(x, rows) for name, x in self._of_tokens.items()}
+        bounds = chosen(self._bounds, documents)
         return PackedTokens(sets, self._dtype, self._dim, **of_tokens, **self._shared, bounds=bounds)
 
     def __getitem__(self, documents: slice) -> PackedTokens:

@@ -16,7 +16,9 @@ from polyvec._arrays import (
     dtype_name,
     is_array,
     is_torch,
+    joined,
     native,
+    rows_of,
     to_device_of,
     to_host,
 )
@@ -99,7 +101,7 @@ class Ragged:
             return cls(torch.cat(list(arrays)), offsets)
         if isinstance(arrays[0], np.ndarray):
             return cls(np.concatenate(arrays), offsets)
-        return cls(arrays[0].__array_namespace__().concat(arrays), offsets)
+        return cls(joined(arrays), offsets)
 
     @classmethod
     def from_padded(cls, x: Any, lengths: Any = None, *, mask: Any = None) -> Ragged:
@@ -133,7 +135,7 @@ class Ragged:
             import torch
 
             return cls(x[torch.from_numpy(keep).to(x.device)], offsets)
-        return cls(x[keep], offsets)
+        return cls(x[to_device_of(x, keep)] if device_name(x) != "cpu" else x[keep], offsets)
 
     @property
     def offsets(self) -> npt.NDArray[np.int64]:
@@ -180,7 +182,7 @@ class Ragged:
         offsets = np.zeros(len(ids) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
         rows = np.repeat(self.offsets[:-1][ids] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        return Ragged(self.values[rows], offsets)
+        return Ragged(rows_of(self.values, rows), offsets)
 
     def __repr__(self) -> str:
         where = f", {device_name(self.values)}" if device_name(self.values) != "cpu" else ""
@@ -203,8 +205,9 @@ def as_ragged(
     dim: int | None = None,
     like: str = "",
     mask: Any = None,
+    on_gpu: Sequence[str] = (),
 ) -> Ragged:
-    """Return token sets in any accepted form as a Ragged of contiguous values.
+    """Return token sets in any accepted form as a Ragged of contiguous values, of `dtypes` or `on_gpu`, there.
 
     Accepted: a Ragged; `(values (T, d), offsets (n + 1,))`; `(padded (n, t, d), lengths (n,))`; a padded array
     (n, t, d) without padding; a list of `(n_i, d)` arrays. `dim` is the width that the sets must have, as the argument
@@ -233,5 +236,7 @@ def as_ragged(
     if dim is not None and sets.dim != dim:
         rule = f"have the same d as {like} ({dim})" if like else f"have d = {dim}"
         raise ValueError(f"{op}: {name} must {rule}, got {sets.dim}")
+    if device_name(sets.values) != "cpu":
+        dtypes = (*dtypes, *on_gpu)
     values = as_array(op, name, sets.values, dtypes=dtypes, ndim=2)
     return sets if values is sets.values else Ragged(values, sets.offsets)

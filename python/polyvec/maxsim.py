@@ -34,7 +34,6 @@ from polyvec._arrays import (
     as_count,
     as_id_lists,
     choice,
-    device_name,
     dtype_name,
     empty,
     output,
@@ -70,10 +69,7 @@ def _float_sets(
         if x.dtype != "float32":
             raise TypeError(f"{op}: {name} must be {' or '.join(dtypes)}, got tokens packed as {x.dtype}")
         x = x._sets
-    sets = as_ragged(op, name, x, dtypes=(*dtypes, *_HALVES), dim=dim, like=like, mask=mask)
-    if device_name(sets.values) == "cpu":
-        as_array(op, name, sets.values, dtypes=dtypes)
-    return sets
+    return as_ragged(op, name, x, dtypes=dtypes, dim=dim, like=like, mask=mask, on_gpu=_HALVES)
 
 
 def _score_dtype(tokens: Any) -> str:
