@@ -650,6 +650,231 @@ def test_a_file_with_strange_parameters(saved):
             pv.hnsw.Index.load(path)
 
 
+# Frozen indexes
+
+
+def frozen_state(index):
+    """The state of a frozen index, and the vectors, levels and scales in it."""
+    tensors = index.state().tensors
+    x, codes = tensors["vectors"], tensors["codes"]
+    n, d = x.shape
+    chunks = -(-d // 128)
+    assert codes.shape == (n, -(-(32 * chunks + 8) // 64) * 64)
+    packed = codes[:, : 32 * chunks].reshape(n, chunks, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
+    factors = codes[:, 32 * chunks : 32 * chunks + 8].copy().view(np.float32)
+    return tensors, x, 2.0 * packed.reshape(n, -1)[:, :d] - 3, factors
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("d", [1, 2, 3, 7, 33, 127, 128, 129, 384, 1100])
+def test_frozen_codes_are_those_of_the_definition(rng, isa, metric, d):
+    x = sample(rng, 50, d) + np.float32(0.5)
+    tensors, x, levels, factors = frozen_state(build(x, metric, seed=3).freeze())
+    frame = tensors["frame"]
+    assert frame.shape == (5, d)
+    assert_reduction(frame[0], x.mean(0, dtype=np.float64), np.abs(x).mean(0), length=50)
+    expected, scales, residuals = ref.frozen_codes(x, frame)
+    step = 0.9957 * np.sqrt((residuals**2).mean(1))[:, None]
+    near = np.abs(np.abs(residuals)[..., None] - np.stack([step, 0 * step], -1)).min(-1) < 1e-4 * step
+    assert_exact(levels[~near], expected[~near])
+    assert near.mean() < 0.01
+    whole = ~near.any(1)
+    assert_reduction(factors[whole, 0], scales[whole], scales[whole], length=d)
+    centre = frame[0].astype(np.float64)
+    added = (residuals**2).sum(1) if metric == "l2" else (x - centre) @ centre
+    size = added if metric == "l2" else np.abs(x - centre) @ np.abs(centre)
+    assert_reduction(factors[:, 1], added, size, length=d)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("d", [2, 5, 31, 128, 130, 300, 1300])
+def test_frozen_walks_compare_by_the_definition(rng, isa, metric, d):
+    """The one result is the best of the 36 that are nearest by their codes: in few dimensions not the best of all."""
+    x, queries = sample(rng, 400, d) + np.float32(0.3), sample(rng, 100, d)
+    index = build(x, metric, m=8).freeze()
+    tensors, x = frozen_state(index)[:2]
+    nearest = np.argsort(ref.frozen_distances(queries, x, tensors["frame"], metric), axis=1)[:, :36]
+    scores = np.take_along_axis(ref.score(queries, x, metric) * (1 if metric == "l2" else -1), nearest, 1)
+    expected = np.take_along_axis(nearest, scores.argmin(1)[:, None], 1)[:, 0]
+    found = index.search(queries, 1, ef=399)[1][:, 0]
+    assert np.mean(found == tensors["ids"][expected]) > 0.95
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_frozen_search_returns_true_scores(rng, isa, metric, storage):
+    x, queries = sample(rng, 700, 40), sample(rng, 40, 40)
+    index = build(x, metric, storage=storage)
+    frozen = index.freeze()
+    assert (frozen.frozen, index.frozen, len(frozen)) == (True, False, 700)
+    assert repr(frozen) == repr(index)[:-1] + ", frozen)"
+    assert_exact(np.sort(frozen.ids), np.arange(700))
+    assert_exact(frozen.get([5, 600]), index.get([5, 600]))
+    for k in (1, 10, 100):
+        scores, ids = frozen.search(queries, k, ef=200)
+        assert_scores(scores, ids, queries, x, metric)
+        assert all(len(set(row)) == k for row in ids.tolist())
+        assert ref.recall(ids, ref.search(queries, x, k, metric)[1]) > 0.9
+    scores, ids = frozen.search(queries, 700)
+    assert_scores(scores, ids, queries, x, metric)
+    assert_exact(np.sort(ids, 1), np.tile(np.arange(700), (40, 1)))
+
+
+def test_recall_of_frozen_sentence_vectors(data):
+    x, queries = (
+        read(data / "wordnet-minilm" / name).astype(np.float32) for name in ("base_i8.npy.xz", "queries.npy.xz")
+    )
+    x = np.ascontiguousarray(x[:6000] / np.linalg.norm(x[:6000], axis=1, keepdims=True))
+    index = build(x, "ip", num_threads=2).freeze()
+    for k, efs in ((10, (32, 96)), (100, (150, 300))):
+        truth = pv.scan.topk(queries, x, k, metric="ip")[1]
+        recalls = [ref.recall(index.search(queries, k, ef=ef)[1], truth) for ef in efs]
+        assert recalls[0] > 0.93
+        assert recalls[1] > 0.98
+    assert index.nbytes < 1.5 * x.nbytes
+
+
+def test_recall_of_frozen_sift(data):
+    x, rows, queries, truth = split(
+        read(data / "sift-10k" / "vectors.npy.xz"), read(data / "sift-10k" / "neighbors_l2_top100.npy.xz")
+    )
+    index = pv.hnsw.Index(128, metric="l2")
+    index.add(x, rows)
+    assert ref.recall(index.freeze().search(queries, 10, ef=96)[1], truth[:, :10]) > 0.97
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 5])
+def test_a_frozen_index_of_few_vectors(rng, n):
+    x, queries = sample(rng, n, 6), sample(rng, 3, 6)
+    expected, names = ref.search(queries, x, n + 2, "l2")
+    scores, ids = build(x).freeze().search(queries, n + 2)
+    assert_exact(ids, names)
+    assert_exact(scores[:, n:], expected[:, n:])
+
+
+def test_freezing_does_not_depend_on_threads_nor_searches_on_company(rng, isa):
+    x, queries = sample(rng, 3000, 20), sample(rng, 100, 20)
+    index = build(x)
+    one, two = (index.freeze(num_threads=n) for n in (1, 2))
+    for name, tensor in one.state().tensors.items():
+        assert_exact(two.state().tensors[name], tensor)
+    together = one.search(queries, 7, num_threads=2)
+    alone = [one.search(query[None], 7, num_threads=1) for query in queries]
+    for part in (0, 1):
+        assert_exact(together[part], np.concatenate([result[part] for result in alone]))
+
+
+def test_frozen_queries_that_are_not_finite_find_nothing(rng):
+    index = build(np.abs(sample(rng, 500, 4)), "ip").freeze()
+    queries = np.full((2, 4), np.nan, np.float32)
+    queries[1] = [1, np.inf, 1, 1]
+    scores, ids = index.search(queries, 3)
+    assert_exact(ids[0], [-1, -1, -1])
+    assert np.all(np.isinf(scores))
+
+
+def test_freezing_keeps_removed_vectors_out_and_the_original_as_it_is(rng):
+    x = sample(rng, 500, 8)
+    index = build(x)
+    index.remove(np.arange(0, 500, 2))
+    before = index.search(x, 5, ef=100)
+    frozen = index.freeze()
+    assert len(frozen) == 250
+    assert 3 in frozen
+    assert 4 not in frozen
+    ids = frozen.search(x, 5, ef=100)[1]
+    assert np.all(ids % 2 == 1)
+    index.add(x[:1], [0])
+    index.remove([0])
+    assert len(frozen) == 250
+    assert_exact(index.search(x, 5, ef=100)[0], before[0])
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_a_frozen_file(rng, tmp_path, mmap):
+    x, queries = sample(rng, 300, 12), sample(rng, 20, 12)
+    index = build(x, "cosine", storage="int8")
+    index.remove([7])
+    index.freeze().save(tmp_path / "index.pv")
+    loaded = pv.hnsw.Index.load(tmp_path / "index.pv", mmap=mmap)
+    assert loaded.frozen
+    for other in (loaded, pickle.loads(pickle.dumps(loaded))):
+        assert repr(other) == repr(index.freeze())
+        assert_exact(other.search(queries, 5), index.freeze().search(queries, 5))
+    whole = (tmp_path / "index.pv").read_bytes()
+    data = 8 + int.from_bytes(whole[:8], "little")
+    lazy = range(data, data + 300 * (64 + 12 * 4))
+    for position in [*range(0, data, 41), *range(data, len(whole), 997), len(whole) - 1]:
+        flipped = bytearray(whole)
+        flipped[position] ^= 1 << position % 8
+        (tmp_path / "index.pv").write_bytes(flipped)
+        if mmap and position in lazy:
+            damaged = pv.hnsw.Index.load(tmp_path / "index.pv", mmap=True)
+            assert damaged.search(queries, 5)[1].shape == (20, 5)
+        else:
+            with pytest.raises(pv.FormatError):
+                pv.hnsw.Index.load(tmp_path / "index.pv", mmap=mmap)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            lambda tensors: tensors.update(codes=tensors["codes"][:, :-1].copy()),
+            "is damaged: codes must be uint8 with 30 rows, got uint8 of shape (30, 63)",
+        ),
+        (
+            lambda tensors: tensors.update(frame=tensors["frame"][:4]),
+            "is damaged: frame must be float32 with 5 rows, got float32 of shape (4, 7)",
+        ),
+    ],
+)
+def test_a_frozen_state_that_does_not_fit_together(rng, change, text):
+    state = build(sample(rng, 30, 7)).freeze().state()
+    change(state.tensors)
+    with pytest.raises(pv.FormatError) as caught:
+        pv.hnsw.Index.from_state(state)
+    assert str(caught.value) == text
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (
+            lambda i: i.add(zeros(1, 3)),
+            ValueError,
+            "hnsw.Index.add: index must not be frozen, got one that freeze returned",
+        ),
+        (
+            lambda i: i.remove([0]),
+            ValueError,
+            "hnsw.Index.remove: index must not be frozen, got one that freeze returned",
+        ),
+        (
+            lambda i: i.freeze(),
+            ValueError,
+            "hnsw.Index.freeze: index must not be frozen, got one that freeze returned",
+        ),
+        (
+            lambda i: i.freeze(num_threads=0),
+            ValueError,
+            "hnsw.Index.freeze: num_threads must be at least 1, got 0",
+        ),
+    ],
+)
+def test_a_frozen_index_cannot_be_changed(rng, call, error, text):
+    index = build(sample(rng, 30, 3)).freeze()
+    with pytest.raises(error) as caught:
+        call(index)
+    assert str(caught.value) == text
+    assert len(index) == 30
+
+
+def test_vectors_too_wide_to_freeze():
+    with pytest.raises(ValueError, match=r"^hnsw.Index.freeze: dim must be at most 131072, got 131073$"):
+        pv.hnsw.Index(131073).freeze()
+
+
 # Errors
 
 

@@ -34,9 +34,9 @@ inline std::shared_ptr<const void> keep_alive(py::object object) {
 inline void bind_hnsw(py::module_& m) {
     using Unlocked = py::call_guard<py::gil_scoped_release>;
     const auto params = [](std::int64_t dim, const std::string& metric, const std::string& storage, std::int64_t m,
-                           std::int64_t ef_construction, std::uint64_t seed) {
+                           std::int64_t ef_construction, std::uint64_t seed, bool frozen = false) {
         constexpr const char* op = "hnsw.Index";
-        return HnswParams{dim, metric_from(op, metric), storage_from(op, storage), m, ef_construction, seed};
+        return HnswParams{dim, metric_from(op, metric), storage_from(op, storage), m, ef_construction, seed, frozen};
     };
     py::class_<HnswIndex>(m, "HnswIndex")
         .def(py::init([params](std::int64_t dim, const std::string& metric, const std::string& storage, std::int64_t m,
@@ -48,22 +48,40 @@ inline void bind_hnsw(py::module_& m) {
         .def("size", &HnswIndex::size, Unlocked())
         .def("bytes", &HnswIndex::bytes, Unlocked())
         .def("contains", &HnswIndex::contains, py::arg("id"), Unlocked())
-        .def("largest_id", &HnswIndex::largest_id, Unlocked());
+        .def("largest_id", &HnswIndex::largest_id, Unlocked())
+        .def("frozen", [](const HnswIndex& index) { return index.params().frozen; });
     m.def(
         "hnsw_load",
         [params](std::int64_t dim, const std::string& metric, const std::string& storage, std::int64_t m,
-                 std::int64_t ef_construction, std::uint64_t seed, std::int64_t entry, const Tensors& tensors) {
-            const HnswParams p = params(dim, metric, storage, m, ef_construction, seed);
+                 std::int64_t ef_construction, std::uint64_t seed, bool frozen, std::int64_t entry,
+                 const Tensors& tensors) {
+            const HnswParams p = params(dim, metric, storage, m, ef_construction, seed, frozen);
             Args args = args_for<Cpu>(HnswIndex::load_op, 0);
             const auto in = [&](const char* name) { return args.in(name, tensors[name]); };
-            const auto code = [&](const char* name) { return p.code_width() ? in(name) : Array{}; };
-            HnswState state{in("vectors"),     code("codes"), code("factors"), in("links"), in("levels"),
-                            in("upper_links"), in("ids"),     in("removed"),   entry,       keep_alive(tensors)};
+            const auto in_if = [&](bool there, const char* name) { return there ? in(name) : Array{}; };
+            HnswState state{in("vectors"),
+                            in_if(p.code_width() > 0, "codes"),
+                            in_if(p.factor_count() > 0, "factors"),
+                            in_if(p.frozen, "frame"),
+                            in("links"),
+                            in("levels"),
+                            in("upper_links"),
+                            in("ids"),
+                            in("removed"),
+                            entry,
+                            keep_alive(tensors)};
             const py::gil_scoped_release nogil;
             return std::make_unique<HnswIndex>(p, state);
         },
         py::arg("dim"), py::arg("metric"), py::arg("storage"), py::arg("m"), py::arg("ef_construction"),
-        py::arg("seed"), py::arg("entry"), py::arg("tensors"));
+        py::arg("seed"), py::arg("frozen"), py::arg("entry"), py::arg("tensors"));
+    m.def(
+        "hnsw_freeze",
+        [](const HnswIndex& index, std::intptr_t where) {
+            const py::gil_scoped_release nogil;
+            return index.freeze(Cpu{static_cast<int>(where)});
+        },
+        py::arg("index"), py::arg("where"));
     m.def(
         "hnsw_state",
         [](const HnswIndex& index) {
@@ -72,8 +90,8 @@ inline void bind_hnsw(py::module_& m) {
                 return index.state();
             }();
             Tensors tensors;
-            for (const Array* a : {&state.vectors, &state.codes, &state.factors, &state.links, &state.levels,
-                                   &state.upper_links, &state.ids, &state.removed})
+            for (const Array* a : {&state.codes, &state.vectors, &state.factors, &state.frame, &state.links,
+                                   &state.levels, &state.upper_links, &state.ids, &state.removed})
                 if (*a) tensors[a->name] = numpy_view(*a, state.owner);
             return std::make_pair(tensors, state.entry);
         },

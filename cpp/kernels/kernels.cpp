@@ -9,6 +9,7 @@ namespace polyvec::POLYVEC_ISA {
 extern const HypercomplexKernels hypercomplex_kernels;
 extern const DistanceKernels distance_kernels;
 extern const ByteDistanceKernels byte_distance_kernels;
+extern const BitDistanceKernels bit_distance_kernels;
 extern const MaxsimKernels maxsim_kernels;
 extern const ScanKernels scan_kernels;
 extern const FdeKernels fde_kernels;
@@ -23,6 +24,7 @@ const Kernels table{
     .hypercomplex = &hypercomplex_kernels,
     .distance = &distance_kernels,
     .byte_distance = &byte_distance_kernels,
+    .bit_distance = &bit_distance_kernels,
     .maxsim = &maxsim_kernels,
     .scan = &scan_kernels,
     .fde = &fde_kernels,

@@ -97,6 +97,21 @@ POLYVEC_INLINE Vec<int32_t> multiply_pairs(Vec<uint32_t> a, Vec<uint32_t> b) noe
 #endif
 }
 
+#if defined(__AVX2__)
+#define POLYVEC_BYTE_PAIRS 1
+
+// a0 * b0 + a1 * b1 of the bytes of each 16-bit lane, those of a unsigned and those of b signed; at most 32767.
+POLYVEC_INLINE VecOf<int16_t, 32>::type multiply_byte_pairs(VecOf<uint8_t, 32>::type a,
+                                                            VecOf<uint8_t, 32>::type b) noexcept {
+    return (VecOf<int16_t, 32>::type)_mm256_maddubs_epi16((__m256i)a, (__m256i)b);
+}
+
+// The sums of the two 16-bit halves of each 32-bit lane.
+POLYVEC_INLINE VecOf<int32_t, 32>::type add_pairs(VecOf<int16_t, 32>::type a) noexcept {
+    return (VecOf<int32_t, 32>::type)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi16(1));
+}
+#endif
+
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 #define POLYVEC_NARROW_PRODUCTS 1
 

@@ -116,6 +116,28 @@ struct ByteDistanceKernels {
                       float* out) noexcept;
 };
 
+/// Rows of two bits an element: value i of a row is (2 * code i - 3) * scale. Code 128 c + 32 f + t lies in bits 2 f
+/// and 2 f + 1 of byte 32 c + t. Behind the chunks of 32 bytes a row has two floats: scale, and what is added to its
+/// distances. Rows are padded to cache lines, and lie on them.
+constexpr std::size_t bit_chunk = 32, bit_chunk_codes = 128;
+
+struct BitRows {
+    const std::uint8_t* bytes;
+    std::size_t stride, chunks;
+};
+
+/// The distance from a row is constant + weight * what is added + factor * its scale * (2 <values, codes> - offset).
+struct BitQuery {
+    const std::uint8_t* values;  // signed, padded with 0 to whole chunks
+    std::int32_t offset;         // three times their sum
+    float factor, weight, constant;
+};
+
+struct BitDistanceKernels {
+    void (*distances)(const BitQuery& query, const BitRows& rows, const std::uint32_t* ids, std::size_t n,
+                      float* out) noexcept;
+};
+
 /// Query tokens are handed over in panels (pack): transposed, so that a register holds one element of many tokens.
 /// Panels and maxima of n tokens need room for n rounded up to panel_width.
 template <class T>
@@ -399,6 +421,7 @@ struct Kernels {
     const HypercomplexKernels* hypercomplex;
     const DistanceKernels* distance;
     const ByteDistanceKernels* byte_distance;
+    const BitDistanceKernels* bit_distance;
     const MaxsimKernels* maxsim;
     const ScanKernels* scan;
     const FdeKernels* fde;

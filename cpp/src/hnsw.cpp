@@ -45,8 +45,9 @@ std::int64_t HnswIndex::bytes() const {
     const std::int64_t row = (g.vectors.width() + g.factors.width()) * sizeof(float) + g.codes.width() +
                              g.links.width() * sizeof(std::uint32_t);
     const std::int64_t words = g.upper_links.size() + g.first_upper.size() + g.table.size();
-    return std::max(g.capacity, g.n) * row + words * sizeof(std::uint32_t) + g.ids.size() * sizeof(std::int64_t) +
-           2 * g.levels.size();
+    const std::int64_t frame = g.params.frozen ? frame_rows * g.params.dim * sizeof(float) : 0;
+    return std::max(g.capacity, g.n) * row + frame + words * sizeof(std::uint32_t) +
+           g.ids.size() * sizeof(std::int64_t) + 2 * g.levels.size();
 }
 
 bool HnswIndex::contains(std::int64_t id) const {
@@ -108,6 +109,10 @@ void HnswIndex::get(const Array& ids, const Array& out) const {
     }
 }
 
+void HnswIndex::require_not_frozen(const char* op) const {
+    require(!params_.frozen, op, "index must not be frozen, got one that freeze returned");
+}
+
 void HnswIndex::check_new(const char* op, const Array& ids) const {
     require_id_list(op, ids);
     require_distinct(op, ids);
@@ -132,6 +137,7 @@ void HnswIndex::make_writable(std::int64_t more) {
 
 void HnswIndex::reserve(const Array& ids) {
     const auto lock = writing();
+    require_not_frozen(add_op);
     check_new(add_op, ids);
     if (ids.dim(0) > 0) make_writable(ids.dim(0));
 }
@@ -162,6 +168,7 @@ void store(Graph& graph, const float* x, std::int64_t count, int num_threads) {
 void HnswIndex::add(const Array& vectors, const Array& ids, Cpu cpu) {
     constexpr const char* op = add_op;
     const auto lock = writing();
+    require_not_frozen(op);
     require_vectors(op, vectors, params_.dim);
     check_new(op, ids);
     const std::int64_t count = vectors.dim(0);
@@ -182,6 +189,7 @@ void HnswIndex::add(const Array& vectors, const Array& ids, Cpu cpu) {
 void HnswIndex::remove(const Array& ids) {
     constexpr const char* op = remove_op;
     const auto lock = writing();
+    require_not_frozen(op);
     require_id_list(op, ids);
     require_distinct(op, ids);
     const std::int64_t count = ids.dim(0);
@@ -220,7 +228,10 @@ void answer(const Graph& graph, IdleWalks& idle, std::int64_t ef, const Array& s
     const std::int64_t grain = std::clamp<std::int64_t>(nq / 16, Walks::together, 64);
     // Among many removed slots a walk takes n / live steps for one that counts; past this it costs more than a scan.
     const bool scan = static_cast<double>(graph.live) * graph.live <= static_cast<double>(ef) * graph.n;
-    const bool coarse = graph.params.storage != HnswStorage::float32, negate = graph.params.metric != Metric::l2;
+    const std::int64_t unsure = graph.params.frozen                         ? 4 * k + 32
+                                : graph.params.storage == HnswStorage::int8 ? 2 * k + 16
+                                                                            : 0;
+    const bool negate = graph.params.metric != Metric::l2;
     const float worst = negate ? -std::numeric_limits<float>::infinity() : std::numeric_limits<float>::infinity();
     Walks walks(graph, idle, ef, workers_for(nq, grain, cpu.num_threads));
     const auto keep = [&](Walk& walk, std::int64_t i) {
@@ -252,7 +263,7 @@ void answer(const Graph& graph, IdleWalks& idle, std::int64_t ef, const Array& s
                 start(walk, i);
             },
             [&](Walk& walk, std::int64_t i) {
-                if (coarse) walk.measure_exactly(2 * k + 16);
+                if (unsure > 0) walk.measure_exactly(unsure);
                 keep(walk, i);
             });
     });

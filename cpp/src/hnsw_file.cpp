@@ -21,11 +21,11 @@ HnswState HnswIndex::state() const {
         return a;
     };
     const std::int64_t upper_rows = g.first_upper.back();
-    const bool coded = g.codes.width() > 0;
     return {
         array("vectors", g.vectors.data(), DType::f32, g.n, g.params.dim),
-        coded ? array("codes", g.codes.data(), DType::u8, g.n, g.codes.width()) : Array{},
-        coded ? array("factors", g.factors.data(), DType::f32, g.n, g.factors.width()) : Array{},
+        g.codes.width() ? array("codes", g.codes.data(), DType::u8, g.n, g.codes.width()) : Array{},
+        g.factors.width() ? array("factors", g.factors.data(), DType::f32, g.n, g.factors.width()) : Array{},
+        g.params.frozen ? array("frame", g.frame.data(), DType::f32, frame_rows, g.params.dim) : Array{},
         array("links", g.links.data(), DType::u32, g.n, g.links.width()),
         array("levels", g.levels.data(), DType::u8, g.n),
         array("upper_links", g.upper_links.data(), DType::u32, upper_rows, g.params.m),
@@ -66,8 +66,14 @@ HnswIndex::HnswIndex(const HnswParams& params, const HnswState& state) : HnswInd
     g.links = Rows<std::uint32_t>(state.links.as<std::uint32_t>(), 2 * params.m);
     if (params.code_width() > 0) {
         check_array(state.codes, DType::u8, n, params.code_width());
-        check_array(state.factors, DType::f32, n, params.factor_count());
         g.codes = Rows<std::uint8_t>(state.codes.as<std::uint8_t>(), params.code_width());
+    }
+    if (params.frozen) {
+        check_array(state.frame, DType::f32, frame_rows, params.dim);
+        g.frame = Rows<float>(state.frame.as<float>(), params.dim);
+    }
+    if (params.factor_count() > 0) {
+        check_array(state.factors, DType::f32, n, params.factor_count());
         g.factors = Rows<float>(state.factors.as<float>(), params.factor_count());
     }
     g.lender = state.owner;

@@ -57,6 +57,7 @@ private:
 
 constexpr std::uint32_t no_link = 0xffffffff;
 constexpr int max_level = 63;
+constexpr std::int64_t frame_rows = 5;
 
 struct Graph {
     const HnswParams params;
@@ -64,8 +65,9 @@ struct Graph {
     std::int64_t largest_id = -1;
     std::uint32_t entry = no_link;
     Rows<float> vectors;
-    Rows<std::uint8_t> codes;  // int8: see ByteRows; else width 0
+    Rows<std::uint8_t> codes;  // int8: see ByteRows; frozen: see BitRows; else width 0
     Rows<float> factors;
+    Rows<float> frame;  // frozen: see HnswState
     Rows<std::uint32_t> links;
     std::vector<std::uint32_t> upper_links;
     std::vector<std::uint32_t> first_upper;  // n + 1: where the rows of a slot begin
@@ -79,6 +81,7 @@ struct Graph {
           vectors(params.dim),
           codes(params.code_width()),
           factors(params.factor_count()),
+          frame(params.dim),
           links(2 * params.m),
           first_upper(1) {}
 
@@ -92,6 +95,7 @@ struct Graph {
           vectors(other.vectors, n, capacity),
           codes(other.codes, n, capacity),
           factors(other.factors, n, capacity),
+          frame(params.dim),
           links(other.links, n, capacity),
           upper_links(other.upper_links),
           first_upper(other.first_upper),

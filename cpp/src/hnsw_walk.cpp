@@ -2,6 +2,8 @@
 
 #include <cmath>
 
+#include "hnsw_frozen.hpp"
+
 namespace polyvec::hnsw {
 
 void unit_vector(float* x, std::int64_t d) {
@@ -16,8 +18,12 @@ void Target::prepare(const Graph& graph) {
     const auto& kernel = kernels().distance->u32;
     floats_ = graph.params.metric == Metric::l2 ? kernel.l2 : kernel.dot;
     unit_.resize(graph.params.dim);
-    bytes_ = graph.params.storage == HnswStorage::int8 ? kernels().byte_distance : nullptr;
-    if (bytes_ && room_ < graph.codes.width()) values_ = aligned<std::uint8_t>(room_ = graph.codes.width());
+    const bool frozen = graph.params.frozen;
+    bytes_ = graph.params.storage == HnswStorage::int8 && !frozen ? kernels().byte_distance : nullptr;
+    bits_ = frozen ? kernels().bit_distance : nullptr;
+    if (frozen) rotated_.resize(graph.params.dim);
+    const std::int64_t codes = frozen ? bit_chunk_codes * graph.params.chunks() : graph.codes.width();
+    if (room_ < codes) values_ = aligned<std::uint8_t>(room_ = codes);
 }
 
 void Target::set(const float* query) {
@@ -28,6 +34,12 @@ void Target::set(const float* query) {
         unit_vector(unit_.data(), p.dim);
         query_ = unit_.data();
     }
+    set_code();
+}
+
+void Target::set_code() {
+    const HnswParams& p = graph_->params;
+    if (bits_) bit_code_ = bit_query(*graph_, query_, rotated_.data(), values_.get());
     if (!bytes_) return;
     const ByteCode code = bytes_->encode(query_, p.dim, p.code_width(), 0, values_.get());
     const bool l2 = p.metric == Metric::l2;
@@ -36,7 +48,7 @@ void Target::set(const float* query) {
 
 void Target::set(std::uint32_t slot) {
     query_ = graph_->vectors[slot];
-    if (!bytes_) return;
+    if (!bytes_) return set_code();
     const std::int32_t sum = bytes_->query_of_row(graph_->codes[slot], graph_->params.code_width(), values_.get());
     const float* factors = graph_->factors[slot];
     const bool l2 = graph_->params.metric == Metric::l2;
@@ -44,6 +56,11 @@ void Target::set(std::uint32_t slot) {
 }
 
 void Target::measure(const std::uint32_t* slots, std::size_t count, float* distances) const {
+    if (bits_) {
+        const auto stride = static_cast<std::size_t>(graph_->codes.width());
+        const BitRows rows{graph_->codes.data(), stride, static_cast<std::size_t>(graph_->params.chunks())};
+        return bits_->distances(bit_code_, rows, slots, count, distances);
+    }
     if (!bytes_) return measure_exactly(slots, count, distances);
     const ByteRows rows{graph_->codes.data(), graph_->factors.data(), static_cast<std::size_t>(graph_->codes.width())};
     bytes_->distances(code_, rows, slots, count, distances);
@@ -60,8 +77,8 @@ void Target::fetch(std::uint32_t slot) const {
     const auto lines = [](const void* row, std::int64_t bytes) {
         for (std::int64_t i = 0; i < bytes; i += line) __builtin_prefetch(static_cast<const char*>(row) + i);
     };
-    if (bytes_) {
-        __builtin_prefetch(graph_->factors[slot]);
+    if (bytes_ || bits_) {
+        if (bytes_) __builtin_prefetch(graph_->factors[slot]);
         lines(graph_->codes[slot], std::min(most, graph_->codes.width()));
     } else {
         constexpr std::int64_t first = 4 * line;  // the hardware follows a row from there

@@ -91,12 +91,16 @@ public:
     void fetch(std::uint32_t slot) const;
 
 private:
+    void set_code();
+
     const Graph* graph_ = nullptr;
     DistanceKernel<std::uint32_t>::Function floats_ = nullptr;
     const ByteDistanceKernels* bytes_ = nullptr;
+    const BitDistanceKernels* bits_ = nullptr;
     const float* query_ = nullptr;
     ByteQuery code_{};
-    std::vector<float> unit_;
+    BitQuery bit_code_{};
+    std::vector<float> unit_, rotated_;
     Aligned<std::uint8_t> values_;
     std::int64_t room_ = 0;
 };

@@ -55,3 +55,44 @@ def encode(x):
     codes = np.full((len(x), -(-x.shape[1] // 64) * 64), 128, np.uint8)
     codes[:, : x.shape[1]] = np.rint(x * up) + 128
     return codes, np.where(size > 1e-36, size / np.float32(127), np.float32(0))[:, 0]
+
+
+def rotate(rows, signs):
+    """Rows (n, d) times `signs` (4, d) in turn, each time with Hadamard's matrix on the first or last 2^j elements."""
+    rows = np.array(rows, np.float64)
+    d = rows.shape[1]
+    power = 1 << (d.bit_length() - 1)
+    matrix = np.ones((1, 1))
+    while len(matrix) < power:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    for k, factors in enumerate(np.asarray(signs, np.float64)):
+        rows *= factors
+        part = slice(0, power) if k % 2 == 0 else slice(d - power, d)
+        rows[:, part] = rows[:, part] @ matrix
+    return rows
+
+
+def frozen_codes(x, frame):
+    """Levels (n, d) in -3, -1, 1, 3, scales (n,), and the rotated residuals that they stand for."""
+    residuals = rotate(np.asarray(x, np.float64) - frame[0], frame[1:])
+    squares = (residuals**2).sum(1)
+    step = 0.9957 * np.sqrt(squares / x.shape[1])[:, None]
+    levels = 2.0 * ((residuals > -step).astype(int) + (residuals > 0) + (residuals > step)) - 3
+    products = (levels * residuals).sum(1)
+    return levels, np.divide(squares, products, out=np.zeros(len(x)), where=products > 0), residuals
+
+
+def frozen_distances(queries, x, frame, metric):
+    """What a walk over codes compares: (nq, n), lower is nearer."""
+    levels, scales, residuals = frozen_codes(x, frame)
+    decoded, centre = levels * scales[:, None], np.asarray(frame[0], np.float64)
+    queries = np.asarray(queries, np.float64)
+    if metric == "l2":
+        rest = queries - centre
+        squares = (rest**2).sum(1)[:, None] + (residuals**2).sum(1)
+        return squares - 2 * rotate(rest, frame[1:]) @ decoded.T
+    if metric == "cosine":
+        queries = unit(queries)
+    share = (queries @ centre / (centre @ centre))[:, None]
+    along = (np.asarray(x, np.float64) - centre) @ centre
+    return -(queries @ centre)[:, None] - share * along - rotate(queries - share * centre, frame[1:]) @ decoded.T

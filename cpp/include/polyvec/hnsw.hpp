@@ -40,24 +40,32 @@ struct HnswParams {
     std::int64_t m = 16;
     std::int64_t ef_construction = 200;
     std::uint64_t seed = 0;
+    bool frozen = false;  // made by freeze: codes are of two bits an element whatever the storage, and nothing changes
 
     void validate(const char* op) const {
         require(dim >= 1, op, "dim must be at least 1, got ", dim);
         require(m >= 2 && m <= 1024, op, "m must be in [2, 1024], got ", m);
         require(ef_construction >= 1, op, "ef_construction must be at least 1, got ", ef_construction);
-        require(storage != HnswStorage::int8 || dim <= 1 << 17, op, "dim must be at most 131072 with int8, got ", dim);
+        require(code_width() == 0 || dim <= most_coded, op, "dim must be at most 131072 with int8, got ", dim);
     }
 
-    /// Bytes of a code: dim, rounded up to cache lines.
-    std::int64_t code_width() const { return storage == HnswStorage::int8 ? (dim + 63) / 64 * 64 : 0; }
-    std::int64_t factor_count() const { return storage == HnswStorage::int8 ? 2 : 0; }
+    static constexpr std::int64_t most_coded = 1 << 17;  // elements of a vector with codes
+
+    /// Bytes of a code, rounded up to cache lines: one an element, or chunks of 32 for 128 elements and two floats.
+    std::int64_t code_width() const {
+        if (frozen) return (chunks() * 32 + 8 + 63) / 64 * 64;
+        return storage == HnswStorage::int8 ? (dim + 63) / 64 * 64 : 0;
+    }
+    std::int64_t factor_count() const { return storage == HnswStorage::int8 && !frozen ? 2 : 0; }
+    std::int64_t chunks() const { return (dim + 127) / 128; }
 };
 
 /// All of an index: what a file holds.
 struct HnswState {
     Array vectors;            // (n, dim) float32: unit vectors where the metric is cosine
-    Array codes;              // (n, code_width()) uint8, where the storage is int8; else absent
-    Array factors;            // (n, 2) float32: a code's scale, and 0 or (l2) its squared norm; as codes
+    Array codes;              // (n, code_width()) uint8, where that is not 0; else absent
+    Array factors;            // (n, 2) float32, where codes are of int8: their scale, and 0 or (l2) their squared norm
+    Array frame;              // (5, dim) float32, of frozen ones: the centre of all vectors, and what rotates them
     Array links;              // (n, 2 m) uint32: a slot's neighbours at level 0, then no_link to the end
     Array levels;             // (n,) uint8
     Array upper_links;        // (sum of levels, m) uint32: a slot's rows for levels 1, 2, ... follow each other
@@ -87,7 +95,7 @@ public:
     static constexpr const char *add_op = "hnsw.Index.add", *search_op = "hnsw.Index.search",
                                 *get_op = "hnsw.Index.get", *remove_op = "hnsw.Index.remove",
                                 *ids_op = "hnsw.Index.ids", *load_op = "hnsw.Index.load",
-                                *neighbors_op = "hnsw.knn_graph";
+                                *freeze_op = "hnsw.Index.freeze", *neighbors_op = "hnsw.knn_graph";
 
     explicit HnswIndex(const HnswParams& params);
 
@@ -117,6 +125,9 @@ public:
     void add(const Array& vectors, const Array& ids, Cpu cpu);
     void remove(const Array& ids);
 
+    /// A copy that cannot be changed, with slots in the order of the walk and codes of two bits an element.
+    std::unique_ptr<HnswIndex> freeze(Cpu cpu) const;
+
     /// Fills `scores` and `ids` (nq, k); l2 scores are distances. At least max(ef, k) candidates are kept.
     void search(const Array& queries, std::int64_t ef, const Array& scores, const Array& ids, Cpu cpu) const;
 
@@ -132,6 +143,7 @@ private:
 
     std::shared_lock<std::shared_mutex> reading() const;
     std::unique_lock<std::shared_mutex> writing();
+    void require_not_frozen(const char* op) const;
     void check_new(const char* op, const Array& ids) const;
     void make_writable(std::int64_t more);
 

@@ -1,0 +1,154 @@
+#include "hnsw_frozen.hpp"
+
+#include <cstring>
+#include <numeric>
+
+#include "polyvec/parallel.hpp"
+
+namespace polyvec {
+
+using namespace hnsw;
+
+namespace {
+
+/// Of all vectors, removed ones too, and what `rotate` takes: random signs, and the factors that keep lengths.
+void fill_frame(const Graph& graph, const Rows<float>& frame) {
+    const std::int64_t d = graph.params.dim;
+    std::vector<double> sum(d, 0.0);
+    for (std::int64_t slot = 0; slot < graph.n; ++slot)
+        for (std::int64_t i = 0; i < d; ++i) sum[i] += graph.vectors[slot][i];
+    for (std::int64_t i = 0; i < d; ++i) frame[0][i] = static_cast<float>(sum[i] / std::max<std::int64_t>(graph.n, 1));
+
+    const auto power = static_cast<std::int64_t>(std::bit_floor(static_cast<std::uint64_t>(d)));
+    const auto size = static_cast<float>(1 / std::sqrt(static_cast<double>(power)));
+    Random random(graph.params.seed, 1);
+    for (int round = 0; round < 4; ++round) {
+        for (std::int64_t i = 0; i < d; ++i) {
+            const bool transformed = round % 2 == 0 ? i < power : i >= d - power;
+            const float sign = random.next() >> 63 ? -1.0f : 1.0f;
+            frame[1 + round][i] = transformed ? sign * size : sign;
+        }
+    }
+}
+
+double dot(const float* x, const float* y, std::int64_t d) {
+    double sum = 0;
+    for (std::int64_t i = 0; i < d; ++i) sum += static_cast<double>(x[i]) * y[i];
+    return sum;
+}
+
+/// The code of a vector. Scratch: `residual` (dim,).
+void encode(const Graph& graph, const float* vector, float* residual, std::uint8_t* code) {
+    constexpr double normal_step = 0.9957;  // loses the least of a normal element of variance 1 in four levels
+    const std::int64_t d = graph.params.dim, chunks = graph.params.chunks();
+    const float* const centre = graph.frame[0];
+    for (std::int64_t i = 0; i < d; ++i) residual[i] = vector[i] - centre[i];
+    const double square = dot(residual, residual, d), along = dot(residual, centre, d);
+    kernels().codes->rotate(residual, 1, d, graph.frame[1], false);
+
+    std::memset(code, 0, graph.codes.width());
+    const auto step = static_cast<float>(normal_step * std::sqrt(square / static_cast<double>(d)));
+    double product = 0;
+    for (std::int64_t i = 0; i < d; ++i) {
+        const int level = (residual[i] > -step) + (residual[i] > 0) + (residual[i] > step);
+        product += residual[i] * (2.0 * level - 3);
+        const std::int64_t chunk = i / static_cast<std::int64_t>(bit_chunk_codes), at = i % bit_chunk_codes;
+        code[chunk * bit_chunk + at % bit_chunk] |= static_cast<std::uint8_t>(level << 2 * (at / bit_chunk));
+    }
+    const bool l2 = graph.params.metric == Metric::l2;
+    const float factors[] = {product > 0 ? static_cast<float>(square / product) : 0.0f,
+                             static_cast<float>(l2 ? square : along)};
+    std::memcpy(code + chunks * bit_chunk, factors, sizeof factors);
+}
+
+/// All slots, breadth first from the entry: a walk reads its first steps from one place, and near slots are often near.
+std::vector<std::uint32_t> walking_order(const Graph& graph) {
+    std::vector<std::uint32_t> order;
+    std::vector<bool> taken(graph.n, false);
+    const auto take = [&](std::uint32_t slot) {
+        if (!taken[slot]) order.push_back(slot);
+        taken[slot] = true;
+    };
+    order.reserve(graph.n);
+    if (graph.n > 0) take(graph.entry);
+    std::uint32_t rest = 0;  // slots before it are taken
+    for (std::size_t next = 0; next < static_cast<std::size_t>(graph.n); ++next) {
+        for (; next == order.size(); ++rest) take(rest);
+        const std::uint32_t* const row = graph.links[order[next]];
+        for (std::int64_t i = 0; i < graph.links.width() && row[i] != no_link; ++i) take(row[i]);
+    }
+    return order;
+}
+
+}  // namespace
+
+namespace hnsw {
+
+BitQuery bit_query(const Graph& graph, const float* query, float* rotated, std::uint8_t* values) {
+    const HnswParams& p = graph.params;
+    const bool l2 = p.metric == Metric::l2;
+    const float* const centre = graph.frame[0];
+    // <q, x> = <q - c m, x - m> + c <m, x - m> + <q, m> for any c: this one leaves the shortest rest to the codes.
+    const double along = dot(query, centre, p.dim), square = dot(centre, centre, p.dim);
+    const auto share = static_cast<float>(l2 ? 1 : square > 0 ? along / square : 0);
+    for (std::int64_t i = 0; i < p.dim; ++i) rotated[i] = query[i] - share * centre[i];
+    const auto length = static_cast<float>(l2 ? dot(rotated, rotated, p.dim) : 0);
+    kernels().codes->rotate(rotated, 1, p.dim, graph.frame[1], false);
+    const std::int64_t width = p.chunks() * bit_chunk_codes;
+    const ByteCode code = kernels().byte_distance->encode(rotated, p.dim, width, 0, values);
+    if (l2) return {values, 3 * code.sum, -2 * code.scale, 1, length};
+    return {values, 3 * code.sum, -code.scale, -share, static_cast<float>(-along)};
+}
+
+}  // namespace hnsw
+
+std::unique_ptr<HnswIndex> HnswIndex::freeze(Cpu cpu) const {
+    const auto lock = reading();
+    const Graph& from = *graph_;
+    require(!params_.frozen, freeze_op, "index must not be frozen, got one that freeze returned");
+    require(params_.dim <= HnswParams::most_coded, freeze_op, "dim must be at most ", HnswParams::most_coded, ", got ",
+            params_.dim);
+    HnswParams params = params_;
+    params.frozen = true;
+    auto index = std::make_unique<HnswIndex>(params);
+    Graph& to = *index->graph_;
+    to.n = to.capacity = from.n;
+    to.live = from.live;
+    to.largest_id = from.largest_id;
+    to.vectors = Rows<float>(to.n, params.dim);
+    to.codes = Rows<std::uint8_t>(to.n, params.code_width());
+    to.frame = Rows<float>(frame_rows, params.dim);
+    to.links = Rows<std::uint32_t>(to.n, from.links.width());
+    fill_frame(from, to.frame);
+
+    const std::vector<std::uint32_t> order = walking_order(from);
+    std::vector<std::uint32_t> place(from.n);
+    for (std::int64_t slot = 0; slot < to.n; ++slot) place[order[slot]] = static_cast<std::uint32_t>(slot);
+    const auto copy_row = [&](std::int64_t slot, int level) {
+        const std::uint32_t* const row = from.row(order[slot], level);
+        std::transform(row, row + from.width(level), to.row(static_cast<std::uint32_t>(slot), level),
+                       [&](std::uint32_t link) { return link == no_link ? no_link : place[link]; });
+    };
+    to.upper_links.resize(from.upper_links.size());
+    for (std::int64_t slot = 0; slot < to.n; ++slot) {
+        to.levels.push_back(from.levels[order[slot]]);
+        to.first_upper.push_back(to.first_upper.back() + to.levels[slot]);
+        to.ids.push_back(from.ids[order[slot]]);
+        to.removed.push_back(from.removed[order[slot]]);
+        for (int level = 1; level <= to.levels[slot]; ++level) copy_row(slot, level);
+    }
+    if (to.n > 0) to.entry = place[from.entry];
+    parallel_for(to.n, std::max<std::int64_t>(1, (1 << 16) / params.dim), cpu.num_threads,
+                 [&](std::int64_t begin, std::int64_t end, int) {
+                     std::vector<float> residual(params.dim);
+                     for (std::int64_t slot = begin; slot < end; ++slot) {
+                         std::copy_n(from.vectors[order[slot]], params.dim, to.vectors[slot]);
+                         encode(to, to.vectors[slot], residual.data(), to.codes[slot]);
+                         copy_row(slot, 0);
+                     }
+                 });
+    to.build_table();
+    return index;
+}
+
+}  // namespace polyvec

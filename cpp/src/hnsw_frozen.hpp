@@ -1,0 +1,16 @@
+/// Codes of two bits an element: what walks of a frozen graph compare.
+///
+/// A vector's residual from the centre of all vectors is rotated by a fast transform, so that its elements are about
+/// normal whatever the data, and each is rounded to -3, -1, 1 or 3 times half the step that suits its length. The scale
+/// of the rounded vector makes its product with the residual exact, so that estimates are right on average.
+/// Paper: RaBitQ (Gao and Long 2024), sections 3.1 and 3.2; for more bits Gao et al. 2025.
+#pragma once
+
+#include "hnsw_graph.hpp"
+
+namespace polyvec::hnsw {
+
+/// A query's code. Scratch: `rotated` (dim,), and `values` for the codes of whole chunks.
+BitQuery bit_query(const Graph& graph, const float* query, float* rotated, std::uint8_t* values);
+
+}  // namespace polyvec::hnsw
