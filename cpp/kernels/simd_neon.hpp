@@ -44,6 +44,12 @@ POLYVEC_INLINE Vec<int32_t> multiply_pairs(Vec<uint32_t> a, Vec<uint32_t> b) noe
     return (Vec<int32_t>)vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y));
 }
 
+// Half a vector of signed bytes as 16 bits.
+template <class Half>
+POLYVEC_INLINE Vec<int16_t> widen_bytes(Half v) noexcept {
+    return (Vec<int16_t>)vmovl_s8((int8x8_t)v);
+}
+
 // A vector's worth of bytes as floats.
 POLYVEC_INLINE Vec<float> load_int8(const unsigned char* p) noexcept {
     uint32_t bytes;
@@ -56,6 +62,11 @@ POLYVEC_INLINE Vec<float> load_int8(const unsigned char* p) noexcept {
 // In each 128-bit lane, the bytes of `table` that the bytes of `index`, 0 to 15, select.
 POLYVEC_INLINE Vec<uint8_t> shuffle_bytes(Vec<uint8_t> table, Vec<uint8_t> index) noexcept {
     return (Vec<uint8_t>)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)index);
+}
+
+// Half a vector's worth of unsigned bytes as 16 bits.
+POLYVEC_INLINE Vec<uint16_t> load_bytes_as_shorts(const unsigned char* p) noexcept {
+    return (Vec<uint16_t>)vmovl_u8(vld1_u8(p));
 }
 
 }  // namespace

@@ -23,7 +23,8 @@
 //   bfloat16    pairs, as stored                  float, expanded
 //   float16     float, expanded                   float, expanded
 //   int8        bytes, as stored                  pairs of 16 bits, expanded
-//   residual    bytes, expanded by a permute      pairs of 16 bits, expanded through a table of each byte's weights
+//   residual    bytes, expanded by a permute      pairs of 16 bits, expanded by a byte shuffle; without one, through a
+//                                                 table of each byte's weights
 //
 // Against int8 and residual codes a query is quantised too, to 127 steps of its largest element, and a weight to 127
 // steps of the largest weight; the sums are integers, exact up to d = 2^17. The bits of a product depend on the token
@@ -158,11 +159,14 @@ struct Bytes {
     static constexpr size_t elements = Product::elements;
     static constexpr bool as_stored = false;
 
+    // N elements; a vector's worth by widen_bytes: GCC 12 makes twice the work of a conversion.
     template <size_t N>
     POLYVEC_INLINE static void widen(const unsigned char* p, Word* out) noexcept {
-        *reinterpret_cast<Some<int16_t, N>*>(out) =
-            __builtin_convertvector(*reinterpret_cast<const Some<Byte, N>*>(p), Some<int16_t, N>) -
-            int16_t{is_signed ? 0 : 128};
+        const auto bytes = (Some<int8_t, N>)(*reinterpret_cast<const Some<Byte, N>*>(p) ^ Byte(is_signed ? 0 : 128));
+        if constexpr (N == lanes<int16_t>)
+            store(reinterpret_cast<int16_t*>(out), widen_bytes(bytes));
+        else
+            *reinterpret_cast<Some<int16_t, N>*>(out) = __builtin_convertvector(bytes, Some<int16_t, N>);
     }
     POLYVEC_INLINE static void expand(const unsigned char* row, size_t n, const void*, Word* out) noexcept {
         size_t i = 0;
@@ -194,6 +198,11 @@ struct Residual {
         };
 #if defined(POLYVEC_NARROW_PRODUCTS)
         for (size_t k = 0; k < table_bytes; ++k) table[k] = static_cast<unsigned char>(weight(k % codes) + 128);
+#elif defined(POLYVEC_BYTE_SHUFFLE)
+        for (size_t k = 0; k < table_bytes; ++k) {
+            const bool first = Bits == 2 && k < lanes<uint8_t>;
+            table[k] = static_cast<unsigned char>(weight((k % 16 >> (first ? 2 : 0)) & (codes - 1)));
+        }
 #else
         auto* out = reinterpret_cast<Weights*>(table);
         for (size_t byte = 0; byte < 256; ++byte) {
@@ -210,6 +219,46 @@ struct Residual {
     POLYVEC_INLINE static void expand(const unsigned char* row, size_t n, const void* table, Word* out) noexcept {
         for (size_t i = 0; i < n; i += 64)
             store(out + i / 4, look_up_codes<Bits>(row + i * Bits / 8, n - i < 64 ? n - i : 64, table));
+    }
+#elif defined(POLYVEC_BYTE_SHUFFLE)
+    // The weights of the first and of the second code of 4 bits: at 4 bits of codes one after the other, at 2 bits of
+    // two.
+    static constexpr size_t table_bytes = 2 * sizeof(Vec<uint8_t>);
+    static constexpr size_t at_once = 2 * lanes<uint8_t>;  // codes
+
+    template <int... K>
+    POLYVEC_INLINE static void expand_some(const unsigned char* p, const Vec<uint8_t> (&tables)[2], Word* out,
+                                           Lanes<K...>) noexcept {
+        constexpr int n = lanes<uint8_t>;
+        Vec<uint8_t> index[2];
+        if constexpr (Bits == 4) {
+            const Vec<uint8_t> bytes = load(p);
+            index[0] = bytes >> 4;
+            index[1] = bytes & 15;
+        } else {
+            const Vec<uint16_t> bytes = load_bytes_as_shorts(p);
+            index[0] = index[1] = (Vec<uint8_t>)(bytes >> 4 | (bytes << 8 & 0x0f00));
+        }
+        const auto first = shuffle_bytes(tables[0], index[0]), second = shuffle_bytes(tables[1], index[1]);
+        const auto low = shuffle(first, second, Lanes<(K / 2 + K % 2 * n)...>{});
+        const auto high = shuffle(first, second, Lanes<((K + n) / 2 + K % 2 * n)...>{});
+        auto* to = reinterpret_cast<int16_t*>(out);
+        store(to, widen_bytes(lower_half(low)));
+        store(to + n / 2, widen_bytes(upper_half(low)));
+        store(to + n, widen_bytes(lower_half(high)));
+        store(to + n + n / 2, widen_bytes(upper_half(high)));
+    }
+
+    POLYVEC_INLINE static void expand(const unsigned char* row, size_t n, const void* table, Word* out) noexcept {
+        const auto* p = static_cast<const uint8_t*>(table);
+        const Vec<uint8_t> tables[2] = {load(p), load(p + lanes<uint8_t>)};
+        const auto numbers = typename LaneRange<0, lanes<uint8_t>>::type{};
+        size_t i = 0;
+        for (; i + at_once <= n; i += at_once) expand_some(row + i / per_byte, tables, out + i / 2, numbers);
+        if (i == n) return;
+        unsigned char last[at_once / per_byte] = {};
+        for (size_t k = 0; k < (n - i) / per_byte; ++k) last[k] = row[i / per_byte + k];
+        expand_some(last, tables, out + i / 2, numbers);  // a chunk has room for whole vectors
     }
 #else
     using Weights = Some<int16_t, per_byte>;
