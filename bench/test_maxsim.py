@@ -183,6 +183,21 @@ def test_certified_topk(compare, data, name):
     )
 
 
+def test_score_matrix(compare, rng):
+    """All similarities of one pair, as heat maps show them; numpy and torch call a BLAS."""
+    torch = pytest.importorskip("torch")
+    query, doc = unit(rng, QUERY_TOKENS, D), unit(rng, 4096, D)
+    q, x = torch.from_numpy(query), torch.from_numpy(doc)
+    out = np.empty((len(query), len(doc)), np.float32)
+    compare(
+        lambda: pv.maxsim.score_matrix(query, doc, out=out),
+        {"numpy": lambda: query @ doc.T, "torch": lambda: q @ x.T},
+        check=lambda result: np.testing.assert_allclose(result, query @ doc.T, rtol=0, atol=1e-5),
+        flops=2 * query.size * len(doc),
+        bytes=doc.nbytes + out.nbytes,
+    )
+
+
 def test_score_pairs(compare, rng):
     torch = pytest.importorskip("torch")
     n = 500

@@ -150,6 +150,13 @@ def test_score_matrix(rng, isa, tq, td, dtype):
     assert_reduction(matrix, ref.similarities(query, doc), size, length=19)
     if td:
         assert_exact(matrix.max(1), pv.maxsim.align(query, doc)[1])
+    query[1:2, 3], doc[3:4, 5] = np.inf, np.nan
+    matrix = pv.maxsim.score_matrix(query, doc)
+    with np.errstate(invalid="ignore"):
+        expected = query @ doc.T
+    expected[np.isnan(expected)] = -np.inf
+    assert_exact(np.isinf(matrix), np.isinf(expected))
+    assert_exact(matrix[np.isinf(matrix)], expected[np.isinf(expected)])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, "bfloat16", "int8"])

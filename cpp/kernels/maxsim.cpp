@@ -1,4 +1,4 @@
-// The most similar row of a document for every query token.
+// The most similar row of a document for every query token, and all products of the two.
 //
 // Query tokens lie in lanes and rows are broadcast, so that a maximum is one operation a register and nothing is ever
 // stored but the maxima. Tokens of several queries share panels: the kernel knows tokens only.
@@ -79,8 +79,25 @@ void align(const T* panels, size_t n, const T* doc, size_t rows, size_t d, T* be
 }
 
 template <class T>
+void products(const T* panels, size_t n, const T* doc, size_t rows, size_t d, T* out, size_t stride) noexcept {
+    for_each_panel<T>(n, [&]<int R>(size_t first) {
+        const auto store_products = [&]<int J>(size_t at, const Vec<T>(&product)[J][R]) __attribute__((always_inline)) {
+            for (int r = 0; r < R; ++r) {
+                const size_t i = first + r * lanes<T>;
+                for (int j = 0; j < J && i < n; ++j) {
+                    T* to = out + (at + j) * stride + i;
+                    const Vec<T> value = max(product[j][r], broadcast<T>(-__builtin_inf()));
+                    n - i < lanes<T> ? store_first(to, value, n - i) : store(to, value);
+                }
+            }
+        };
+        for_each_tile<R>(panels + first * d, Rows<T>{doc, rows, d}, d, store_products);
+    });
+}
+
+template <class T>
 constexpr MaxsimKernel<T> make() {
-    return {panel_width<T>, pack<T>, maxima<T>, align<T>};
+    return {panel_width<T>, pack<T>, maxima<T>, align<T>, products<T>};
 }
 
 template <class Format>

@@ -151,6 +151,9 @@ struct MaxsimKernel {
     /// The maxima and the rows they are found in, the first of equals; -1 without rows.
     void (*align)(const T* panels, std::size_t n, const T* doc, std::size_t rows, std::size_t d, T* best,
                   std::int64_t* row) noexcept;
+    /// out[k * stride + i] = <token i, row k of doc (rows, d)>, -inf where it is NaN.
+    void (*products)(const T* panels, std::size_t n, const T* doc, std::size_t rows, std::size_t d, T* out,
+                     std::size_t stride) noexcept;
 };
 
 /// Tokens of a document in fewer bits (kernels/tile_narrow.hpp), and where the document after it begins.

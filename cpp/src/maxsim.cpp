@@ -335,13 +335,9 @@ void score_matrix(const MaxsimScoreMatrix& op, int num_threads) {
     const std::int64_t d = op.query.dim(1), rows = op.query.dim(0), columns = op.doc.dim(0);
     const std::int64_t width = kernel.panel_width;
     parallel_for(columns, width, num_threads, [&](std::int64_t begin, std::int64_t end, int) {
-        const Aligned<T> panel = aligned<T>(width * d), products = aligned<T>(width);
+        const Aligned<T> panel = aligned<T>(width * d);
         kernel.pack(op.doc.as<const T>() + begin * d, end - begin, d, panel.get());
-        for (std::int64_t i = 0; i < rows; ++i) {
-            const T* token = op.query.as<const T>() + i * d;
-            kernel.maxima(panel.get(), end - begin, token, 1, token, d, products.get());
-            std::copy_n(products.get(), end - begin, op.out.as<T>() + i * columns + begin);
-        }
+        kernel.products(panel.get(), end - begin, op.query.as<const T>(), rows, d, op.out.as<T>() + begin, columns);
     });
 }
 
