@@ -471,6 +471,94 @@ def test_narrow_items_without_a_score_are_never_returned(rng, isa, scan, nq):
         assert not np.isin([3, 17], ids).any()
 
 
+def block_sparse(rng, n, blocks, block, density):
+    """Queries of whole numbers, each with a 127 at its end, as block-sparse and as dense ones."""
+    kept = rng.random((n, blocks)) < density
+    kept[:, -1:] = True
+    dense = whole(rng, n, blocks, block) * kept[:, :, None]
+    dense[:, -1:, -1] = 127  # in 127 steps of the largest, whole numbers are exact
+    offsets = np.concatenate([[0], np.cumsum(kept.sum(1))])
+    dense_rows = dense.reshape(n, blocks * block)
+    return pv.BlockSparse(dense[kept], np.nonzero(kept)[1], offsets, blocks * block), dense_rows
+
+
+@pytest.mark.parametrize("dtype", [np.float32, *NARROW])
+@pytest.mark.parametrize(("blocks", "block"), [(1, 1), (5, 3), (9, 16), (7, 20), (40, 8), (2, 67), (150, 1)])
+def test_block_sparse_queries_are_exact_on_whole_numbers(rng, isa, blocks, block, dtype):
+    for nq in (0, 1, 3, 9, 33, 67):
+        for density in (0, 0.1, 0.6):
+            n = int(rng.choice(ITEMS[1:]))
+            (q, dense), x = block_sparse(rng, nq, blocks, block, density), whole(rng, n, blocks * block)
+            x[:, -1], bias, options = 0, whole(rng, n) * 2, {}
+            items = stored(x, dtype)
+            if dtype == np.int8 and n % 2:
+                options["scales"] = 2.0 ** rng.integers(-2, 3, n).astype(np.float32)
+                x *= options["scales"][:, None]
+            exclude, ids = id_lists(rng, nq, n, 30), rng.integers(0, n, (nq, 7))
+            for metric in METRICS[:2]:
+                options["metric"] = metric
+                result = pv.scan.topk(q, items, 20, bias=bias, exclude=exclude, **options)
+                for actual, expected in zip(result, ref.topk(dense, x, 20, metric, bias, exclude), strict=True):
+                    assert_exact(actual, expected)
+                for b in (None, bias):
+                    pairs = pv.scan.score_pairs(q, items, ids, bias=b, **options)
+                    assert_exact(pairs, ref.score_pairs(dense, x, ids, metric, b))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, *NARROW])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("nq", [1, 7, 100])
+def test_block_sparse_queries_of_real_numbers_on_any_threads(rng, isa, nq, metric, dtype):
+    kept = rng.random((nq, 25)) < 0.2
+    values, offsets = sample(rng, kept.sum(), 6), np.concatenate([[0], np.cumsum(kept.sum(1))])
+    q = pv.BlockSparse(values, np.nonzero(kept)[1], offsets, 150)
+    items, scales = (sample(rng, 3000, 150), {}) if dtype == np.float32 else narrow_items(rng, 3000, 150, dtype)
+    x, met = ref.decoded(items, **scales), ref.rounded(q.to_dense(), dtype)
+    if metric == "cosine" and dtype != np.float32:
+        norms = np.linalg.norm(q.to_dense(), axis=1, keepdims=True)
+        unit = np.divide(q.to_dense(), norms, out=np.zeros((nq, 150), np.float32), where=norms > 0)
+        met = ref.rounded(unit, dtype) * norms
+        every = np.divide(met @ x.T, norms * np.linalg.norm(x, axis=1), out=np.zeros((nq, 3000)), where=norms > 0)
+    else:
+        every = ref.scores(met, x, metric)
+    size, ids = sizes(rng, met, x, metric) * (1.01 if metric == "cosine" else 1), rng.integers(0, 3000, (nq, 1100))
+    pairs = pv.scan.score_pairs(q, items, ids, metric=metric, **scales)
+    assert_reduction(pairs, np.take_along_axis(every, ids, 1), np.take_along_axis(size, ids, 1), length=150)
+    scores, found = pv.scan.topk(q, items, 20, metric=metric, **scales)
+    best = np.sort(every if metric == "l2" else -every, 1)[:, :20] * (1 if metric == "l2" else -1)
+    assert_reduction(scores, best, np.take_along_axis(size, found, 1).max(1, keepdims=True), length=150)
+    for threads in (2, 7):
+        again = pv.scan.topk(q, items, 20, metric=metric, num_threads=threads, **scales)
+        assert_exact(again[0], scores)
+        assert_exact(again[1], found)
+        again = pv.scan.score_pairs(q, items, ids, metric=metric, num_threads=threads, **scales)
+        assert_exact(again, pairs)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, *NARROW[:2]])
+def test_what_meets_no_block_of_a_query_is_not_read(rng, isa, dtype):
+    q, x = pv.BlockSparse(sample(rng, 3, 16), [0, 1, 2], [0, 2, 3], 160), sample(rng, 50, 160)
+    x[:, 48:] = np.nan
+    items = stored(x, dtype)
+    x[:, 48:] = 0
+    scores, ids = pv.scan.topk(q, items, 50)
+    assert_exact(np.sort(ids, axis=1), np.tile(np.arange(50), (2, 1)))
+    x = stored(x, dtype)
+    assert_exact(scores, pv.scan.topk(q, x, 50)[0])
+    assert_exact(pv.scan.score_pairs(q, items, ids), pv.scan.score_pairs(q, x, ids))
+
+
+def test_block_sparse_queries_of_every_library(rng, cpu_lib):
+    q, x = block_sparse(rng, 2, 3, 4, 0.5)[0], sample(rng, 9, 12)
+    given_q = pv.BlockSparse(cpu_lib(q.values), cpu_lib(q.blocks), cpu_lib(q.offsets), 12)
+    scores, ids = pv.scan.topk(given_q, cpu_lib(x), 3)
+    assert type(scores) is type(ids) is type(given_q.values)
+    assert_exact(ids, pv.scan.topk(q, x, 3)[1])
+    pairs = pv.scan.score_pairs(given_q, cpu_lib(x), ids)
+    assert type(pairs) is type(given_q.values)
+    assert_exact(pairs, pv.scan.score_pairs(q, x, on_host(ids)))
+
+
 def test_the_caller_gets_the_library_it_gave(rng, lib):
     x = lib(sample(rng, 8, 4))
     offsets, ids = lib(np.array([0, 1, 1])), lib(np.array([3]))
@@ -536,6 +624,7 @@ def zeros(*shape, dtype=np.float32):
 
 
 NAN = np.full((3, 4), np.nan, np.float32)
+SPARSE = pv.BlockSparse(np.full((2, 2), np.nan, np.float32), [1, 0], [0, 0, 1, 2], 4)
 
 
 @pytest.mark.parametrize(
@@ -545,6 +634,31 @@ NAN = np.full((3, 4), np.nan, np.float32)
             lambda: pv.scan.topk(zeros(2, 4), zeros(9, 3), 1),
             ValueError,
             "scan.topk: items must have the same d as queries (4), got 3",
+        ),
+        (
+            lambda: pv.scan.topk(SPARSE, zeros(9, 2), 1),
+            ValueError,
+            "scan.topk: items must have the same d as queries (4), got 2",
+        ),
+        (
+            lambda: pv.scan.topk(SPARSE, zeros(9, 4, dtype=np.int8), 1),
+            ValueError,
+            "scan.topk: queries must be finite, got NaN or Inf in row 1",
+        ),
+        (
+            lambda: pv.scan.topk(SPARSE, zeros(9, 4), 1, exclude=([0, 1], [3])),
+            ValueError,
+            "scan.topk: exclude offsets must have one entry more than there are queries (4), got 2",
+        ),
+        (
+            lambda: pv.scan.score_pairs(SPARSE, zeros(9, 4), [[0], [1]]),
+            ValueError,
+            "scan.score_pairs: ids must have one row a query (3), got 2",
+        ),
+        (
+            lambda: pv.scan.rank(SPARSE, zeros(9, 4), [0, 1, 2]),
+            TypeError,
+            "scan.rank: queries must be an array of float32, got BlockSparse",
         ),
         (
             lambda: pv.scan.topk(zeros(4), zeros(9, 4), 1),

@@ -9,12 +9,14 @@ template <class Exec>
 void bind_scan(py::module_& m) {
     m.def(
         "scan_topk",
-        [](const py::object& queries, const py::object& items, const py::object& scales, const py::object& bias,
-           const py::object& exclude_offsets, const py::object& exclude_ids, const py::object& scores,
-           const py::object& ids, const std::string& metric, std::intptr_t where) {
+        [](const py::object& queries, const py::object& blocks, const py::object& block_offsets,
+           const py::object& items, const py::object& scales, const py::object& bias, const py::object& exclude_offsets,
+           const py::object& exclude_ids, const py::object& scores, const py::object& ids, const std::string& metric,
+           std::intptr_t where) {
             Args args = args_for<Exec>(ScanTopK::op, where);
             const Array a = args.in("queries", queries);
             run_op<Exec>(ScanTopK{a,
+                                  {args.in("blocks", blocks), args.in("block offsets", block_offsets)},
                                   {args.in("items", items), args.in("scales", scales)},
                                   args.in("bias", bias),
                                   {args.in("exclude offsets", exclude_offsets), args.in("exclude ids", exclude_ids)},
@@ -23,8 +25,9 @@ void bind_scan(py::module_& m) {
                                   metric_from(ScanTopK::op, metric)},
                          where, a);
         },
-        py::arg("queries"), py::arg("items"), py::arg("scales"), py::arg("bias"), py::arg("exclude_offsets"),
-        py::arg("exclude_ids"), py::arg("scores"), py::arg("ids"), py::arg("metric"), py::arg("where"));
+        py::arg("queries"), py::arg("blocks"), py::arg("block_offsets"), py::arg("items"), py::arg("scales"),
+        py::arg("bias"), py::arg("exclude_offsets"), py::arg("exclude_ids"), py::arg("scores"), py::arg("ids"),
+        py::arg("metric"), py::arg("where"));
     m.def(
         "scan_nearest",
         [](const py::object& x, const py::object& centroids, const py::object& scales, const py::object& ids,
@@ -65,11 +68,13 @@ void bind_scan(py::module_& m) {
         py::arg("where"));
     m.def(
         "scan_score_pairs",
-        [](const py::object& queries, const py::object& items, const py::object& scales, const py::object& ids,
-           const py::object& bias, const py::object& out, const std::string& metric, std::intptr_t where) {
+        [](const py::object& queries, const py::object& blocks, const py::object& block_offsets,
+           const py::object& items, const py::object& scales, const py::object& ids, const py::object& bias,
+           const py::object& out, const std::string& metric, std::intptr_t where) {
             Args args = args_for<Exec>(ScanPairs::op, where);
             const Array a = args.in("queries", queries);
             run_op<Exec>(ScanPairs{a,
+                                   {args.in("blocks", blocks), args.in("block offsets", block_offsets)},
                                    {args.in("items", items), args.in("scales", scales)},
                                    args.in("ids", ids),
                                    args.in("bias", bias),
@@ -77,8 +82,8 @@ void bind_scan(py::module_& m) {
                                    metric_from(ScanPairs::op, metric)},
                          where, a);
         },
-        py::arg("queries"), py::arg("items"), py::arg("scales"), py::arg("ids"), py::arg("bias"), py::arg("out"),
-        py::arg("metric"), py::arg("where"));
+        py::arg("queries"), py::arg("blocks"), py::arg("block_offsets"), py::arg("items"), py::arg("scales"),
+        py::arg("ids"), py::arg("bias"), py::arg("out"), py::arg("metric"), py::arg("where"));
     m.def(
         "scan_logsumexp",
         [](const py::object& queries, const py::object& items, const py::object& scales, const py::object& bias,

@@ -199,6 +199,15 @@ struct ScanBlock {
     const std::uint64_t *excluded = nullptr, *excluded_end = nullptr;
 };
 
+/// A query that is zero but for some chunks of scan_chunk elements; the last chunk of a row may be shorter.
+constexpr std::size_t scan_chunk = 16;
+
+struct ScanChunks {
+    const float* values;      // (n, scan_chunk), zeros behind the row's end
+    const std::uint32_t* at;  // (n,) ascending: values[k] are the elements from at[k] * scan_chunk on
+    std::size_t n;
+};
+
 struct ScanHit {
     float value;
     std::uint32_t at;  // row of the block * panel_width + lane
@@ -226,6 +235,9 @@ struct ScanKernel {
     /// are read once. For fewer queries than are worth a panel.
     void (*products)(const float* queries, std::size_t count, const void* rows, std::size_t n, std::size_t d,
                      float* out) noexcept;
+    /// out (n,): products of a query with the rows ids[k] (null: k) of d elements, of which its chunks alone are read.
+    void (*chunk_products)(const ScanChunks& query, const void* rows, const std::int64_t* ids, std::size_t n,
+                           std::size_t d, float* out) noexcept;
     /// The sums of the squared elements of the rows (n, d).
     void (*squares)(const void* rows, std::size_t n, std::size_t d, float* out) noexcept;
 };

@@ -17,14 +17,13 @@ public:
         : batch_(batch),
           factors_(op.metric, op.items, op.bias),
           hits_(aligned<ScanHit>(block * batch.width)),
-          floor_(batch.width),
-          values_(block * few) {}
+          floor_(batch.width) {}
 
     /// best: the collectors of the batch's queries.
     void operator()(const Sweep::Step& step, TopK* best) {
         factors_.compute(step.first, step.n);
         for (std::int64_t p = step.begin; p < step.end; ++p) {
-            if (batch_.lanes(p) <= few) {
+            if (batch_.by_row(p)) {
                 by_row(p, step.first, step.n, best + p * batch_.width);
             } else {
                 by_panel(p, step.first, step.n, best + p * batch_.width);
@@ -48,6 +47,7 @@ private:
     }
 
     void by_row(std::int64_t p, std::int64_t first, std::int64_t n, TopK* best) {
+        values_.resize(batch_.lanes(p) * n);
         values_by_row(factors_, batch_, p, first, n, values_.data());
         for (std::int64_t lane = 0; lane < batch_.lanes(p); ++lane) {
             for (std::int64_t i = 0; i < n; ++i) {
@@ -160,7 +160,7 @@ void for_each_block_of_values(const Op& op, const Batch& batch, const Sweep& swe
         factors.compute(step.first, step.n);
         for (std::int64_t p = step.begin; p < step.end; ++p) {
             const std::int64_t lanes = batch.lanes(p);
-            if (lanes <= few) {
+            if (batch.by_row(p)) {
                 by_row.resize(step.n * lanes);
                 values_by_row(factors, batch, p, step.first, step.n, by_row.data());
                 for (std::int64_t i = 0; i < step.n; ++i) {
@@ -246,8 +246,9 @@ void hinge(const ScanHinge& op, const Batch& batch, int num_threads) {
 
 void run(const ScanTopK& op, Cpu cpu) {
     const std::int64_t kept = 32 * op.scores.dim(1);  // a collector holds twice k hits
-    for (std::int64_t first = 0; first < op.queries.dim(0);) {
-        Batch batch(op.queries, first, kept, op.metric, op.items, cpu.num_threads);
+    const Queries queries{op.queries, op.blocks, op.items.rows.dim(1)};
+    for (std::int64_t first = 0; first < queries.size();) {
+        Batch batch(queries, first, kept, op.metric, op.items, cpu.num_threads);
         batch.exclude(op.exclude, Batch::Targets::none, {}, cpu.num_threads);
         topk(op, batch, cpu.num_threads);
         first += batch.n;
@@ -255,8 +256,9 @@ void run(const ScanTopK& op, Cpu cpu) {
 }
 
 void run(const ScanRank& op, Cpu cpu) {
-    for (std::int64_t first = 0; first < op.queries.dim(0);) {
-        Batch batch(op.queries, first, 0, op.metric, op.items, cpu.num_threads);
+    const Queries queries{op.queries, {}, op.queries.dim(1)};
+    for (std::int64_t first = 0; first < queries.size();) {
+        Batch batch(queries, first, 0, op.metric, op.items, cpu.num_threads);
         batch.exclude(op.known, Batch::Targets::keep, op.targets, cpu.num_threads);
         rank(op, batch, cpu.num_threads);
         first += batch.n;
@@ -322,14 +324,21 @@ void run(const ScanPairs& op, Cpu cpu) {
     const std::int64_t m = op.ids.dim(1), d = op.items.rows.dim(1), chunks = ceil_div(m, chunk);
     const Factors factors(op.metric, op.items, Array());
     const float* bias = op.bias ? op.bias.as<const float>() : nullptr;
+    const float* scales = op.items.scales ? op.items.scales.as<const float>() : nullptr;
+    const Queries queries{op.queries, op.blocks, d};
     const std::int64_t grain = std::max<std::int64_t>(1, (1 << 18) / (std::min(m, chunk) * d + 1));
     parallel_for(op.ids.dim(0) * chunks, grain, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
         for (std::int64_t piece = begin; piece < end; ++piece) {
             const std::int64_t i = piece / chunks, j = piece % chunks * chunk, n = std::min(chunk, m - j);
-            const Prepared query(op.queries.as<const float>() + i * d, 1, d, d, op.metric, factors.kernel);
+            const Prepared query(queries, i, 1, op.metric, factors.kernel);
             const std::int64_t* ids = op.ids.as<const std::int64_t>() + i * m + j;
             float* out = op.out.as<float>() + i * m + j;
-            compare(op.metric == Metric::l2, query.rows, op.items, ids, n, out);
+            if (queries.blocks && op.metric != Metric::l2) {
+                factors.kernel.chunk_products(queries.chunks(i, query.rows).view(), op.items.rows.data, ids, n, d, out);
+                for (std::int64_t c = 0; scales && c < n; ++c) out[c] *= scales[ids[c]];
+            } else {
+                compare(op.metric == Metric::l2, query.rows, op.items, ids, n, out);
+            }
             if (op.metric == Metric::cosine) {
                 for (std::int64_t c = 0; c < n; ++c) out[c] *= factors.inverse_size(ids[c]);
             }
@@ -340,8 +349,9 @@ void run(const ScanPairs& op, Cpu cpu) {
 }
 
 void run(const ScanLogSumExp& op, Cpu cpu) {
-    for (std::int64_t first = 0; first < op.queries.dim(0);) {
-        Batch batch(op.queries, first, Sweep::max_ranges * sizeof(ScaledSum), op.metric, op.items, cpu.num_threads);
+    const Queries queries{op.queries, {}, op.queries.dim(1)};
+    for (std::int64_t first = 0; first < queries.size();) {
+        Batch batch(queries, first, Sweep::max_ranges * sizeof(ScaledSum), op.metric, op.items, cpu.num_threads);
         batch.exclude(op.exclude, Batch::Targets::none, {}, cpu.num_threads);
         logsumexp(op, batch, cpu.num_threads);
         first += batch.n;
@@ -349,8 +359,9 @@ void run(const ScanLogSumExp& op, Cpu cpu) {
 }
 
 void run(const ScanHinge& op, Cpu cpu) {
-    for (std::int64_t first = 0; first < op.queries.dim(0);) {
-        Batch batch(op.queries, first, Sweep::max_ranges * sizeof(double), op.metric, op.items, cpu.num_threads);
+    const Queries queries{op.queries, {}, op.queries.dim(1)};
+    for (std::int64_t first = 0; first < queries.size();) {
+        Batch batch(queries, first, Sweep::max_ranges * sizeof(double), op.metric, op.items, cpu.num_threads);
         batch.exclude(op.known, Batch::Targets::exclude, op.targets, cpu.num_threads);
         hinge(op, batch, cpu.num_threads);
         first += batch.n;

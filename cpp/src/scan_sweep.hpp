@@ -17,6 +17,7 @@ namespace polyvec::scanning {
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
 constexpr std::int64_t block_bytes = 1 << 18;  // items that stay in L2 while a group of panels passes over them
+constexpr std::int64_t row_cache = 1 << 17;    // items that several sparse queries meet together
 constexpr std::int64_t group_bytes = 1 << 19;  // panels of that group
 constexpr std::int64_t batch_bytes = 1 << 24;  // queries that are searched together, and what is kept for them
 constexpr std::int64_t piece_flops = 1 << 30;  // a piece of work: about 10 ms
@@ -162,7 +163,58 @@ inline void compare(bool l2, const float* query, const ScanItems& items, const s
                                   n, d, out);
 }
 
-/// Queries as they meet items: of unit length for cosine, then rounded where items ask for it.
+/// The chunks of a block-sparse query that hold a stored block.
+class Chunks {
+public:
+    /// `row` (d,) is the whole query, `ids` the n blocks of it that are stored.
+    Chunks(const float* row, std::int64_t d, const std::int32_t* ids, std::int64_t n, std::int64_t block) {
+        constexpr std::int64_t size = scan_chunk;
+        for (std::int64_t i = 0; i < n; ++i) {
+            const std::int64_t begin = ids[i] * block, done = at_.empty() ? 0 : at_.back() + std::int64_t{1};
+            for (std::int64_t c = std::max(begin / size, done); c * size < begin + block; ++c)
+                at_.push_back(static_cast<std::uint32_t>(c));
+        }
+        values_.resize(at_.size() * size);
+        for (std::size_t k = 0; k < at_.size(); ++k)
+            std::copy_n(row + at_[k] * size, std::min(size, d - at_[k] * size), values_.data() + k * size);
+    }
+
+    ScanChunks view() const { return {values_.data(), at_.data(), at_.size()}; }
+    std::int64_t elements() const { return static_cast<std::int64_t>(values_.size()); }
+
+private:
+    std::vector<std::uint32_t> at_;
+    std::vector<float> values_;
+};
+
+/// Dense or block-sparse queries of width d.
+struct Queries {
+    Array rows;  // (n, d), or the blocks
+    StoredBlocks blocks;
+    std::int64_t d;
+
+    std::int64_t size() const { return blocks ? blocks.offsets.dim(0) - 1 : rows.dim(0); }
+
+    /// Writes block-sparse queries [first, first + n) as dense ones.
+    void spread(std::int64_t first, std::int64_t n, float* out) const {
+        std::fill_n(out, n * d, 0.0f);
+        const auto* ids = blocks.ids.as<const std::int32_t>();
+        const std::int64_t width = rows.dim(1);
+        for (std::int64_t i = 0; i < n; ++i)
+            for (std::int64_t j = begin(first + i); j < begin(first + i + 1); ++j)
+                std::copy_n(rows.as<const float>() + j * width, width, out + i * d + ids[j] * width);
+    }
+
+    /// Those of block-sparse query i, of which `row` is the dense form.
+    Chunks chunks(std::int64_t i, const float* row) const {
+        return Chunks(row, d, blocks.ids.as<const std::int32_t>() + begin(i), begin(i + 1) - begin(i), rows.dim(1));
+    }
+
+private:
+    std::int64_t begin(std::int64_t i) const { return blocks.offsets.as<const std::int64_t>()[i]; }
+};
+
+/// Queries as they meet items: dense, of unit length for cosine, then rounded where items ask for it.
 class Prepared {
 public:
     const float* rows;
@@ -172,21 +224,38 @@ public:
     Prepared(const float* rows, std::int64_t n, std::int64_t stride, std::int64_t d, Metric metric,
              const ScanKernel& kernel)
         : rows(rows), stride(stride) {
+        change(n, d, metric, kernel);
+    }
+
+    /// Queries [first, first + n), which must outlive this.
+    Prepared(const Queries& queries, std::int64_t first, std::int64_t n, Metric metric, const ScanKernel& kernel)
+        : rows(queries.rows.as<const float>() + first * queries.d), stride(queries.d) {
+        if (queries.blocks) {
+            changed_ = aligned<float>(n * stride);
+            queries.spread(first, n, changed_.get());
+            rows = changed_.get();
+        }
+        change(n, stride, metric, kernel);
+    }
+
+private:
+    void change(std::int64_t n, std::int64_t d, Metric metric, const ScanKernel& kernel) {
         if (metric != Metric::cosine && !kernel.round) return;
-        changed_ = aligned<float>(n * d);
+        if (!changed_) changed_ = aligned<float>(n * d);
         for (std::int64_t i = 0; i < n; ++i) {
             const float* row = rows + i * stride;
             const float scale = metric == Metric::cosine ? inverse_norm(row, d) : 1;
             std::transform(row, row + d, changed_.get() + i * d, [=](float x) { return x * scale; });
         }
         if (kernel.round) kernel.round(changed_.get(), n, d);
-        this->rows = changed_.get();
-        this->stride = d;
+        rows = changed_.get();
+        stride = d;
     }
 
-private:
     Aligned<float> changed_;
 };
+
+constexpr std::int64_t few = 6;  // queries that are faster by themselves than as a panel
 
 /// Some of the queries, packed.
 class Batch {
@@ -194,20 +263,21 @@ public:
     const std::int64_t first, n, d, width, panels;
 
     /// As many queries as fill a batch, from `first` on; `kept` bytes are needed for each beside its panel.
-    Batch(const Array& queries, std::int64_t first, std::int64_t kept, Metric metric, const ScanItems& items,
+    Batch(const Queries& queries, std::int64_t first, std::int64_t kept, Metric metric, const ScanItems& items,
           int num_threads)
         : first(first),
-          n(std::min(queries.dim(0) - first, most(4 * queries.dim(1) + kept))),
-          d(queries.dim(1)),
+          n(std::min(queries.size() - first, most((queries.blocks ? 8 : 4) * queries.d + kept))),
+          d(queries.d),
           width(kernels().scan->panel_width),
           panels(ceil_div(n, width)),
           panel_words_(width * kernel_of(items).panel_words(d)),
           packed_(aligned<std::uint32_t>(panels * panel_words_)),
-          prepared_(panels) {
+          prepared_(panels),
+          chunks_(panels) {
         const ScanKernel& kernel = kernel_of(items);
         parallel_for(panels, 1, num_threads, [&](std::int64_t p, std::int64_t, int) {
-            const float* rows = queries.as<const float>() + (first + p * width) * d;
-            prepared_[p].emplace(rows, lanes(p), d, d, metric, kernel);
+            prepared_[p].emplace(queries, first + p * width, lanes(p), metric, kernel);
+            if (queries.blocks && sparse(p, queries)) return;
             kernel.pack(prepared_[p]->rows, lanes(p), d, d, packed_.get() + p * panel_words_);
         });
     }
@@ -216,6 +286,11 @@ public:
     const void* panel(std::int64_t p) const { return packed_.get() + p * panel_words_; }
     std::int64_t panel_bytes() const { return panel_words_ * 4; }
     std::int64_t lanes(std::int64_t p) const { return std::min(width, n - p * width); }
+
+    /// Whether the queries of panel p meet items one by one.
+    bool by_row(std::int64_t p) const { return lanes(p) <= few || !chunks_[p].empty(); }
+    /// The queries of panel p by their chunks, where these are few.
+    const std::vector<Chunks>& chunks(std::int64_t p) const { return chunks_[p]; }
 
     /// Sorts the pairs of the lists into panels, without those of a query and its target (`keep`), or with them.
     enum class Targets { none, keep, exclude };
@@ -247,6 +322,21 @@ public:
     }
 
 private:
+    /// Takes the chunks of panel p where they are few enough: beside a few dense queries, which share what they read of
+    /// an item, half of one's elements; beside a panel, half of what a few have.
+    bool sparse(std::int64_t p, const Queries& queries) {
+        const std::int64_t most = (lanes(p) <= few ? 1 : few) * d / 2;
+        std::vector<Chunks> chunks;
+        std::int64_t elements = 0;
+        for (std::int64_t lane = 0; lane < lanes(p) && elements <= most; ++lane) {
+            chunks.push_back(queries.chunks(first + p * width + lane, row(p * width + lane)));
+            elements += chunks.back().elements();
+        }
+        if (elements > most) return false;
+        chunks_[p] = std::move(chunks);
+        return true;
+    }
+
     static std::int64_t most(std::int64_t bytes) {
         const std::int64_t width = kernels().scan->panel_width;
         return width * std::max<std::int64_t>(1, batch_bytes / (width * std::max<std::int64_t>(bytes, 1)));
@@ -255,18 +345,27 @@ private:
     std::int64_t panel_words_;
     Aligned<std::uint32_t> packed_;
     std::vector<std::optional<Prepared>> prepared_;  // the queries of each panel
+    std::vector<std::vector<Chunks>> chunks_;
     std::vector<std::vector<std::uint64_t>> excluded_;
 };
 
-constexpr std::int64_t few = 6;  // queries that are faster by themselves than as a panel
-
-/// values (lanes, n): those of panel p, of few queries, with `n` of the chosen items from `first` on; NaN for excluded
-/// pairs.
+/// values (lanes, n): those of panel p, whose queries go one by one, with `n` of the chosen items from `first` on; NaN
+/// for excluded pairs.
 inline void values_by_row(const Factors& factors, const Batch& batch, std::int64_t p, std::int64_t first,
                           std::int64_t n, float* values) {
     ScanBlock block = factors.block(nullptr, first, n);
     batch.set_excluded(p, block);
-    factors.kernel.products(batch.row(p * batch.width), batch.lanes(p), factors.row(first), n, batch.d, values);
+    const std::vector<Chunks>& chunks = batch.chunks(p);
+    if (chunks.empty()) {
+        factors.kernel.products(batch.row(p * batch.width), batch.lanes(p), factors.row(first), n, batch.d, values);
+    } else {
+        const std::int64_t step = std::max<std::int64_t>(1, row_cache / std::max<std::int64_t>(1, factors.row_bytes));
+        for (std::int64_t row = 0; row < n; row += step) {
+            for (std::size_t lane = 0; lane < chunks.size(); ++lane)
+                factors.kernel.chunk_products(chunks[lane].view(), factors.row(first + row), nullptr,
+                                              std::min(step, n - row), batch.d, values + lane * n + row);
+        }
+    }
     for (const auto* pair = block.excluded; pair != block.excluded_end; ++pair)
         values[*pair % batch.width * n + *pair / batch.width - first] = std::nanf("");
     for (std::int64_t lane = 0; lane < batch.lanes(p); ++lane) {

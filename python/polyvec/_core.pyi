@@ -315,6 +315,8 @@ def scan_rank(
 ) -> None: ...
 def scan_score_pairs(
     queries: typing.Any,
+    blocks: typing.Any,
+    block_offsets: typing.Any,
     items: typing.Any,
     scales: typing.Any,
     ids: typing.Any,
@@ -325,6 +327,8 @@ def scan_score_pairs(
 ) -> None: ...
 def scan_topk(
     queries: typing.Any,
+    blocks: typing.Any,
+    block_offsets: typing.Any,
     items: typing.Any,
     scales: typing.Any,
     bias: typing.Any,

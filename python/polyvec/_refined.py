@@ -383,7 +383,8 @@ class Refined:
             few = np.ascontiguousarray(queries[some])
             _backend.run(
                 op, "scan_score_pairs", few,
-                few, np.ascontiguousarray(encoded.vectors), encoded.scales, known, None, values, self.codec.metric,
+                few, None, None, np.ascontiguousarray(encoded.vectors), encoded.scales, known, None, values,
+                self.codec.metric,
                 num_threads=num_threads,
             )  # fmt: skip
             values[(rows < 0) | np.isnan(values)] = worst

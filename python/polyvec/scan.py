@@ -50,10 +50,12 @@ from polyvec._arrays import (
     as_ids,
     as_number,
     choice,
+    device_name,
     dtype_name,
     output,
     outputs,
 )
+from polyvec._block_sparse import BlockSparse
 
 __all__ = ["hinge", "logsumexp", "nearest", "rank", "score_pairs", "topk"]
 
@@ -63,16 +65,32 @@ _METRICS = ("ip", "l2", "cosine")
 _ITEM_DTYPES = ("float32", "bfloat16", "float16", "int8", "uint16")
 
 
+def _items(op: str, d: int, items: Any, scales: Any, names: tuple[str, str]) -> tuple[Any, Any]:
+    items = as_array(op, names[1], items, dtypes=_ITEM_DTYPES, ndim=2)
+    if items.shape[1] != d:
+        raise ValueError(f"{op}: {names[1]} must have the same d as {names[0]} ({d}), got {items.shape[1]}")
+    return items, None if scales is None else as_array(op, "scales", scales, ndim=1)
+
+
 def _vectors(op: str, queries: Any, items: Any, scales: Any, names: tuple[str, str]) -> tuple[Any, Any, Any]:
     queries = as_array(op, names[0], queries, ndim=2)
-    items = as_array(op, names[1], items, dtypes=_ITEM_DTYPES, ndim=2)
-    if items.shape[1] != queries.shape[1]:
-        raise ValueError(
-            f"{op}: {names[1]} must have the same d as {names[0]} ({queries.shape[1]}), got {items.shape[1]}"
-        )
+    items, scales = _items(op, queries.shape[1], items, scales, names)
     if dtype_name(items) == "int8":
         _backend.require_finite(op, names[0], queries)  # nothing else can be quantised
-    return queries, items, None if scales is None else as_array(op, "scales", scales, ndim=1)
+    return queries, items, scales
+
+
+def _stored(op: str, queries: Any, items: Any, scales: Any) -> tuple[tuple[Any, Any, Any], int, Any, Any]:
+    """As `_vectors` for queries that may be block-sparse: ((values, blocks, offsets), their number, items, scales)."""
+    names = ("queries", "items")
+    if not isinstance(queries, BlockSparse) or device_name(queries.values) != "cpu":
+        dense = queries.to_dense() if isinstance(queries, BlockSparse) else queries
+        dense, items, scales = _vectors(op, dense, items, scales, names)
+        return (dense, None, None), int(dense.shape[0]), items, scales
+    items, scales = _items(op, queries.d, items, scales, names)
+    if dtype_name(items) == "int8":
+        _backend.require_finite(op, names[0], queries.to_dense())
+    return (queries.values, queries.blocks, queries.offsets), len(queries), items, scales
 
 
 def _bias(op: str, bias: Any) -> Any:
@@ -80,7 +98,7 @@ def _bias(op: str, bias: Any) -> Any:
 
 
 def topk(
-    queries: ArrayT,
+    queries: ArrayT | BlockSparse,
     items: Any,
     k: int,
     *,
@@ -95,7 +113,7 @@ def topk(
 
     Parameters
     ----------
-    queries : array of shape (nq, d), float32
+    queries : array of shape (nq, d), float32, or BlockSparse
     items : array of shape (n, d), float32 | bfloat16 | float16 | int8
     k : int
         At least 1. Where fewer than k items take part, the rest is id -1 with score -inf (+inf for "l2").
@@ -136,6 +154,11 @@ def topk(
     can swap the last of them where distances differ by less than about 1e-7 |x|^2; the returned distances are
     computed directly, without that cancellation, and ordered. The result does not depend on the number of threads.
 
+    Block-sparse queries meet items only where they have blocks, in steps of 16 entries, if they are few or sparse
+    enough (one with half of its blocks, 32 with a tenth); if not, as dense ones. A share p of the blocks is a share p
+    of the arithmetic, but of the reading only where blocks are longer than two cache lines; "l2" and "cosine" read all
+    for the norms of the items. Whether a NaN or Inf in an item counts where queries have no block is left open.
+
     Examples
     --------
     >>> import numpy as np, polyvec as pv
@@ -147,12 +170,15 @@ def topk(
     array([[2.]], dtype=float32)
     """
     op = "scan.topk"
-    q, x, s = _vectors(op, queries, items, scales, ("queries", "items"))
+    stored, n, x, s = _stored(op, queries, items, scales)
+    q = stored[0]
     k = as_count(op, "k", k)
     choice(op, "metric", metric, _METRICS)
-    scores, ids = outputs(op, out, q, (int(q.shape[0]), k), ("float32", "int64"), ("scores", "ids"))
+    scores, ids = outputs(op, out, q, (n, k), ("float32", "int64"), ("scores", "ids"))
     lists = as_id_lists(op, "exclude", exclude, q)
-    _backend.run(op, "scan_topk", q, q, x, s, _bias(op, bias), *lists, scores, ids, metric, num_threads=num_threads)
+    _backend.run(
+        op, "scan_topk", q, *stored, x, s, _bias(op, bias), *lists, scores, ids, metric, num_threads=num_threads
+    )
     return scores, ids
 
 
@@ -304,7 +330,7 @@ def rank(
 
 
 def score_pairs(
-    queries: ArrayT,
+    queries: ArrayT | BlockSparse,
     items: Any,
     ids: Any,
     *,
@@ -318,7 +344,7 @@ def score_pairs(
 
     Parameters
     ----------
-    queries : array of shape (nq, d), float32
+    queries : array of shape (nq, d), float32, or BlockSparse
     items : array of shape (n, d), float32 | bfloat16 | float16 | int8
     ids : integer array of shape (nq, m)
         Rows of `items`, in any order, repeats allowed.
@@ -349,7 +375,7 @@ def score_pairs(
     Notes
     -----
     2 nq m d flops (3 for "l2"), accumulated in float32, and nq m rows read from wherever they lie; they are prefetched,
-    and no nq x m x d array is ever made.
+    and no nq x m x d array is ever made. With "ip" a block-sparse query meets an item only where it has blocks.
 
     Examples
     --------
@@ -359,11 +385,12 @@ def score_pairs(
     array([[2., 2., 0.]], dtype=float32)
     """
     op = "scan.score_pairs"
-    q, x, s = _vectors(op, queries, items, scales, ("queries", "items"))
+    stored, n, x, s = _stored(op, queries, items, scales)
+    q = stored[0]
     choice(op, "metric", metric, _METRICS)
     rows = as_ids(op, "ids", ids, ndim=2, like=q)
-    out = output(op, out, q, (int(q.shape[0]), int(rows.shape[1])), "float32")
-    _backend.run(op, "scan_score_pairs", q, q, x, s, rows, _bias(op, bias), out, metric, num_threads=num_threads)
+    out = output(op, out, q, (n, int(rows.shape[1])), "float32")
+    _backend.run(op, "scan_score_pairs", q, *stored, x, s, rows, _bias(op, bias), out, metric, num_threads=num_threads)
     return out  # type: ignore[no-any-return]
 
 

@@ -26,19 +26,47 @@ inline void require_rows(const char* op, const Array& rows, bool strided = false
             " must have fewer than 2^31 rows, got ", rows.dim(0));
 }
 
+/// Which blocks of block-sparse queries are stored; all others are zero. Absent beside dense queries.
+struct StoredBlocks {
+    Array ids;      // (total,) int32, ascending within a query
+    Array offsets;  // (nq + 1,) int64: query i has the blocks offsets[i] to offsets[i + 1]
+
+    explicit operator bool() const { return static_cast<bool>(offsets); }
+
+    /// Of queries `values` (total, block) of width d.
+    void validate(const char* op, const Array& values, std::int64_t d) const {
+        require_ndim(op, ids, 1);
+        require_dtype(op, ids, DType::i32);
+        require_contiguous(op, ids);
+        require_dim(op, ids, 0, values.dim(0), concat("one entry a row of ", values.name).c_str());
+        require_offsets(op, offsets, ids.dim(0));
+        const std::int64_t block = values.dim(1);
+        require(block > 0 && d % block == 0, op, "items must have a width that is a multiple of a block's (", block,
+                "), got ", d);
+        const auto* id = ids.as<const std::int32_t>();
+        const auto* begins = offsets.as<const std::int64_t>();
+        for (std::int64_t query = 0; query + 1 < offsets.dim(0); ++query) {
+            std::int64_t next = 0;
+            for (std::int64_t j = begins[query]; j < begins[query + 1]; next = std::int64_t{id[j++]} + 1)
+                require(id[j] >= next && id[j] < d / block, op, ids.name, " must be ascending in [0, ", d / block,
+                        "), got ", id[j], " at position ", j);
+        }
+    }
+};
+
 /// Vectors to compare with: float32, bfloat16 (or its bits as uint16), float16, or int8 with an optional factor a row.
 struct ScanItems {
     Array rows;    // (n, d)
     Array scales;  // (n,) float32 beside int8, or absent: 1
 
-    void validate(const char* op, const Array& queries) const {
+    void validate(const char* op, const Array& queries, bool sparse = false) const {
         require_dtype(op, queries, DType::f32);
         const DType dtype = rows.dtype;
         require<TypeError>(dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::u16 || dtype == DType::f16 ||
                                dtype == DType::i8,
                            op, rows.name, " must be float32, bfloat16, float16 or int8, got ", name_of(dtype));
         require_rows(op, rows);
-        require_dim(op, rows, 1, queries.dim(1), concat("the same d as ", queries.name).c_str());
+        if (!sparse) require_dim(op, rows, 1, queries.dim(1), concat("the same d as ", queries.name).c_str());
         if (!scales) return;
         require(dtype == DType::i8, op, "scales must come with int8 ", rows.name, ", got ", name_of(dtype));
         require_dtype(op, scales, DType::f32);
@@ -49,9 +77,11 @@ struct ScanItems {
 };
 
 /// What topk, rank and score_pairs have in common.
-inline void require_scan(const char* op, const Array& queries, const ScanItems& items, const Array& bias) {
+inline void require_scan(const char* op, const Array& queries, const ScanItems& items, const Array& bias,
+                         const StoredBlocks& blocks = {}) {
     require_rows(op, queries);
-    items.validate(op, queries);
+    items.validate(op, queries, static_cast<bool>(blocks));
+    if (blocks) blocks.validate(op, queries, items.rows.dim(1));
     if (!bias) return;
     require_dtype(op, bias, DType::f32);
     require_ndim(op, bias, 1);
@@ -72,7 +102,8 @@ inline void require_targets(const char* op, const Array& targets, const Array& q
 /// inf).
 struct ScanTopK {
     static constexpr const char* op = "scan.topk";
-    Array queries;  // (nq, d)
+    Array queries;        // (nq, d), or the blocks of block-sparse ones
+    StoredBlocks blocks;  // on a CPU
     ScanItems items;
     Array bias;         // (n,), or absent
     IdLists exclude;    // items that a query must not get
@@ -80,13 +111,14 @@ struct ScanTopK {
     Metric metric = Metric::ip;
 
     void validate() const {
-        require_scan(op, queries, items, bias);
-        exclude.validate(op, queries.dim(0), items.rows.dim(0));
+        require_scan(op, queries, items, bias, blocks);
+        const std::int64_t nq = blocks ? blocks.offsets.dim(0) - 1 : queries.dim(0);
+        exclude.validate(op, nq, items.rows.dim(0));
         require_out(op, scores, DType::f32);
         require_out(op, ids, DType::i64);
         for (const Array* out : {&scores, &ids}) {
             require_ndim(op, *out, 2);
-            require_dim(op, *out, 0, queries.dim(0), "one row a query");
+            require_dim(op, *out, 0, nq, "one row a query");
         }
         require_dim(op, ids, 1, scores.dim(1), "as many columns as scores");
     }
@@ -142,7 +174,8 @@ struct ScanRank {
 /// out[i][j]: the score of query i and item ids[i][j].
 struct ScanPairs {
     static constexpr const char* op = "scan.score_pairs";
-    Array queries;  // (nq, d)
+    Array queries;        // (nq, d), or the blocks of block-sparse ones
+    StoredBlocks blocks;  // on a CPU
     ScanItems items;
     Array ids;   // (nq, m) int64
     Array bias;  // (n,), or absent
@@ -150,11 +183,11 @@ struct ScanPairs {
     Metric metric = Metric::ip;
 
     void validate() const {
-        require_scan(op, queries, items, bias);
+        require_scan(op, queries, items, bias, blocks);
         require_ndim(op, ids, 2);
         require_dtype(op, ids, DType::i64);
         require_contiguous(op, ids);
-        require_dim(op, ids, 0, queries.dim(0), "one row a query");
+        require_dim(op, ids, 0, blocks ? blocks.offsets.dim(0) - 1 : queries.dim(0), "one row a query");
         require_ids(op, ids, items.rows.dim(0));
         require_out(op, out, DType::f32);
         require(out.shape == ids.shape && out.ndim == 2, op, "out must have the shape of ids ", ids.shape_text(),
