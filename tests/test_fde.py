@@ -494,7 +494,40 @@ def test_candidates_of_colbert_tokens_hold_the_exact_best(data):
     assert recall_of_candidates(docs, queries, 3, 15) >= 0.8
 
 
+# Of the two relevant documents of a query, the share among the first 2, 10 and 20 of 46, at the default sizes. All
+# documents differ in a few words: MaxSim of the tokens has 0.981, 1 and 1, single vectors of the same model 0.162 at 2.
+LIMIT_SMALL = {
+    "paper": (0.363, 0.729, 0.879),
+    "google": (0.3795, 0.73, 0.872),
+    "fastembed": (0.3785, 0.732, 0.89),
+    "weaviate": (0.366, 0.741, 0.882),
+    "opensearch": (0.3695, 0.7055, 0.8705),
+    "muvera-py": (0.3175, 0.6935, 0.858),
+}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_recall_of_limit_small(data, dialect):
+    docs, queries, relevance = ranking.read(data / "limit-small")
+    encoder = pv.fde.Encoder(128, dialect=dialect)
+    ids = pv.scan.topk(encoder.encode_queries(queries), encoder.encode_docs(docs), 20)[1]
+    relevant = [sorted(grades) for grades in relevance]
+    for k, expected in zip((2, 10, 20), LIMIT_SMALL[dialect], strict=True):
+        assert abs(ranking.recall(ids[:, :k], relevant) - expected) < 0.002
+
+
 # Ball carving
+
+
+def test_long_sets_are_carved_alike_on_any_threads(rng):
+    """So long that threads share the products of one set."""
+    tokens = rng.standard_normal((1900, 80), np.float32)
+    tokens /= np.linalg.norm(tokens, axis=1, keepdims=True)
+    tokens[900:1500] = tokens[:600]
+    one, two, seven = (pv.fde.carve([tokens, tokens[:9]], threshold=0.4, num_threads=n) for n in (1, 2, 7))
+    assert_carved(one, [tokens, tokens[:9]], 0.4)
+    assert_exact(two.values, one.values)
+    assert_exact(seven.values, one.values)
 
 
 def assert_carved(actual, sets, threshold):

@@ -14,7 +14,8 @@
 namespace polyvec {
 namespace {
 
-constexpr std::int64_t tokens_per_piece = 256;  // a piece costs a fraction of a millisecond
+constexpr std::int64_t tokens_per_piece = 256;        // a piece costs a fraction of a millisecond
+constexpr std::int64_t products_per_piece = 1 << 18;  // of elements: the same
 
 std::int64_t packed_columns(std::int64_t n) {
     return FdeMatrices::packed_columns(n);
@@ -477,7 +478,12 @@ void run(const FdeEncodeBlocks& op, Cpu cpu) {
 
 void run(const FdeCarve& op, Cpu cpu) {
     const std::int64_t d = op.sets.dim();
-    for_each_set(op.sets, cpu, [&](std::int64_t i) {
+    // The threads share the products of a long set, which one of them would take seconds for, deaf to Ctrl-C.
+    const auto is_long = [&](std::int64_t i) {
+        const double n = static_cast<double>(op.sets.length(i));
+        return n * n * static_cast<double>(d) > 1 << 28;
+    };
+    const auto carve = [&](std::int64_t i, const auto& for_tokens) {
         constexpr std::int32_t left = -1;
         const std::int64_t n = op.sets.length(i);
         const float* tokens = op.sets.set<float>(i);
@@ -487,12 +493,25 @@ void run(const FdeCarve& op, Cpu cpu) {
         for (std::int64_t centre = 0; centre < n; ++centre) {
             if (ids[centre] != left) continue;
             ids[centre] = balls;
-            for (std::int64_t t = centre + 1; t < n; ++t)
-                if (ids[t] == left && product(tokens + centre * d, tokens + t * d, d) >= op.threshold) ids[t] = balls;
+            for_tokens(centre + 1, n, [&](std::int64_t begin, std::int64_t end) {
+                for (std::int64_t t = begin; t < end; ++t)
+                    if (ids[t] == left && product(tokens + centre * d, tokens + t * d, d) >= op.threshold)
+                        ids[t] = balls;
+            });
             ++balls;
         }
         op.counts.as<std::int64_t>()[i] = balls;
+    };
+    for_each_set(op.sets, cpu, [&](std::int64_t i) {
+        if (!is_long(i)) carve(i, [](std::int64_t begin, std::int64_t end, const auto& take) { take(begin, end); });
     });
+    for (std::int64_t i = 0; i < op.sets.size(); ++i) {
+        if (!is_long(i)) continue;
+        carve(i, [&](std::int64_t begin, std::int64_t end, const auto& take) {
+            parallel_for(end - begin, 1 + products_per_piece / d, cpu.num_threads,
+                         [&](std::int64_t first, std::int64_t last, int) { take(begin + first, begin + last); });
+        });
+    }
 }
 
 void run(const FdeSumBalls& op, Cpu cpu) {

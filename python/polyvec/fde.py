@@ -541,8 +541,9 @@ def carve(queries: Any, *, threshold: float = 0.7, num_threads: int | None = Non
 
     Notes
     -----
-    At most n^2 d flops a query of n tokens. Products and sums are accumulated in float64: balls are the same at every
-    instruction-set level. A token with NaN is a ball of its own. Of 32 ColBERTv2 tokens 9 to 15 are left.
+    At most n^2 d flops a query of n tokens; threads share queries, and the products of a very long one. Products and
+    sums are accumulated in float64: balls are the same at every instruction-set level. A token with NaN is a ball of
+    its own. Of 32 ColBERTv2 tokens 9 to 15 are left.
 
     References
     ----------
