@@ -78,17 +78,24 @@ void align(const T* panels, size_t n, const T* doc, size_t rows, size_t d, T* be
     });
 }
 
+/// Products leave their registers for memory by constant indices alone, or they are kept there while they are summed
+/// up.
 template <class T>
 void products(const T* panels, size_t n, const T* doc, size_t rows, size_t d, T* out, size_t stride) noexcept {
     for_each_panel<T>(n, [&]<int R>(size_t first) {
+        constexpr size_t width = R * lanes<T>;
+        const size_t used = n - first < width ? n - first : width;
         const auto store_products = [&]<int J>(size_t at, const Vec<T>(&product)[J][R]) __attribute__((always_inline)) {
-            for (int r = 0; r < R; ++r) {
-                const size_t i = first + r * lanes<T>;
-                for (int j = 0; j < J && i < n; ++j) {
-                    T* to = out + (at + j) * stride + i;
-                    const Vec<T> value = max(product[j][r], broadcast<T>(-__builtin_inf()));
-                    n - i < lanes<T> ? store_first(to, value, n - i) : store(to, value);
-                }
+            T some[J * width];
+            T* to = used == width ? out + at * stride + first : some;
+            const size_t step = used == width ? stride : width;
+            for (int j = 0; j < J; ++j) {
+                for (int r = 0; r < R; ++r)
+                    store(to + j * step + r * lanes<T>, max(product[j][r], broadcast<T>(-__builtin_inf())));
+            }
+            if (used == width) return;
+            for (int j = 0; j < J; ++j) {
+                for (size_t i = 0; i < used; ++i) out[(at + j) * stride + first + i] = some[j * width + i];
             }
         };
         for_each_tile<R>(panels + first * d, Rows<T>{doc, rows, d}, d, store_products);

@@ -328,16 +328,32 @@ void align(const MaxsimAlign& op, int num_threads) {
     });
 }
 
-/// Document tokens lie in lanes: an inner product has the same bits either way.
+/// Document tokens lie in lanes, unless there is so little to do with each that packing them is felt: an inner product
+/// has the same bits either way.
 template <class T>
 void score_matrix(const MaxsimScoreMatrix& op, int num_threads) {
     const auto& kernel = typed<T>(*kernels().maxsim);
     const std::int64_t d = op.query.dim(1), rows = op.query.dim(0), columns = op.doc.dim(0);
     const std::int64_t width = kernel.panel_width;
-    parallel_for(columns, width, num_threads, [&](std::int64_t begin, std::int64_t end, int) {
-        const Aligned<T> panel = aligned<T>(width * d);
-        kernel.pack(op.doc.as<const T>() + begin * d, end - begin, d, panel.get());
-        kernel.products(panel.get(), end - begin, op.query.as<const T>(), rows, d, op.out.as<T>() + begin, columns);
+    const T *query = op.query.as<const T>(), *doc = op.doc.as<const T>();
+    T* out = op.out.as<T>();
+    if (rows >= std::min<std::int64_t>(columns, 128)) {
+        parallel_for(columns, width, num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+            const Aligned<T> panel = aligned<T>(width * d);
+            kernel.pack(doc + begin * d, end - begin, d, panel.get());
+            kernel.products(panel.get(), end - begin, query, rows, d, out + begin, columns);
+        });
+        return;
+    }
+    constexpr std::int64_t cached = 1 << 13;  // products that are turned about at a time
+    const Aligned<T> panels = aligned<T>((rows + width) * d);
+    kernel.pack(query, rows, d, panels.get());
+    parallel_for(columns, 16 + cached / (rows + 1), num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+        const Aligned<T> products = aligned<T>((end - begin) * rows);
+        kernel.products(panels.get(), rows, doc + begin * d, end - begin, d, products.get(), rows);
+        for (std::int64_t i = 0; i < rows; ++i) {
+            for (std::int64_t j = begin; j < end; ++j) out[i * columns + j] = products[(j - begin) * rows + i];
+        }
     });
 }
 
