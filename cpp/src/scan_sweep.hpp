@@ -323,9 +323,9 @@ public:
 
 private:
     /// Takes the chunks of panel p where they are few enough: beside a few dense queries, which share what they read of
-    /// an item, half of one's elements; beside a panel, half of what a few have.
+    /// an item, half of one's elements; beside a panel, those of two.
     bool sparse(std::int64_t p, const Queries& queries) {
-        const std::int64_t most = (lanes(p) <= few ? 1 : few) * d / 2;
+        const std::int64_t most = lanes(p) <= few ? d / 2 : 2 * d;
         std::vector<Chunks> chunks;
         std::int64_t elements = 0;
         for (std::int64_t lane = 0; lane < lanes(p) && elements <= most; ++lane) {

@@ -155,7 +155,7 @@ def topk(
     computed directly, without that cancellation, and ordered. The result does not depend on the number of threads.
 
     Block-sparse queries meet items only where they have blocks, in steps of 16 entries, if they are few or sparse
-    enough (one with half of its blocks, 32 with a tenth); if not, as dense ones. A share p of the blocks is a share p
+    enough (one with half of its blocks, 16 with an eighth); if not, as dense ones. A share p of the blocks is a share p
     of the arithmetic, but of the reading only where blocks are longer than two cache lines; "l2" and "cosine" read all
     for the norms of the items. Whether a NaN or Inf in an item counts where queries have no block is left open.
 
