@@ -72,6 +72,11 @@ def test_rabitq(compare, benchmark, faiss, glosses, bits, nq):
 @pytest.mark.parametrize("nq", [1, NQ])
 @pytest.mark.parametrize("bits", [2, 4])
 def test_rabitq_beside_turbovec(compare, benchmark, glosses, bits, nq):
+    """At the AVX2 level 32 products of bytes and their sum cost two operations, 32 of turbovec's lookups (each of two
+    numbers of 2 bits, or one of 4) four. A code and a query of 384 numbers then take about 50 operations alone, with
+    unpacking, and 25 in a batch; turbovec's 33 (2 bits) or 66. Before, with products of 16 bits of unpacked rows, the
+    ratios of this case were 0.23 and 0.54 (2 bits: one query, a batch), 0.50 and 1.02 (4 bits).
+    """
     turbovec = pytest.importorskip("turbovec")
     index = turbovec.TurboQuantIndex(384, bits)
     index.add(glosses[0])

@@ -230,6 +230,24 @@ def test_scores_are_those_of_decoded_vectors(rng, isa, name, metric, d):
         assert (error <= np.take_along_axis(slack[:nq], ids, 1) + 1e-5 * (size + 1)).all()
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("nq", [1, 40])
+def test_the_largest_products_do_not_overflow(isa, bits, nq):
+    """Kernels add them up in 16 bits for a while."""
+    d, half = 1030, (2**bits - 1) / 2
+    numbers = np.zeros((40, d), np.float32)
+    numbers[::2] = 2**bits - 1
+    numbers[20:, ::3] = 2**bits - 1
+    codes = np.empty((40, _core.code_size(d, bits, "")), np.uint8)
+    _core.codes_scalar_encode(numbers, np.full(d, half, np.float32), np.ones(d, np.float32), codes, bits, "", 1)
+    weights = np.full((nq, d), 127, np.float32)
+    weights[::3] = -127
+    weights[::4, ::2] = -127
+    zeros, scores, ids = np.zeros(nq, np.float32), np.empty((nq, 40), np.float32), np.empty((nq, 40), np.int64)
+    _core.codes_search(weights, zeros, zeros, codes, None, scores, ids, bits, "", False, 1)
+    assert_exact(scores, np.take_along_axis(np.float64(weights) @ (numbers - half).T, ids, 1))
+
+
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("metric", METRICS)
 def test_codes_and_results_are_the_same_at_every_level(rng, name, metric):

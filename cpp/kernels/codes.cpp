@@ -1,10 +1,15 @@
 // Scans of integer codes: scalar quantisation and RaBitQ. Queries are rounded to signed bytes, so that a score is an
 // integer dot product of bytes with codes, exact at every level, and one multiplication and addition or two.
 //
-// A batch takes the tile of tile_narrow.hpp: a block of rows is unpacked once, to bytes or to pairs of 16 bits, for all
-// panels of queries. One query meets the codes as they are stored (avx512_bf16): a mask selects one field of every
-// byte, and the byte product multiplies it with the elements of the query that the field's numbers belong to. The order
-// of numbers within a plane (tables.hpp) makes these 64 consecutive elements.
+// A batch takes a register tile: a block of rows is unpacked once, to bytes or to pairs of 16 bits, for all panels of
+// queries. One query meets the codes as they are stored: a mask selects one field of every byte, and the byte product
+// multiplies it with the elements of the query that the field's numbers belong to. The order of numbers within a plane
+// (tables.hpp) makes these consecutive elements. What the products are:
+//
+//     avx512_bf16    four of bytes, added to a sum of 32 bits
+//     avx2, avx512   two of bytes, added to a sum of 16 bits, where numbers have up to 4 bits. Sums start from what
+//                    makes the numbers signed and move to 32 bits before they can overflow. Else as below
+//     base, neon     two of 16 bits; one query, too, meets unpacked rows
 #include "tables.hpp"
 #include "tile_narrow.hpp"
 
@@ -15,18 +20,6 @@ constexpr int R = panel_registers;
 constexpr size_t L = lanes<float>;
 constexpr size_t width = panel_width<float>;
 constexpr size_t chunk_bytes = 64;
-
-#if defined(POLYVEC_NARROW_PRODUCTS)
-using Unpacked = uint8_t;  // the number
-#else
-using Unpacked = int16_t;  // less 2^(bits - 1)
-#endif
-
-constexpr size_t elements = sizeof(Word) / sizeof(Unpacked);
-
-size_t row_words(size_t d) noexcept {
-    return (d + elements - 1) / elements;
-}
 
 size_t plane_bytes(size_t d, int w) noexcept {
     return (d * static_cast<size_t>(w) + 7) / 8;
@@ -42,29 +35,106 @@ POLYVEC_INLINE void for_each_chunk(size_t d, int w, Visit visit) noexcept {
 
 // ---- batches
 
-template <int W>
+// How rows are unpacked. A panel lies in chunks of words, each behind what its sums start from.
+
+#if defined(POLYVEC_NARROW_PRODUCTS) || defined(POLYVEC_BYTE_PAIRS)
+/// Bytes. With -2^(bits - 1) times the elements of the query a sum is that of the signed numbers.
+struct AsQuads {
+    using Number = uint8_t;
+    static constexpr size_t elements = 4;
+#if defined(POLYVEC_NARROW_PRODUCTS)
+    using Product = IntegerProduct;
+    static constexpr size_t chunk(int) noexcept { return ~size_t{}; }
+    static Word start(const int32_t (&sums)[2], int bits) noexcept {
+        return static_cast<Word>(-((sums[0] + sums[1]) << (bits - 1)));
+    }
+#else
+    /// A word is two sums of 16 bits.
+    struct Product {
+        using Sum = int16_t;
+        template <int N>
+        static constexpr int rows = IntegerProduct::rows<N>;
+
+        POLYVEC_INLINE static Vec<int16_t> start(const Word* panel, int r) noexcept {
+            return (Vec<int16_t>)load(panel + r * static_cast<int>(lanes<Word>));
+        }
+        POLYVEC_INLINE static Vec<int16_t> add(Vec<Word> x, Vec<Word> query, Vec<int16_t> sum) noexcept {
+            return sum + multiply_byte_pairs(x, query);
+        }
+    };
+    /// |sum| <= 2 * 127 * 2^(bits - 1) a word.
+    static constexpr size_t chunk(int bits) noexcept { return size_t{256} >> bits; }
+    static Word start(const int32_t (&sums)[2], int bits) noexcept {
+        return (static_cast<Word>(-(sums[0] << (bits - 1))) & 0xffff) | static_cast<Word>(-(sums[1] << (bits - 1)))
+                                                                            << 16;
+    }
+#endif
+};
+#endif
+
+#if !defined(POLYVEC_NARROW_PRODUCTS)
+/// Pairs of 16 bits, less 2^(bits - 1).
+struct AsPairs {
+    using Number = int16_t;
+    using Product = IntegerProduct;
+    static constexpr size_t elements = 2;
+    static constexpr size_t chunk(int) noexcept { return ~size_t{}; }
+    static Word start(const int32_t (&)[2], int) noexcept { return 0; }
+};
+#endif
+
+template <class F>
+POLYVEC_INLINE auto with_form(int bits, F f) noexcept {
+#if defined(POLYVEC_NARROW_PRODUCTS)
+    (void)bits;
+    return f(AsQuads{});
+#elif defined(POLYVEC_BYTE_PAIRS)
+    return bits <= 4 ? f(AsQuads{}) : f(AsPairs{});
+#else
+    (void)bits;
+    return f(AsPairs{});
+#endif
+}
+
+template <class Form>
+constexpr size_t words_of(size_t d) noexcept {
+    return (d + Form::elements - 1) / Form::elements;
+}
+
+size_t row_words(size_t d, int bits) noexcept {
+    return with_form(bits, [&](auto form) { return words_of<decltype(form)>(d); });
+}
+
+size_t panel_words(size_t d, int bits) noexcept {
+    return with_form(bits, [&](auto form) {
+        const size_t words = words_of<decltype(form)>(d), chunk = form.chunk(bits);
+        return (words + (words - 1) / chunk + 1) * width;
+    });
+}
+
+template <int W, class Number>
 POLYVEC_INLINE void unpack_chunk(const uint8_t* codes, size_t bytes, size_t numbers, bool append, int centre,
-                                 Unpacked* out) noexcept {
+                                 Number* out) noexcept {
     constexpr int mask = (1 << W) - 1;
     for (int k = 0; k < 8 / W; ++k) {
         const size_t begin = static_cast<size_t>(k) * bytes;
         if (begin >= numbers) break;
         const size_t n = numbers - begin < bytes ? numbers - begin : bytes;
-        Unpacked* to = out + begin;
+        Number* to = out + begin;
         if (append) {
             for (size_t t = 0; t < n; ++t)
-                to[t] = static_cast<Unpacked>((to[t] << W | (codes[t] >> k * W & mask)) - centre);
+                to[t] = static_cast<Number>((to[t] << W | (codes[t] >> k * W & mask)) - centre);
         } else {
-            for (size_t t = 0; t < n; ++t) to[t] = static_cast<Unpacked>((codes[t] >> k * W & mask) - centre);
+            for (size_t t = 0; t < n; ++t) to[t] = static_cast<Number>((codes[t] >> k * W & mask) - centre);
         }
     }
 }
 
-template <int W>
-POLYVEC_INLINE const uint8_t* unpack_plane(const uint8_t* plane, size_t d, int bits, Unpacked* out) noexcept {
+template <int W, class Number>
+POLYVEC_INLINE const uint8_t* unpack_plane(const uint8_t* plane, size_t d, int bits, Number* out) noexcept {
     if (!(bits & W)) return plane;
     const bool append = bits >= 2 * W, last = bits % W == 0;
-    const int centre = sizeof(Unpacked) == 2 && last ? 1 << (bits - 1) : 0;
+    const int centre = sizeof(Number) == 2 && last ? 1 << (bits - 1) : 0;
     for_each_chunk(d, W, [&](size_t c, size_t bytes) {
         const size_t first = c * 8 / W, left = d - first;
         if (bytes == chunk_bytes && left >= chunk_bytes * 8 / W) {
@@ -76,37 +146,54 @@ POLYVEC_INLINE const uint8_t* unpack_plane(const uint8_t* plane, size_t d, int b
     return plane + plane_bytes(d, W);
 }
 
-void unpack_row(const uint8_t* row, size_t d, int bits, Unpacked* out) noexcept {
+template <class Form>
+void unpack_row(const uint8_t* row, size_t d, int bits, Word* words) noexcept {
+    auto* out = reinterpret_cast<typename Form::Number*>(words);
     row = unpack_plane<8>(row, d, bits, out);
     row = unpack_plane<4>(row, d, bits, out);
     row = unpack_plane<2>(row, d, bits, out);
     unpack_plane<1>(row, d, bits, out);
-    for (size_t i = d; i < row_words(d) * elements; ++i) out[i] = 0;
+    for (size_t i = d; i < words_of<Form>(d) * Form::elements; ++i) out[i] = 0;
 }
 
 void unpack(const CodeRows& rows, Word* words) noexcept {
-    for (size_t j = 0; j < rows.n; ++j)
-        unpack_row(rows.first + j * rows.stride, rows.d, rows.bits,
-                   reinterpret_cast<Unpacked*>(words + j * row_words(rows.d)));
+    with_form(rows.bits, [&](auto form) {
+        using Form = decltype(form);
+        for (size_t j = 0; j < rows.n; ++j)
+            unpack_row<Form>(rows.first + j * rows.stride, rows.d, rows.bits, words + j * words_of<Form>(rows.d));
+    });
 }
 
-void pack(const int8_t* queries, size_t count, size_t d, int bits, Word* panel) noexcept {
-    using Start = int32_t;
+template <class Form>
+void pack_as(const int8_t* queries, size_t count, size_t d, int bits, Word* panel) noexcept {
+    constexpr size_t elements = Form::elements;
+    const size_t words = words_of<Form>(d), chunk = Form::chunk(bits);
     for (size_t lane = 0; lane < width; ++lane) {
         const int8_t* query = queries + lane * d;
-        Start sum = 0;
-        for (size_t i = 0; i < row_words(d); ++i) {
+        Word *out = panel + lane, *start = out;
+        int32_t sums[2] = {};
+        for (size_t i = 0; i < words; ++i) {
+            if (i % chunk == 0) {
+                start = out;
+                out += width;
+                sums[0] = sums[1] = 0;
+            }
             Word word = 0;
             for (size_t e = 0; e < elements && lane < count && i * elements + e < d; ++e) {
                 const int8_t value = query[i * elements + e];
-                sum += value;
+                sums[e / (elements / 2)] += value;
                 word |= (static_cast<Word>(static_cast<int32_t>(value)) & (~Word{0} >> (32 - 32 / elements)))
                         << 32 / elements * e;
             }
-            panel[(i + 1) * width + lane] = word;
+            *out = word;
+            out += width;
+            *start = Form::start(sums, bits);
         }
-        panel[lane] = static_cast<Word>(-(sum << (bits - 1)));  // what sums of unsigned bytes start from
     }
+}
+
+void pack(const int8_t* queries, size_t count, size_t d, int bits, Word* panel) noexcept {
+    with_form(bits, [&](auto form) { pack_as<decltype(form)>(queries, count, d, bits, panel); });
 }
 
 /// A float of a row, anywhere in memory.
@@ -141,43 +228,94 @@ POLYVEC_INLINE Vec<float> to_value(Vec<int32_t> dot, const CodeRows& rows, Vec<f
     return value;
 }
 
-size_t select(const CodeRows& rows, const Word* words, const CodeQueries& panel, const float* floor,
-              ScanHit* hits) noexcept {
+/// Calls epilogue(first, dots) for tiles of J rows, then for narrower ones: dots[j * width + lane].
+template <class Form, int J, class Epilogue>
+POLYVEC_INLINE void for_each_dots(size_t first, const Word* panel, Rows<Word> rows, size_t words, size_t chunk,
+                                  Epilogue& epilogue) noexcept {
+    using Product = typename Form::Product;
+    if constexpr (sizeof(typename Product::Sum) == 4) {
+        for_each_tile<R>(
+            panel + width, rows, words,
+            [&]<int N>(size_t tile, const Vec<int32_t>(&dot)[N][R]) __attribute__((always_inline)) {
+                int32_t dots[N * width];  // from here on in memory: the tile keeps its registers
+                for (int j = 0; j < N; ++j) {
+                    for (int r = 0; r < R; ++r) store(dots + (j * R + r) * L, dot[j][r]);
+                }
+                epilogue(tile, dots);
+            },
+            Product{});
+    } else {
+        const Vec<Word> ones = broadcast<Word>(0x00010001);
+        for (; first + J <= rows.count; first += J) {
+            int32_t dots[J * width];
+            const Word* part = panel + width;
+            size_t i = 0;
+            do {
+                const Word *row[J], *ahead[J];
+#pragma GCC unroll 1
+                for (int j = 0; j < J; ++j) {
+                    row[j] = rows[first + j] + i;
+                    ahead[j] = rows[first + J + j] + i;
+                    asm("" : "+m"(row[j]), "+m"(ahead[j]));
+                }
+                Vec<typename Product::Sum> acc[J][R];
+                for (int j = 0; j < J; ++j)
+                    for (int r = 0; r < R; ++r) acc[j][r] = Product::start(part, r - R);
+                multiply_tile<Product>(part, row, ahead, words - i < chunk ? words - i : chunk, acc);
+                for (int j = 0; j < J; ++j) {
+                    for (int r = 0; r < R; ++r) {
+                        int32_t* at = dots + (j * R + r) * L;
+                        const Vec<int32_t> sum = multiply_pairs((Vec<Word>)acc[j][r], ones);
+                        store(at, i == 0 ? sum : load(at) + sum);
+                    }
+                }
+                i += chunk;
+                part += (chunk + 1) * width;
+            } while (i < words);
+            epilogue(first, dots);
+        }
+        if constexpr (J > 1) for_each_dots<Form, (J + 1) / 2>(first, panel, rows, words, chunk, epilogue);
+    }
+}
+
+template <class Form>
+size_t select_as(const CodeRows& rows, const Word* words, const CodeQueries& panel, const float* floor,
+                 ScanHit* hits) noexcept {
     ScanHit* hit = hits;
     const uint8_t* factors = rows.first + factors_begin(rows);
-    const size_t row = row_words(rows.d);
-    for_each_tile<R>(
-        panel.packed + width, Rows<Word>{words, rows.n, row}, row,
-        [&]<int J>(size_t first, const Vec<int32_t>(&dot)[J][R]) __attribute__((always_inline)) {
-            int32_t dots[J * width];  // from here on in memory: the tile keeps its registers
-            for (int j = 0; j < J; ++j) {
-                for (int r = 0; r < R; ++r) store(dots + (j * R + r) * L, dot[j][r]);
-            }
-            float values[J * width];
-            bool found = false;
+    const size_t row = words_of<Form>(rows.d);
+    const auto emit = [&]<size_t N>(size_t first, const int32_t (&dots)[N]) __attribute__((always_inline)) {
+        float values[N];
+        bool found = false;
 #pragma GCC unroll 1
-            for (int j = 0; j < J; ++j) {
-                const uint8_t* own = factors + (first + j) * rows.stride;
-                const auto factor = [&](int k) __attribute__((always_inline)) {
-                    return broadcast(factor_at(own + k * sizeof(float)));
-                };
-                for (int r = 0; r < R; ++r) {
-                    const Vec<float> value = to_value(load(dots + (j * R + r) * L), rows, load(panel.scale + r * L),
-                                                      load(panel.shift + r * L), load(panel.mean + r * L), factor);
-                    store(values + (j * R + r) * L, value);
-                    found |= any(value >= load(floor + r * L));
-                }
+        for (size_t j = 0; j < N / width; ++j) {
+            const uint8_t* own = factors + (first + j) * rows.stride;
+            const auto factor = [&](int k) __attribute__((always_inline)) {
+                return broadcast(factor_at(own + k * sizeof(float)));
+            };
+            for (size_t r = 0; r < R; ++r) {
+                const Vec<float> value = to_value(load(dots + (j * R + r) * L), rows, load(panel.scale + r * L),
+                                                  load(panel.shift + r * L), load(panel.mean + r * L), factor);
+                store(values + (j * R + r) * L, value);
+                found |= any(value >= load(floor + r * L));
             }
-            if (!found) return;
-            for (size_t k = 0; k < J * width; k += L) {
-                for (uint32_t set = bits(load(values + k) >= load(floor + k % width)); set; set &= set - 1) {
-                    const size_t at = k + static_cast<size_t>(__builtin_ctz(set));
-                    *hit++ = {values[at], static_cast<uint32_t>(first * width + at)};
-                }
+        }
+        if (!found) return;
+        for (size_t k = 0; k < N; k += L) {
+            for (uint32_t set = bits(load(values + k) >= load(floor + k % width)); set; set &= set - 1) {
+                const size_t at = k + static_cast<size_t>(__builtin_ctz(set));
+                *hit++ = {values[at], static_cast<uint32_t>(first * width + at)};
             }
-        },
-        IntegerProduct{});
+        }
+    };
+    for_each_dots<Form, Form::Product::template rows<R>>(0, panel.packed, Rows<Word>{words, rows.n, row}, row,
+                                                         Form::chunk(rows.bits), emit);
     return static_cast<size_t>(hit - hits);
+}
+
+size_t select(const CodeRows& rows, const Word* words, const CodeQueries& panel, const float* floor,
+              ScanHit* hits) noexcept {
+    return with_form(rows.bits, [&](auto form) { return select_as<decltype(form)>(rows, words, panel, floor, hits); });
 }
 
 // ---- one query against L rows at a time
@@ -320,10 +458,156 @@ POLYVEC_INLINE Vec<int32_t> dots(RowGroup group, const CodeRows& rows, const Wor
     return total + start;
 }
 
+#elif defined(POLYVEC_BYTE_PAIRS)
+
+// A query lies in registers as the fields of a row do: plane by plane, register by register of the plane, the lowest
+// field of a byte first; zeros where a register reaches beyond the row. What the sums of 16 bits start from lies ahead
+// of the registers that they take, what the dot product starts from ahead of all.
+
+constexpr size_t register_bytes = sizeof(Vec<Word>);
+
+constexpr size_t registers_of(size_t bytes) noexcept {
+    return (bytes + register_bytes - 1) / register_bytes;
+}
+
+/// Registers of a plane of w bits whose products fit in a sum of 16 bits: |sum| <= 2 * 127 * 2^(w - 1) a field.
+constexpr size_t registers_at_once(int w) noexcept {
+    return (size_t{256} >> w) * static_cast<size_t>(w) / 8;
+}
+
+size_t query_words(size_t d, int bits) noexcept {
+    size_t registers = 1;
+    for (int w = 8; w >= 1; w /= 2) {
+        const size_t n = bits & w ? registers_of(plane_bytes(d, w)) : 0;
+        registers +=
+            w == 8 ? 2 * n : n * 8 / static_cast<size_t>(w) + (n + registers_at_once(w) - 1) / registers_at_once(w);
+    }
+    return registers * L;
+}
+
+void pack_one(const int8_t* query, size_t d, int bits, Word* out) noexcept {
+    int32_t start = 0;
+    Word* const first = out;
+    out += L;
+    for (int w = 8; w >= 1; w /= 2) {
+        if (!(bits & w)) continue;
+        const size_t bytes = plane_bytes(d, w);
+        /// The element that field k of byte t of the plane belongs to, or 0.
+        const auto element = [&](size_t t, size_t k) {
+            const size_t c = t / chunk_bytes * chunk_bytes, count = bytes - c < chunk_bytes ? bytes - c : chunk_bytes;
+            const size_t i = c * 8 / static_cast<size_t>(w) + k * count + (t - c);
+            return t < bytes && i < d ? int32_t{query[i]} : 0;
+        };
+        int32_t plane_sum = 0;
+        Word* starts = nullptr;
+        for (size_t n = 0; n < registers_of(bytes); ++n) {
+            const size_t t = n * register_bytes;
+            if (w == 8) {
+                auto* even = reinterpret_cast<int16_t*>(out);
+                for (size_t i = 0; i < register_bytes; ++i) {
+                    even[i % 2 * (register_bytes / 2) + i / 2] = static_cast<int16_t>(element(t + i, 0));
+                    plane_sum += element(t + i, 0);
+                }
+                out += 2 * L;
+                continue;
+            }
+            if (n % registers_at_once(w) == 0) {
+                starts = out;
+                for (size_t i = 0; i < L; ++i) *out++ = 0;
+            }
+            auto* sums = reinterpret_cast<int16_t*>(starts);
+            for (size_t k = 0; k < 8 / static_cast<size_t>(w); ++k) {
+                auto* to = reinterpret_cast<int8_t*>(out);
+                for (size_t i = 0; i < register_bytes; ++i) {
+                    const int32_t value = element(t + i, k);
+                    to[i] = static_cast<int8_t>(value);
+                    sums[i / 2] = static_cast<int16_t>(sums[i / 2] - (value << (w - 1)));
+                    plane_sum += value;
+                }
+                out += L;
+            }
+        }
+        // The plane was taken less 2^(w - 1), which for the highest one is what the numbers are taken less.
+        if (w == 8) {
+            start -= plane_sum << (w - 1);
+        } else if (bits >= 2 * w) {
+            start += plane_sum << (w - 1 + (bits & (w - 1)));
+        }
+    }
+    for (size_t i = 0; i < L; ++i) first[i] = static_cast<Word>(start);
+}
+
+/// Adds the plane of W bits that begins at byte `plane` to 2^W times the totals of some rows. Rows are named one by
+/// one: GCC unrolls a loop over them too late to keep the sums in registers.
+template <int W, int... J>
+POLYVEC_INLINE const Word* add_plane(RowGroup rows, size_t plane, size_t d, const Word* query, Vec<int32_t>* totals,
+                                     Lanes<J...>) noexcept {
+    constexpr Word mask = 0x01010101u * static_cast<Word>((1 << W) - 1);
+    const size_t end = registers_of(plane_bytes(d, W));
+    Vec<int32_t> total[] = {(totals[J] << W)...};
+    if constexpr (W == 8) {
+        const auto add = [](Vec<int32_t>& sum, Vec<Word> x, Vec<Word> even, Vec<Word> odd)
+                             __attribute__((always_inline)) {
+                                 sum += multiply_pairs(x & 0x00ff00ff, even);
+                                 sum += multiply_pairs((Vec<Word>)((Vec<uint16_t>)x >> 8), odd);
+                                 keep_in_register(sum);
+                             };
+#pragma GCC unroll 1
+        for (size_t n = 0; n < end; ++n, query += 2 * L) {
+            const Vec<Word> even = load(query), odd = load(query + L);
+            (add(total[J], load(rows.words(J, plane + n * register_bytes)), even, odd), ...);
+        }
+    } else {
+        constexpr size_t at_once = registers_at_once(W);
+        const Vec<Word> ones = broadcast<Word>(0x00010001);
+        for (size_t n = 0; n < end;) {
+            Vec<int16_t> sum[] = {(Vec<int16_t>)load(query + 0 * J)...};
+            query += L;
+#pragma GCC unroll 1
+            for (const size_t stop = end - n < at_once ? end : n + at_once; n < stop; ++n) {
+                const Vec<Word> x[] = {load(rows.words(J, plane + n * register_bytes))...};
+#pragma GCC unroll 8
+                for (int k = 0; k < 8 / W; ++k, query += L) {
+                    const Vec<Word> q = load(query);
+                    const auto add = [&](Vec<int16_t>& s, Vec<Word> fields) __attribute__((always_inline)) {
+                        s += multiply_byte_pairs(fields >> (k * W) & mask, q);
+                        keep_in_register(s);
+                    };
+                    (add(sum[J], x[J]), ...);
+                }
+            }
+            ((total[J] += multiply_pairs((Vec<Word>)sum[J], ones)), ...);
+        }
+    }
+    ((totals[J] = total[J]), ...);
+    return query;
+}
+
+POLYVEC_INLINE Vec<int32_t> dots(RowGroup group, const CodeRows& rows, const Word* query, Word*) noexcept {
+    constexpr auto half = typename LaneRange<0, L / 2>::type{};
+    Vec<int32_t> totals[L] = {};
+    const auto start = (Vec<int32_t>)load(query);
+    for (size_t first = 0; first < L; first += L / 2) {
+        const RowGroup some{group[first], group.stride};
+        const Word* q = query + L;
+        size_t plane = 0;
+        const auto add = [&]<int W>(Lanes<W>) __attribute__((always_inline)) {
+            if (!(rows.bits & W)) return;
+            q = add_plane<W>(some, plane, rows.d, q, totals + first, half);
+            plane += plane_bytes(rows.d, W);
+        };
+        add(Lanes<8>{});
+        add(Lanes<4>{});
+        add(Lanes<2>{});
+        add(Lanes<1>{});
+    }
+    return sums_of<0>(totals, typename LaneRange<0, L>::type{}) + start;
+}
+
 #else
 
 size_t query_words(size_t d, int) noexcept {
-    return (row_words(d) + L - 1) / L * L;
+    return (words_of<AsPairs>(d) + L - 1) / L * L;
 }
 
 void pack_one(const int8_t* query, size_t d, int, Word* out) noexcept {
@@ -332,11 +616,11 @@ void pack_one(const int8_t* query, size_t d, int, Word* out) noexcept {
 }
 
 POLYVEC_INLINE Vec<int32_t> dots(RowGroup group, const CodeRows& rows, const Word* query, Word* words) noexcept {
-    const size_t n = row_words(rows.d);
+    const size_t n = words_of<AsPairs>(rows.d);
     Vec<int32_t> sum[L];
 #pragma GCC unroll 1
     for (size_t j = 0; j < L; ++j) {
-        unpack_row(group[j], rows.d, rows.bits, reinterpret_cast<Unpacked*>(words));
+        unpack_row<AsPairs>(group[j], rows.d, rows.bits, words);
         Vec<int32_t> a{};
         size_t i = 0;
         for (; i + L <= n; i += L) a += multiply_pairs(load(words + i), load(query + i));
@@ -461,7 +745,7 @@ void rotate(float* rows, size_t n, size_t d, const float* signs, bool inverse) n
 }  // namespace
 
 extern const CodesKernels codes_kernels;
-const CodesKernels codes_kernels{width,       width / 2 + 4, row_words,  unpack,     pack,  select,
-                                 query_words, pack_one,      select_one, fit_levels, rotate};
+const CodesKernels codes_kernels{width,  width / 2 + 4, row_words, panel_words, unpack,     pack,
+                                 select, query_words,   pack_one,  select_one,  fit_levels, rotate};
 
 }  // namespace polyvec::POLYVEC_ISA

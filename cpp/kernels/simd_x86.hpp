@@ -110,6 +110,15 @@ POLYVEC_INLINE VecOf<int16_t, 32>::type multiply_byte_pairs(VecOf<uint8_t, 32>::
 POLYVEC_INLINE VecOf<int32_t, 32>::type add_pairs(VecOf<int16_t, 32>::type a) noexcept {
     return (VecOf<int32_t, 32>::type)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi16(1));
 }
+
+// a0 * b0 + a1 * b1 of the bytes of each 16 bits, those of a unsigned and those of b signed; saturates.
+POLYVEC_INLINE Vec<int16_t> multiply_byte_pairs(Vec<uint32_t> a, Vec<uint32_t> b) noexcept {
+#if POLYVEC_VECTOR_BYTES == 64
+    return (Vec<int16_t>)_mm512_maddubs_epi16((__m512i)a, (__m512i)b);
+#else
+    return (Vec<int16_t>)_mm256_maddubs_epi16((__m256i)a, (__m256i)b);
+#endif
+}
 #endif
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)

@@ -378,10 +378,13 @@ struct CodeQueries {
     const float *scale, *shift, *mean;
 };
 
+constexpr std::size_t code_margin = 64;
+
 struct CodesKernels {
-    std::size_t panel_width;                  // queries in a panel
-    std::size_t one_at_a_time;                // as many queries, or fewer, are faster one by one
-    std::size_t (*row_words)(std::size_t d);  // of an unpacked row; a panel has as many, and one more, a query
+    std::size_t panel_width;                            // queries in a panel
+    std::size_t one_at_a_time;                          // as many queries, or fewer, are faster one by one
+    std::size_t (*row_words)(std::size_t d, int bits);  // of an unpacked row
+    std::size_t (*panel_words)(std::size_t d, int bits);
     /// Rows as `select` takes them.
     void (*unpack)(const CodeRows&, std::uint32_t* words) noexcept;
     void (*pack)(const std::int8_t* queries, std::size_t count, std::size_t d, int bits, std::uint32_t* panel) noexcept;
@@ -391,7 +394,8 @@ struct CodesKernels {
                           ScanHit* hits) noexcept;
     std::size_t (*query_words)(std::size_t d, int bits);  // of one query
     void (*pack_one)(const std::int8_t* query, std::size_t d, int bits, std::uint32_t* out) noexcept;
-    /// The same for one query. Memory of panel_width rows must be readable, and `words` scratch for one unpacked row.
+    /// The same for one query. Memory of panel_width rows and code_margin bytes behind the last row must be readable,
+    /// and `words` scratch for one unpacked row.
     std::size_t (*select_one)(const CodeRows&, const CodeQueries& query, std::uint32_t* words, float floor,
                               ScanHit* hits) noexcept;
     /// levels[i] = min(floor(t * magnitudes[i]), top), for the t that brings levels + 1/2 closest in angle to the

@@ -211,7 +211,8 @@ public:
         }
         const auto* weights = op.weights.as<const float>();
         std::vector<std::int8_t> bytes(width * d_);
-        const std::size_t words = std::max((kernel_.row_words(d_) + 1) * width, kernel_.query_words(d_, op.form.bits));
+        const std::size_t words =
+            std::max(kernel_.panel_words(d_, op.form.bits), kernel_.query_words(d_, op.form.bits));
         for (const Group& group : groups_) {
             for (std::int64_t q = 0; q < group.count; ++q)
                 round(weights + (group.first + q) * d_, bytes.data() + q * d_, group.first + q);
@@ -272,7 +273,7 @@ public:
           queries_(queries),
           kernel_(*kernels().codes),
           words_(aligned<std::uint32_t>(std::max<std::int64_t>(block_rows, kernel_.panel_width) *
-                                        static_cast<std::int64_t>(kernel_.row_words(op.weights.dim(1))))),
+                                        static_cast<std::int64_t>(kernel_.row_words(op.weights.dim(1), op.form.bits)))),
           hits_(block_rows * kernel_.panel_width),
           floor_(kernel_.panel_width) {}
 
@@ -293,7 +294,7 @@ public:
                           op_.form.has_offset};
             if (op_.include) {
                 gather(i, rows);
-            } else if (rows.n < kernel_.panel_width) {
+            } else if (rows.n < kernel_.panel_width || i + n == op_.codes.dim(0)) {
                 copy(rows);
             }
             if (rows.n > 0) meet(rows, i, from, to, best, least);
@@ -301,9 +302,9 @@ public:
     }
 
 private:
-    /// Moves a few codes to where as many as a panel's width can be read.
+    /// Moves codes to where as many as a panel's width can be read, and the margin behind them.
     void copy(CodeRows& rows) {
-        gathered_.resize(block_rows * rows.stride);
+        gathered_.resize(block_rows * rows.stride + code_margin);
         std::memcpy(gathered_.data(), rows.first, rows.n * rows.stride);
         rows.first = gathered_.data();
     }
@@ -315,7 +316,7 @@ private:
         ids_.clear();
         for (std::size_t r = 0; r < rows.n; ++r)
             if (include[r]) ids_.push_back(first + static_cast<std::int64_t>(r));
-        gathered_.resize(block_rows * rows.stride);
+        gathered_.resize(block_rows * rows.stride + code_margin);
         for (std::size_t k = 0; k < ids_.size(); ++k)
             std::memcpy(gathered_.data() + k * rows.stride,
                         codes + static_cast<std::size_t>(ids_[k] - first) * rows.stride, rows.stride);
