@@ -118,7 +118,12 @@ def queries_of(glosses, nq):
 
 @pytest.mark.parametrize("nq", [1, 200])
 def test_search(compare, codec, glosses, neighbors, nq):
-    """Fast-scan rounds its tables to 8 bits: its scores are approximate, ours are exact. Its codes are packed, too."""
+    """Fast-scan rounds its tables to 8 bits: its scores are approximate, ours are exact. Its codes are packed, too.
+
+    At the AVX2 level 32 lookups of 4 bits take 4 operations, 2.9 where four queries share the codes (fast-scan: 5.5 and
+    4.4), and then a quarter of the time goes to what may be among the best. 32 lookups of 8 bits take 38, where float
+    tables in memory take 32 times two loads and an addition.
+    """
     quantizer, codes, index, name = codec
     queries, packed = queries_of(glosses, nq), quantizer.pack(codes)
     expected = np.sort(queries[0] @ quantizer.decode(codes).T)[::-1][:100]

@@ -7,13 +7,15 @@
 //
 //     4 bits   16 codes a block. AVX-512 VBMI: 4 bytes of a code become one lane, an index of 8 bits is the code and
 //              its place in the lane, `vpermb` looks up 4 subspaces of 16 codes, `vpdpbusd` adds them up.
-//              AVX2, AVX-512, NEON: a shuffle an entry, sums of 16 bits.
-//     8 bits   64 codes a block, AVX-512 VBMI: two `vpermi2b` look up a byte of 64 codes, sums of 16 bits.
+//              AVX2, AVX-512: a shuffle an entry. What a step adds to one byte of a register is rounded to 8 bits
+//              together, so that it is added up in bytes, and then in sums of 16 bits.
+//     8 bits   64 codes a block, sums of 16 bits. AVX-512 VBMI: two `vpermi2b` look up a byte of 64 codes. AVX2: a
+//              tree of 16 shuffles and 15 blends looks up a byte of 32 codes, which pays for a few queries.
 //
-// Scans in memory, for levels that lack these: 4-bit sums one by one; 8-bit codes by float tables, one addition a
-// byte. For a batch, lanes are queries: the entries of one code for all lanes lie side by side, and one vector addition
-// serves them all. A single query runs through the same code with V = float. Both take the subspaces in groups whose
-// tables stay in the nearest cache that holds them.
+// Scans in memory, else: 4-bit sums one by one; 8-bit codes by float tables, one addition a byte. For a batch, lanes
+// are queries: the entries of one code for all lanes lie side by side, and one vector addition serves them all. A
+// single query runs through the same code with V = float. Both take the subspaces in groups whose tables stay in the
+// nearest cache that holds them.
 //
 // Every score is the float32 sum of a code's entries in the order of the subspaces, so that it has the same bits by
 // every way, alone and in a batch.
@@ -63,32 +65,56 @@ POLYVEC_INLINE size_t place(size_t s, bool nibbles) noexcept {
     return nibbles ? s / 8 * 128 + s % 2 * 64 + s / 2 % 4 * 16 : s * 256;
 }
 
+// Which of the 8 subspaces of a step share a byte of the sum; POLYVEC_VECTOR_BYTES / 16 columns lie in a register.
+#if defined(POLYVEC_BYTE_SHUFFLE) && !defined(POLYVEC_NARROW_PRODUCTS)
+constexpr size_t columns_at_once = sizeof(Vec<uint8_t>) / 16;
+POLYVEC_INLINE size_t byte_group(size_t s) noexcept {
+    return s / 2 % columns_at_once;
+}
+#else
+POLYVEC_INLINE size_t byte_group(size_t s) noexcept {
+    return s % 8;
+}
+#endif
+
+/// The least entry of a table, and the greatest.
+POLYVEC_INLINE float least_of(const float* table, size_t n, float& most) noexcept {
+    Vec<float> low = load(table), high = low;
+    for (size_t c = L; c < n; c += L) {
+        const Vec<float> x = load(table + c);
+        low = min(x, low);
+        high = max(x, high);
+    }
+    most = reduce_max(high);
+    return reduce_min(low);
+}
+
 void round_down(const PqTables& t, const float* tables, uint8_t* out, PqRounding& rounding) noexcept {
     rounding = {};
-    float widest = 0;
+    const bool nibbles = t.ksub == 16;
+    float widest = 0, widths[8] = {}, most;  // of what is added up in one byte
+    size_t step = 0;
     for (size_t k = 0; k < t.n_subspaces; ++k) {
-        const float* table = tables + static_cast<size_t>(t.subspaces[k]) * t.ksub;
-        Vec<float> low = load(table), high = low;
-        for (size_t c = L; c < t.ksub; c += L) {
-            const Vec<float> x = load(table + c);
-            low = min(x, low);
-            high = max(x, high);
-        }
-        const float least = reduce_min(low), most = reduce_max(high);
+        const size_t s = static_cast<size_t>(t.subspaces[k]);
+        const float least = least_of(tables + s * t.ksub, t.ksub, most);
         rounding.offset += static_cast<double>(least);
         rounding.size += static_cast<double>(-least > most ? -least : most);
         rounding.rounded += most > least;
-        if (most - least > widest) widest = most - least;
+        if (!nibbles || s / 8 != step) {
+            for (float& width : widths) width = 0;
+            step = s / 8;
+        }
+        float& width = widths[nibbles ? byte_group(s) : 0];
+        width += most - least;
+        if (width > widest) widest = width;
     }
     rounding.step = static_cast<double>(widest) / 255;
     const float scale = widest > 0 ? 255 / widest : 0;
     for (size_t k = 0; k < t.n_subspaces; ++k) {
         const size_t s = static_cast<size_t>(t.subspaces[k]);
         const float* table = tables + s * t.ksub;
-        uint8_t* bytes = out + place(s, t.ksub == 16);
-        Vec<float> low = load(table);
-        for (size_t c = L; c < t.ksub; c += L) low = min(load(table + c), low);
-        const float least = reduce_min(low);
+        uint8_t* bytes = out + place(s, nibbles);
+        const float least = least_of(table, t.ksub, most);
         for (size_t c = 0; c < t.ksub; c += L) {
             const Vec<float> steps = min((load(table + c) - broadcast(least)) * broadcast(scale), broadcast(255.0f));
             const auto whole = __builtin_convertvector(steps, Vec<int32_t>);
@@ -122,6 +148,14 @@ void transpose_bytes(const uint8_t* in, size_t rows, size_t columns, size_t in_s
         }
     }
 }
+
+/// First, First + Distance, First + 1, First + 1 + Distance, ...: 2 Count lanes.
+template <int First, int Count, int Distance, int... K>
+struct Interleave : Interleave<First, Count - 1, Distance, First + Count - 1, First + Count - 1 + Distance, K...> {};
+template <int First, int Distance, int... K>
+struct Interleave<First, 0, Distance, K...> {
+    using type = Lanes<K...>;
+};
 
 // ---- 4 bits: sums[q][g * 16 + v] of code v of block g, for Q queries and G blocks
 
@@ -173,51 +207,61 @@ constexpr size_t most_queries = 4;
 template <size_t Q>
 constexpr size_t blocks_at_once = 1;
 
-/// The 16 sums of bytes in the lanes of 16 bits of `all` (which add a lane's high byte 256 times) and `high`.
-POLYVEC_INLINE void add_lanes(Vec<uint16_t> all, Vec<uint16_t> high, int32_t* sums) noexcept {
+/// Writes or adds the 16 sums of bytes in the lanes of 16 bits of `all` (which add a lane's high byte 256 times) and
+/// `high`.
+POLYVEC_INLINE void add_lanes(Vec<uint16_t> all, Vec<uint16_t> high, bool add, int32_t* sums) noexcept {
     const auto narrow = [](auto v) {
-        using V = decltype(v);
-        if constexpr (lanes_of<V> == 32) {
+        if constexpr (lanes_of<decltype(v)> == 32) {
             const auto half = lower_half(v) + upper_half(v);
             return lower_half(half) + upper_half(half);
-        } else if constexpr (lanes_of<V> == 16) {
-            return lower_half(v) + upper_half(v);
         } else {
-            return v;
+            return lower_half(v) + upper_half(v);
         }
     };
-    const auto even = narrow(all - (high << 8)), odd = narrow(high);
-    for (size_t v = 0; v < 8; ++v) {
-        sums[2 * v] += even[v];
-        sums[2 * v + 1] += odd[v];
+    using Sums = VecOf<uint16_t, 2 * nibble_block>;
+    using Some = VecOf<uint16_t, 2 * L>;
+    uint16_t codes[nibble_block];
+    *reinterpret_cast<Sums::unaligned*>(codes) =
+        shuffle(narrow(all - (high << 8)), narrow(high), typename Interleave<0, 8, 8>::type{});
+    for (size_t v = 0; v < nibble_block; v += L) {
+        const Some::type some = *reinterpret_cast<const Some::unaligned*>(codes + v);
+        const auto wide = __builtin_convertvector(some, Vec<int32_t>);
+        store(sums + v, add ? load(sums + v) + wide : wide);
     }
 }
 
 template <size_t Q, size_t G>
 POLYVEC_INLINE void sum_nibbles(const PqScan& scan, const uint8_t* codes, int32_t* sums) noexcept {
     static_assert(G == 1);
-    constexpr size_t B = sizeof(Vec<uint8_t>), steps_at_once = 32;  // 8 entries a step: 65,280 at most
+    constexpr size_t B = sizeof(Vec<uint8_t>), parts = 64 / B, steps_at_once = 256;  // 255 a step: 65,280 at most
     const Vec<uint8_t> nibble = broadcast(uint8_t{15});
-    for (size_t k = 0; k < Q * nibble_block; ++k) sums[k] = 0;
-    for (size_t first = 0; first < scan.n_steps; first += steps_at_once) {
+    for (size_t first = 0; first == 0 || first < scan.n_steps; first += steps_at_once) {
         const size_t last = scan.n_steps - first < steps_at_once ? scan.n_steps : first + steps_at_once;
         Vec<uint16_t> all[Q] = {}, high[Q] = {};
+#pragma GCC unroll 1
         for (size_t k = first; k < last; ++k) {
             const size_t step = static_cast<size_t>(scan.steps[k]);
-            for (size_t part = 0; part < 64; part += B) {
-                const Vec<uint8_t> code = load(codes + step * 64 + part);
-                const Vec<uint8_t> index[2] = {code & nibble, (Vec<uint8_t>)((Vec<uint16_t>)code >> 4) & nibble};
-                for (size_t q = 0; q < Q; ++q) {
-                    const uint8_t* table = scan.tables + q * scan.table_size + step * 128 + part;
-                    for (size_t h = 0; h < 2; ++h) {
-                        const auto entry = (Vec<uint16_t>)shuffle_bytes(load(table + h * 64), index[h]);
-                        all[q] += entry;
-                        high[q] += entry >> 8;
-                    }
+            Vec<uint8_t> low_nibbles[parts], high_nibbles[parts];
+            for (size_t p = 0; p < parts; ++p) {
+                const Vec<uint8_t> code = load(codes + step * 64 + p * B);
+                low_nibbles[p] = code & nibble;
+                high_nibbles[p] = (Vec<uint8_t>)((Vec<uint16_t>)code >> 4) & nibble;
+            }
+            for (size_t q = 0; q < Q; ++q) {
+                const uint8_t* table = scan.tables + q * scan.table_size + step * 128;
+                Vec<uint8_t> bytes{};
+                for (size_t p = 0; p < parts; ++p) {
+                    bytes += shuffle_bytes(load(table + p * B), low_nibbles[p]);
+                    bytes += shuffle_bytes(load(table + p * B + 64), high_nibbles[p]);
                 }
+                const auto entries = (Vec<uint16_t>)bytes;
+                all[q] += entries;
+                high[q] += entries >> 8;
+                keep_in_register(all[q]);
+                keep_in_register(high[q]);
             }
         }
-        for (size_t q = 0; q < Q; ++q) add_lanes(all[q], high[q], sums + q * nibble_block);
+        for (size_t q = 0; q < Q; ++q) add_lanes(all[q], high[q], first > 0, sums + q * nibble_block);
     }
 }
 
@@ -245,43 +289,37 @@ POLYVEC_INLINE void sum_nibbles(const PqScan& scan, const uint8_t* codes, int32_
 
 constexpr size_t byte_block = 64;
 
-#if defined(POLYVEC_NARROW_PRODUCTS)
-
-/// First, First + Distance, First + 1, First + 1 + Distance, ...: 2 Count lanes.
-template <int First, int Count, int Distance, int... K>
-struct Interleave : Interleave<First, Count - 1, Distance, First + Count - 1, First + Count - 1 + Distance, K...> {};
-template <int First, int Distance, int... K>
-struct Interleave<First, 0, Distance, K...> {
-    using type = Lanes<K...>;
-};
+#if defined(POLYVEC_BYTE_TABLES)
 
 /// One query and G blocks.
 template <size_t G>
 POLYVEC_INLINE void sum_bytes(const PqScan& scan, const uint8_t* codes, int32_t* sums) noexcept {
-    constexpr size_t steps_at_once = 256;  // 65,280 at most
+    constexpr size_t B = sizeof(Vec<uint8_t>), parts = G * byte_block / B, steps_at_once = 256;  // 65,280 at most
     const size_t block = scan.columns * byte_block;
     for (size_t first = 0; first == 0 || first < scan.n_steps; first += steps_at_once) {
         const size_t last = scan.n_steps - first < steps_at_once ? scan.n_steps : first + steps_at_once;
-        Vec<uint16_t> all[G] = {}, high[G] = {};
+        Vec<uint16_t> all[parts] = {}, high[parts] = {};
         for (size_t k = first; k < last; ++k) {
             const size_t step = static_cast<size_t>(scan.steps[k]);
             const ByteTable table = load_byte_table(scan.tables + step * 256);
-            for (size_t g = 0; g < G; ++g) {
-                const auto entry = (Vec<uint16_t>)look_up_bytes(table, codes + g * block + step * byte_block);
-                all[g] += entry;
-                high[g] += entry >> 8;
-                keep_in_register(all[g]);
-                keep_in_register(high[g]);
+            for (size_t p = 0; p < parts; ++p) {
+                const size_t code = p * B;
+                const auto entry = (Vec<uint16_t>)look_up_bytes(
+                    table, codes + code / byte_block * block + step * byte_block + code % byte_block);
+                all[p] += entry;
+                high[p] += entry >> 8;
+                keep_in_register(all[p]);
+                keep_in_register(high[p]);
             }
         }
-        for (size_t g = 0; g < G; ++g) {
-            const Vec<uint16_t> even = all[g] - (high[g] << 8);
+        for (size_t p = 0; p < parts; ++p) {
+            const Vec<uint16_t> even = all[p] - (high[p] << 8);
             // Lane i holds codes 2 i (even) and 2 i + 1 (high).
-            const Vec<uint16_t> parts[2] = {shuffle(even, high[g], typename Interleave<0, 16, 32>::type{}),
-                                            shuffle(even, high[g], typename Interleave<16, 16, 32>::type{})};
-            for (size_t p = 0; p < 4; ++p) {
-                const auto half = p % 2 ? upper_half(parts[p / 2]) : lower_half(parts[p / 2]);
-                int32_t* at = sums + g * byte_block + p * 16;
+            const Vec<uint16_t> ordered[2] = {shuffle(even, high[p], typename Interleave<0, L, 2 * L>::type{}),
+                                              shuffle(even, high[p], typename Interleave<L, L, 2 * L>::type{})};
+            for (size_t q = 0; q < 4; ++q) {
+                const auto half = q % 2 ? upper_half(ordered[q / 2]) : lower_half(ordered[q / 2]);
+                int32_t* at = sums + p * B + q * L;
                 const auto wide = __builtin_convertvector(half, Vec<int32_t>);
                 store(at, first == 0 ? wide : load(at) + wide);
             }
@@ -353,9 +391,11 @@ size_t select_nibbles(const PqScan& scan, PqHit* hits) noexcept {
     return static_cast<size_t>(end - hits);
 }
 
-#if defined(POLYVEC_NARROW_PRODUCTS)
+#if defined(POLYVEC_BYTE_TABLES)
+constexpr size_t few_for_bytes = sizeof(Vec<uint8_t>) == 64 ? ~size_t{} : L - 1;
+
 size_t select_bytes(const PqScan& scan, PqHit* hits) noexcept {
-    constexpr size_t G = 4;
+    constexpr size_t G = sizeof(Vec<uint8_t>) == 64 ? 4 : 1;
     PqHit* hit = hits;
     size_t block = 0;
     for (; block + G <= scan.blocks; block += G) hit = scan_group<byte_block, 1, G>(scan, block, hit, sum_bytes<G>);
@@ -363,6 +403,7 @@ size_t select_bytes(const PqScan& scan, PqHit* hits) noexcept {
     return static_cast<size_t>(hit - hits);
 }
 #else
+constexpr size_t few_for_bytes = 0;
 constexpr auto select_bytes = nullptr;
 #endif
 
@@ -493,7 +534,7 @@ size_t scan_floats(const float* tables, const uint8_t* codes, size_t n, size_t c
 
 extern const PqKernels pq_kernels;
 const PqKernels pq_kernels{
-    most_queries, entries,       round_down, transpose_bytes, select_nibbles,     select_bytes,
-    scores<true>, scores<false>, L,          interleave,      scan_floats<float>, scan_floats<Vec<float>>};
+    most_queries,  entries,       round_down, transpose_bytes, select_nibbles,     select_bytes,           scores<true>,
+    scores<false>, few_for_bytes, L,          interleave,      scan_floats<float>, scan_floats<Vec<float>>};
 
 }  // namespace polyvec::POLYVEC_ISA

@@ -155,6 +155,8 @@ POLYVEC_INLINE Vec<uint32_t> and_or(Vec<uint32_t> a, Vec<uint32_t> b, Vec<uint32
     return (Vec<uint32_t>)_mm512_maskz_ternarylogic_epi32(0xffff, (__m512i)a, (__m512i)b, (__m512i)c, 0xea);
 }
 
+#define POLYVEC_BYTE_TABLES 1
+
 struct ByteTable {
     __m512i quarter[4];
 };
@@ -239,6 +241,36 @@ POLYVEC_INLINE Vec<uint16_t> load_bytes_as_shorts(const unsigned char* p) noexce
 #else
     return (Vec<uint16_t>)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
 #endif
+}
+#endif
+
+#if POLYVEC_VECTOR_BYTES == 32
+#define POLYVEC_BYTE_TABLES 1
+
+struct ByteTable {
+    const unsigned char* first;
+};
+
+POLYVEC_INLINE ByteTable load_byte_table(const unsigned char* p) noexcept {
+    return {p};
+}
+
+// The bytes of the 2^Bits * 16 ones at p that the low 4 bits of `index` and the Bits lowest of `high` select.
+template <int Bits>
+POLYVEC_INLINE __m256i select_of(const unsigned char* p, __m256i index, const __m256i (&high)[4]) noexcept {
+    if constexpr (Bits == 0) {
+        return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p)), index);
+    } else {
+        const __m256i low = select_of<Bits - 1>(p, index, high);
+        return _mm256_blendv_epi8(low, select_of<Bits - 1>(p + (8 << Bits), index, high), high[Bits - 1]);
+    }
+}
+
+// The bytes of a 256-byte table that 32 bytes at p select.
+POLYVEC_INLINE __m256i look_up_bytes(const ByteTable& table, const unsigned char* p) noexcept {
+    const __m256i code = _mm256_loadu_si256((const __m256i*)p);
+    const __m256i high[4] = {_mm256_slli_epi16(code, 3), _mm256_slli_epi16(code, 2), _mm256_add_epi8(code, code), code};
+    return select_of<4>(table.first, _mm256_and_si256(code, _mm256_set1_epi8(15)), high);
 }
 #endif
 

@@ -327,15 +327,16 @@ struct PqKernels {
     void (*transpose_bytes)(const std::uint8_t* in, std::size_t rows, std::size_t columns, std::size_t in_stride,
                             std::uint8_t* out, std::size_t out_stride) noexcept;
     /// Write the codes and queries whose sum of bytes is at least the query's floor to `hits`, which has room for all,
-    /// and return their number. select_bytes: one query; null where the level has no way to do it.
+    /// and return their number. select_bytes: one query; null where few_for_bytes is 0.
     std::size_t (*select_nibbles)(const PqScan&, PqHit* hits) noexcept;
     std::size_t (*select_bytes)(const PqScan&, PqHit* hits) noexcept;
     /// out[i] = the score of code ids[i]: the float32 sum of its entries in the order of the subspaces.
     void (*score_nibbles)(const PqScores&, const std::int64_t* ids, std::size_t n, float* out) noexcept;
     void (*score_bytes)(const PqScores&, const std::int64_t* ids, std::size_t n, float* out) noexcept;
 
-    // Without select_bytes: scores of 8-bit codes (n, code_size) against one query, or against `width` at a time by
-    // tables (code_size * 256, width). Hits are at least floor[lane]; ScanHit::at is code * width + lane.
+    // For more queries than these: scores of 8-bit codes (n, code_size) against one query, or against `width` at a time
+    // by tables (code_size * 256, width). Hits are at least floor[lane]; ScanHit::at is code * width + lane.
+    std::size_t few_for_bytes;  // as many queries, or fewer, are faster by select_bytes
     std::size_t width;
     void (*interleave)(const float* tables, std::size_t count, std::size_t n, float* out) noexcept;
     using FloatScan = std::size_t (*)(const float* tables, const std::uint8_t* codes, std::size_t n,

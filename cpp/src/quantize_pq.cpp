@@ -565,7 +565,7 @@ void run(const PqPack& op, Cpu cpu) {
 
 void run(const PqSearch& op, Cpu cpu) {
     const PqShape shape(op);
-    if (shape.nibbles || kernels().pq->select_bytes) {
+    if (shape.nibbles || static_cast<std::size_t>(op.queries.dim(0)) <= kernels().pq->few_for_bytes) {
         RegisterSearch(op, shape).run(cpu.num_threads);
     } else {
         FloatSearch(op, shape).run(cpu.num_threads);
