@@ -198,6 +198,22 @@ def test_codes_are_the_nearest_codewords(rng, isa, bits):
     )
 
 
+@pytest.mark.parametrize(("bits", "dsub"), [(8, 1), (8, 4), (4, 8), (8, 11), (8, 16)])
+def test_codes_are_the_same_at_every_level(rng, bits, dsub):
+    """Also of rows halfway between two codewords, which are nearest by rounding alone."""
+    pq = quantizer(rng, 2, dsub, bits)
+    pairs = rng.integers(0, 1 << bits, (2, 2, 3000))
+    halfway = [pq.codebooks[s][pairs[s]].mean(0) for s in range(2)]
+    x = np.concatenate([np.concatenate(halfway, 1), sample(rng, 3000, 2 * dsub)])
+    before, codes = _core.active_isa(), []
+    for isa in _core.available_isas():
+        _core.force_isa(isa)
+        codes.append(pq.encode(x))
+    _core.force_isa(before)
+    for other in codes[1:]:
+        assert_exact(codes[0], other)
+
+
 def check_search(pq, queries, codes, k, **options):
     """Scores are those of the decoded vectors; ids differ from the exact ones by rounding alone."""
     scores, ids = pq.search(queries, codes, k, **options)

@@ -1,7 +1,9 @@
 // Sums of clusters for k-means, and the nearest codewords of short rows.
 //
 // Rows of up to 16 elements stay in registers while all codewords pass by: the register tile of a scan would reload its
-// panel, its best scores and its ids for every few codewords.
+// panel, its best scores and its ids for every few codewords. Which codeword is nearest is decided by fused
+// multiply-adds at every level: one without them (base) keeps the second best score, too, and decides anew where it is
+// so close that rounding may have.
 #include "tables.hpp"
 #include "tile.hpp"
 
@@ -33,10 +35,17 @@ void sum_rows(const float* x, const int64_t* rows, size_t n, size_t d, const flo
     }
 }
 
-/// J codewords of D elements against R registers of rows.
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool fused = true;
+#else
+constexpr bool fused = false;
+#endif
+
+/// J codewords of D elements against R registers of rows. `second` is kept where products are not fused.
 template <size_t D, size_t R, size_t J>
 POLYVEC_INLINE void compare_codewords(const Vec<float> (&x)[D][R], const float* codewords, const float* offsets,
-                                      size_t first, Vec<float> (&best)[R], Vec<int32_t> (&id)[R]) noexcept {
+                                      size_t first, Vec<float> (&best)[R], Vec<float> (&second)[R],
+                                      Vec<int32_t> (&id)[R]) noexcept {
     Vec<float> score[J][R];
 #pragma GCC unroll 8
     for (size_t j = 0; j < J; ++j) {
@@ -57,31 +66,64 @@ POLYVEC_INLINE void compare_codewords(const Vec<float> (&x)[D][R], const float* 
 #pragma GCC unroll 2
         for (size_t r = 0; r < R; ++r) {
             const Mask<float> better = score[j][r] > best[r];
+            if constexpr (!fused) second[r] = max(min(score[j][r], best[r]), second[r]);
             best[r] = select(better, score[j][r], best[r]);
             id[r] = select(better, broadcast(static_cast<int32_t>(first + j)), id[r]);
         }
     }
 }
 
+/// The nearest codeword by fused multiply-adds.
+int32_t nearest_fused(const ShortRows& rows, const float* row) noexcept {
+    int32_t id = 0;
+    float best = -__builtin_inff();
+    for (size_t c = 0; c < rows.k; ++c) {
+        float score = rows.offsets[c];
+        for (size_t i = 0; i < rows.d; ++i) score = __builtin_fmaf(row[i], rows.codewords[c * rows.width + i], score);
+        if (score > best) {
+            best = score;
+            id = static_cast<int32_t>(c);
+        }
+    }
+    return id;
+}
+
 template <size_t D>
 void nearest_of_width(const ShortRows& rows, int32_t* ids) noexcept {
     constexpr size_t R = L == 16 && D <= 8 ? 2 : 1, J = L == 16 && R == 1 ? 8 : 4;
+    float largest = 0;  // |c|^2 / 2
+    for (size_t c = 0; !fused && c < rows.k; ++c) largest = -rows.offsets[c] > largest ? -rows.offsets[c] : largest;
     for (size_t first = 0; first < rows.n; first += R * L) {
         const size_t count = rows.n - first < R * L ? rows.n - first : R * L;
         alignas(64) float panel[D * R * L] = {};
         pack_panel(panel, rows.first + first * rows.stride, count, rows.stride, rows.d, R * L);
-        Vec<float> x[D][R], best[R];
+        Vec<float> x[D][R], best[R], second[R];
         Vec<int32_t> id[R] = {};
         for (size_t i = 0; i < D; ++i) {
             for (size_t r = 0; r < R; ++r) x[i][r] = load(panel + (i * R + r) * L);
         }
-        for (size_t r = 0; r < R; ++r) best[r] = broadcast(-__builtin_inff());
+        for (size_t r = 0; r < R; ++r) best[r] = second[r] = broadcast(-__builtin_inff());
         size_t c = 0;
-        for (; c + J <= rows.k; c += J) compare_codewords<D, R, J>(x, rows.codewords, rows.offsets, c, best, id);
-        for (; c < rows.k; ++c) compare_codewords<D, R, 1>(x, rows.codewords, rows.offsets, c, best, id);
+        for (; c + J <= rows.k; c += J)
+            compare_codewords<D, R, J>(x, rows.codewords, rows.offsets, c, best, second, id);
+        for (; c < rows.k; ++c) compare_codewords<D, R, 1>(x, rows.codewords, rows.offsets, c, best, second, id);
         int32_t nearest[R * L];
         for (size_t r = 0; r < R; ++r) store(nearest + r * L, id[r]);
         for (size_t k = 0; k < count; ++k) ids[first + k] = nearest[k];
+        if constexpr (!fused) {
+            for (size_t r = 0; r < R; ++r) {
+                // The sums of either way are off by less than (2 D + 1) 2^-24 (|x|^2 / 2 + |c|^2); less than what is
+                // compared with here is what both, for two codewords, may be off together.
+                Vec<float> bound = broadcast(4 * largest);
+                for (size_t i = 0; i < D; ++i) bound += x[i][r] * x[i][r];
+                const Vec<float> gap = best[r] - second[r];
+                const Mask<float> clear = gap > bound * broadcast(static_cast<float>(D + 1) * 0x1p-21f);
+                for (uint32_t close = ~bits(clear) & ((1u << L) - 1); close; close &= close - 1) {
+                    const size_t k = r * L + static_cast<size_t>(__builtin_ctz(close));
+                    if (k < count) ids[first + k] = nearest_fused(rows, rows.first + (first + k) * rows.stride);
+                }
+            }
+        }
     }
 }
 

@@ -297,8 +297,8 @@ class ProductQuantizer:
 
         Notes
         -----
-        2 2^bits dim flops a vector, float32 sums. Codes do not depend on num_threads. Needs 64 MB beside x and the
-        codes, twice that with a rotation.
+        2 2^bits dim flops a vector, float32 sums. Codes do not depend on num_threads, nor, with pieces of up to 16
+        elements, on the instruction-set level. Needs 64 MB beside x and the codes, twice that with a rotation.
         """
         op = "quantize.ProductQuantizer.encode"
         codebooks = self._fitted(op)
@@ -419,13 +419,13 @@ class ProductQuantizer:
         -----
         Asymmetric: queries are not quantised. A query's table holds the score of each codeword with its piece (2
         2^bits dim flops); a code's score is the float32 sum of its entries in the order of the subspaces. Where tables
-        fit registers (4 bits; 8 bits with AVX-512 VBMI) the scan adds entries rounded down to 8 bits. A sum of m of
-        them is off by less than m steps, a step being 1/255 of the widest table: the few codes that this leaves open
-        are scored in float32, so that scores and order are exact nevertheless. With metric "ip", subspaces in which a
-        query is zero are neither tabulated nor read: sparse queries over long codes (FDEs) cost as much as they have
-        non-zero pieces. Batches share the codes: m bytes (4 bits: m / 2) of traffic a code for 16 queries. A query's
-        result does not depend on the other queries, on packing, nor on num_threads. Reads its arguments only; several
-        threads may call it at once.
+        fit registers (4 bits; 8 bits with AVX-512 VBMI, with AVX2 for up to 7 queries) the scan adds entries rounded
+        down to 8 bits. A sum of m of them is off by less than m steps, a step being 1/255 of the widest table (with
+        AVX2 of the widest four together): the few codes that this leaves open are scored in float32, so that scores and
+        order are exact nevertheless. With metric "ip", subspaces in which a query is zero are neither tabulated nor
+        read: sparse queries over long codes (FDEs) cost as much as they have non-zero pieces. Batches share the codes:
+        m bytes (4 bits: m / 2) of traffic a code for 16 queries. A query's result does not depend on the other queries,
+        on packing, nor on num_threads. Reads its arguments only; several threads may call it at once.
         """
         op = "quantize.ProductQuantizer.search"
         codebooks = self._fitted(op)
