@@ -85,6 +85,25 @@ def test_rabitq_beside_turbovec(compare, benchmark, glosses, bits, nq):
     run(compare, benchmark, glosses, nq, codec, "turbovec", lambda q: index.search(q, 100), 0.005)
 
 
+def test_recall_and_rate(curve, glosses):
+    """Settings are bits a number: 48 bytes a code each, and those of its factors."""
+    turbovec = pytest.importorskip("turbovec")
+    items, queries, nearest = glosses
+    contenders = {}
+    for bits in (2, 3, 4):
+        index, codec = turbovec.TurboQuantIndex(384, bits), pv.quantize.RaBitQ(384, bits=bits).fit(items)
+        index.add(items)
+        index.prepare()
+        contenders[bits] = codec, codec.encode(items), index
+    curve(
+        lambda bits: contenders[bits][0].search(queries, contenders[bits][1], 100)[1],
+        {"turbovec": lambda bits: contenders[bits][2].search(queries, 100)[1]},
+        settings=(2, 3, 4),
+        recall=lambda ids: recall(np.asarray(ids), nearest),
+        queries=NQ,
+    )
+
+
 @pytest.mark.parametrize("nq", [1, NQ])
 def test_certified(compare, benchmark, glosses, nq):
     """The exact 10 nearest by way of 8-bit codes, against comparing float32 with float32."""
