@@ -137,6 +137,133 @@ def test_compile_keeps_the_ops_in_one_graph(rng):
         torch.testing.assert_close(a, b)
 
 
+# Pooling
+
+
+def pooled_by_definition(docs, means_of):
+    """The segment means of (values, offsets) in float64, and the size of each."""
+    sizes = torch.bincount(means_of)
+    means = torch.zeros(len(sizes), docs.shape[1], dtype=torch.float64).index_add(0, means_of, docs.double())
+    return means / sizes[:, None], sizes
+
+
+@pytest.mark.parametrize("method", ["kmeans", "ward"])
+@pytest.mark.parametrize("options", [{"k": 1}, {"k": 4}, {"k": 1000}, {"ratio": 0.3}, {"ratio": 1.0}], ids=str)
+def test_pool_has_the_means_and_the_gradients_of_the_definition(rng, isa, method, options):
+    docs = sets(rng, [0, 1, 33, 70, 4, 0], 17, torch.float32)
+    values, offsets = pvt.pool(docs, **options, method=method)
+    expected = pv.maxsim.pool(plain(docs), **options, method=method)
+    assert_exact(values.detach(), expected.values)
+    assert_exact(offsets, expected.offsets)
+    _, means_of = torch.ops.polyvec.pool(*docs, offsets, int(offsets[-1]), method, 20)
+    means, sizes = pooled_by_definition(docs[0].detach(), means_of)
+    assert (sizes > 0).all()
+    assert_reduction(values.detach(), means, 4.0, length=1)
+    weights = torch.from_numpy(rng.standard_normal(values.shape).astype(np.float32))
+    values.backward(weights)
+    assert_reduction(docs[0].grad, (weights.double() / sizes[:, None])[means_of], 4.0, length=1)
+
+
+def test_pool_of_padded_documents(rng):
+    docs = padded(rng, 3, 6, 5, torch.float32)
+    values, offsets = pvt.pool(docs, 2)
+    assert offsets.tolist() == [0, 2, 4, 6]
+    lengths = torch.tensor([6, 0, 3])
+    some, starts = pvt.pool((docs, lengths), 2)
+    assert starts.tolist() == [0, 2, 2, 4]
+    assert torch.equal(some[:2], values[:2])
+    mask = torch.arange(6) < lengths[:, None]
+    assert torch.equal(pvt.pool(docs, 2, doc_mask=mask)[0], some)
+    (grad,) = torch.autograd.grad(some.sum(), docs)
+    assert torch.equal(grad.any(-1), mask)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.29, 0.7])
+def test_pool_keeps_as_many_tokens_padded_or_not(rng, ratio):
+    for t in (0, 1, 7, 10, 30, 100):
+        docs = padded(rng, 2, t, 3, torch.float32)
+        same = docs.detach().flatten(0, 1), torch.tensor([0, t, 2 * t])
+        offsets = [pvt.pool(x, ratio=ratio)[1].tolist() for x in (docs, same)]
+        assert offsets[0] == offsets[1] == pv.maxsim.pool(plain(same), ratio=ratio).offsets.tolist()
+
+
+def test_gradcheck_of_pool(rng):
+    """The clusters stay as they are over steps as small as these; float32 is what there is."""
+    docs = padded(rng, 2, 7, 3, torch.float32)
+    options = {"eps": 1e-2, "atol": 1e-2, "rtol": 1e-2}
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        with pytest.warns(UserWarning, match="double precision"):
+            assert check(lambda x: pvt.pool(x, 3)[0].sin(), docs, **options)
+
+
+def test_pool_trains_through_maxsim(rng):
+    """CRISP: the loss of clustered documents reaches the tokens."""
+    queries, docs = padded(rng, 3, 4, 8, torch.float32), padded(rng, 3, 12, 8, torch.float32)
+    loss = torch.nn.functional.cross_entropy(pvt.maxsim(queries, pvt.pool(docs, 3)), torch.arange(3))
+    before = loss.item()
+    (grad,) = torch.autograd.grad(loss, docs)
+    with torch.no_grad():
+        scores = pvt.maxsim(queries, pvt.pool(docs - 0.1 * grad, 3))
+    assert torch.nn.functional.cross_entropy(scores, torch.arange(3)).item() < before
+
+
+def test_pool_is_a_proper_op_and_compiles(rng):
+    docs = sets(rng, [3, 0, 5], 4, torch.float32)
+    torch.library.opcheck(torch.ops.polyvec.pool, (*docs, torch.tensor([0, 2, 2, 4]), 4, "kmeans", 20))
+    docs = padded(rng, 3, 6, 5, torch.float32)
+
+    def loss(docs):
+        return pvt.pool(docs, 2)[0].sin().sum() + pvt.pool(docs, ratio=0.5, method="ward")[0].cos().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(docs), docs), torch.autograd.grad(loss(docs), docs))
+
+
+def test_pool_has_the_same_bits_for_any_number_of_threads(rng):
+    docs = padded(rng, 50, 40, 8, torch.float32)
+
+    def results(threads):
+        with pv.num_threads(threads):
+            values, _ = pvt.pool(docs, 5)
+            return values.detach(), *torch.autograd.grad(values.sin().sum(), docs)
+
+    for threads in (2, 7):
+        for a, b in zip(results(1), results(threads), strict=True):
+            assert_exact(a, b)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda x: pvt.pool(x.detach().numpy(), 2), TypeError, "torch.pool: docs must be a torch tensor, got ndarray"),
+        (lambda x: pvt.pool(x[0], 2), ValueError,
+         "torch.pool: docs must be a padded (n, t, d) tensor, (padded, lengths) or (values, offsets), "
+         "got shape (3, 4)"),
+        (lambda x: pvt.pool(x.double(), 2), TypeError,
+         "maxsim.pool: docs must be float32, got float64; cast it with .to(torch.float32)"),
+        (lambda x: pvt.pool(x * np.nan, 2), ValueError, "maxsim.pool: docs must be finite, got NaN or Inf in row 0"),
+        (lambda x: pvt.pool(x), ValueError,
+         "torch.pool: k or ratio must be given, and not both, got k=None, ratio=None"),
+        (lambda x: pvt.pool(x, 2, ratio=0.5), ValueError,
+         "torch.pool: k or ratio must be given, and not both, got k=2, ratio=0.5"),
+        (lambda x: pvt.pool(x, 0), ValueError, "torch.pool: k must be at least 1, got 0"),
+        (lambda x: pvt.pool(x, ratio=1.5), ValueError, "torch.pool: ratio must be in (0, 1], got 1.5"),
+        (lambda x: pvt.pool(x, 2, method="mean"), ValueError,
+         "torch.pool: method must be one of 'kmeans', 'ward', got 'mean'"),
+        (lambda x: pvt.pool(x, 2, max_iter=0), ValueError, "torch.pool: max_iter must be at least 1, got 0"),
+        (lambda x: pv.maxsim.pool(x, 2), TypeError,
+         "maxsim.pool: docs must not require grad, got a tensor that does; use polyvec.torch.pool or .detach()"),
+    ],
+)  # fmt: skip
+def test_errors_of_pool(call, error, text):
+    with pytest.raises(error) as caught:
+        call(torch.ones(2, 3, 4, requires_grad=True))
+    assert str(caught.value) == text
+
+
+# Errors
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [

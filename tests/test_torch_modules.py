@@ -53,6 +53,104 @@ def test_moving_averages(tensor):
     assert torch.equal(quantizer.codebook, before)
 
 
+def test_dead_codewords_are_replaced_by_rows_of_the_batch(rng):
+    quantizer, x = pvt.VectorQuantizer(2, 5, decay=0.5, dead_below=0.75), torch.tensor([[1.0, 0], [3, 0], [0, 5]])
+    quantizer.basis.copy_(torch.tensor([[1.0, 0], [0, 4], [-9, -9], [-8, -8], [-7, -7]]))
+    quantizer.sums.copy_(quantizer.basis)
+    quantizer(x)
+    assert quantizer.counts.tolist() == [1.5, 1.0, 0.75, 0.75, 0.75]  # three of them fell to 0.5
+    replaced = quantizer.codebook[2:].tolist()
+    assert sorted(replaced) == sorted(x.tolist())  # three rows for three codewords, each once
+    torch.testing.assert_close(quantizer.sums[2:], 0.75 * quantizer.codebook[2:])
+    before = quantizer.codebook.clone()
+    quantizer.eval()(x)
+    assert torch.equal(quantizer.codebook, before)
+
+
+def test_no_more_dead_codewords_are_replaced_than_there_are_rows():
+    quantizer = pvt.VectorQuantizer(2, 6, decay=0.0, dead_below=0.5)
+    quantizer.basis.copy_(torch.arange(12.0).reshape(6, 2))
+    quantizer.sums.copy_(quantizer.basis)
+    quantizer(torch.tensor([[0.0, 1], [0, 1.5]]))
+    assert quantizer.counts.tolist() == [2, 0.5, 0.5, 0, 0, 0]
+    quantizer(torch.empty(0, 2))
+    assert quantizer.counts.tolist() == [0, 0, 0, 0, 0, 0]
+
+
+def test_replacing_dead_codewords_compiles(tensor):
+    quantizer = pvt.VectorQuantizer(8, 16, dead_below=1.0)
+    torch.compile(quantizer, fullgraph=True, backend="aot_eager")(tensor(5, 8))
+    assert (quantizer.counts == 1).any()
+
+
+def test_replacing_dead_codewords_uses_the_codebook(rng):
+    x = torch.from_numpy(rng.standard_normal((2000, 8)).astype(np.float32)) + 3
+    used = {}
+    for dead_below in (0.0, 1.0):
+        torch.manual_seed(0)
+        quantizer = pvt.VectorQuantizer(8, 256, dead_below=dead_below)
+        for _ in range(20):
+            _, ids, _ = quantizer(x)
+        used[dead_below] = pvt.codebook_usage(ids, 256).utilization.item()
+    assert used[0.0] < 0.6 < 0.95 < used[1.0]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"update": "gradient"}, {"update": "gradient", "rank": 3}, {"update": "simvq"}], ids=str
+)
+def test_residual_quantizer_is_a_chain_of_quantizers(tensor, options):
+    quantizer, x, weights = pvt.ResidualVectorQuantizer(6, 20, 3, **options).eval(), tensor(4, 9, 6), tensor(4, 9, 6)
+    quantized, ids, losses = quantizer(x)
+    residual, total = x.detach(), torch.zeros_like(x)
+    for level in range(3):
+        q, chosen, loss = quantizer.quantizers[level](residual)
+        assert torch.equal(ids[..., level], chosen)
+        torch.testing.assert_close(losses[level], loss)
+        total = total + q.detach()
+        residual = x.detach() - total
+    assert torch.equal(quantized, total)
+    torch.testing.assert_close(quantizer.decode(ids), total)
+    torch.testing.assert_close(quantizer.decode(ids[..., :1]), quantizer.quantizers[0].codebook[ids[..., 0]])
+    (dx,) = torch.autograd.grad((quantized * weights.detach()).sum(), x, retain_graph=True)
+    assert torch.equal(dx, weights)  # straight through, once
+    (dx,) = torch.autograd.grad(losses.sum(), x)
+    partial = [quantizer.decode(ids[..., :level]).detach() for level in (1, 2, 3)]
+    torch.testing.assert_close(dx, sum(2 * (x - q).detach() / x.numel() for q in partial))
+
+
+def test_residual_quantizer_learns_level_by_level(rng):
+    x = torch.from_numpy(rng.standard_normal((2000, 8)).astype(np.float32))
+    torch.manual_seed(0)
+    quantizer = pvt.ResidualVectorQuantizer(8, 32, 4, dead_below=1.0)
+    for _ in range(30):
+        quantizer(x)
+    _, ids, losses = quantizer.eval()(x)
+    errors = [functional.mse_loss(quantizer.decode(ids[..., :level]), x).item() for level in (1, 2, 3, 4)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.25 * x.var().item()
+    torch.testing.assert_close(losses, torch.tensor(errors))
+
+
+def test_quantizer_dropout_trains_prefixes(tensor):
+    quantizer, x = pvt.ResidualVectorQuantizer(6, 20, 4, least_levels=2), tensor(5, 6)
+    seen = set()
+    for _ in range(50):
+        before = [q.codebook.clone() for q in quantizer.quantizers]
+        quantized, ids, losses = quantizer(x)
+        used = int((ids[0] >= 0).sum())
+        seen.add(used)
+        assert (ids[:, :used] >= 0).all()
+        assert (ids[:, used:] == -1).all()
+        assert (losses[used:] == 0).all()
+        torch.testing.assert_close(quantized, sum(before[level][ids[:, level]] for level in range(used)))
+        moved = [not torch.equal(a, q.codebook) for a, q in zip(before, quantizer.quantizers, strict=True)]
+        assert not any(moved[used:])
+        decoded = quantizer.decode(ids)
+        torch.testing.assert_close(decoded, quantizer.decode(ids[:, :used]))
+    assert seen == {2, 3, 4}
+    assert (quantizer.eval()(x)[1] >= 0).all()
+
+
 def test_simvq_uses_a_codebook_that_collapses_otherwise(rng):
     """On normal vectors far from the codewords the few nearest ones win everything, unless one step moves all."""
     torch.manual_seed(0)
@@ -124,6 +222,7 @@ def test_relation_scorer_agrees_with_the_link_predictor(rng, algebra, metric):
 MODULES = {
     "ema": lambda: pvt.VectorQuantizer(8, 16).eval(),
     "simvq": lambda: pvt.VectorQuantizer(8, 16, update="simvq"),
+    "residual": lambda: pvt.ResidualVectorQuantizer(8, 16, 3).eval(),
     "MaxSimLoss": pvt.MaxSimLoss,
     "RelationScorer": lambda: pvt.RelationScorer(20, 4, 8, dropout=0.5).eval(),
 }
@@ -164,6 +263,16 @@ def test_modules_compile_save_and_obey_autocast(tensor, name):
          "torch.VectorQuantizer: rank must be None unless update is 'gradient', got 2"),
         (lambda: pvt.VectorQuantizer(4, 8, decay=1.0), ValueError,
          "torch.VectorQuantizer: decay must be in [0, 1), got 1.0"),
+        (lambda: pvt.VectorQuantizer(4, 8, dead_below=-1.0), ValueError,
+         "torch.VectorQuantizer: dead_below must be at least 0, got -1.0"),
+        (lambda: pvt.VectorQuantizer(4, 8, update="simvq", dead_below=1.0), ValueError,
+         "torch.VectorQuantizer: dead_below must be 0 unless update is 'ema', got 1.0"),
+        (lambda: pvt.ResidualVectorQuantizer(4, 8, 0), ValueError,
+         "torch.ResidualVectorQuantizer: levels must be at least 1, got 0"),
+        (lambda: pvt.ResidualVectorQuantizer(4, 8, 3, least_levels=4), ValueError,
+         "torch.ResidualVectorQuantizer: least_levels must be in [1, 3], got 4"),
+        (lambda: pvt.ResidualVectorQuantizer(4, 8, 3).decode(torch.zeros(2, 4, dtype=torch.int64)), ValueError,
+         "torch.ResidualVectorQuantizer.decode: ids must have 1 to 3 levels, got shape (2, 4)"),
         (lambda: pvt.MaxSimLoss(temperature=0), ValueError,
          "torch.MaxSimLoss: temperature must be above 0, got 0"),
         (lambda: pvt.MaxSimLoss()(torch.ones(3, 1, 2), torch.ones(2, 1, 2)), ValueError,

@@ -76,6 +76,7 @@ DIFFERENTIABLE = {
     "hypercomplex.normalize": "normalize",
     "hypercomplex.product": "product",
     "hypercomplex.relation_query": "relation_query",
+    "maxsim.pool": "pool",
     "maxsim.score": "maxsim",
     "maxsim.score_pairs": "maxsim_pairs",
     "scan.nearest": "vq_assign",

@@ -177,8 +177,6 @@ def cluster(
     max_iter = as_count(op, "max_iter", max_iter)
     if not tolerance >= 0:
         raise ValueError(f"{op}: tolerance must be at least 0, got {tolerance}")
-    _backend.require_finite(op, name, ragged.values, num_threads)
-    counts: npt.NDArray[np.int64]
     if ratio is None:
         counts = np.minimum(ragged.lengths, as_count(op, "k", k))
     else:
@@ -187,6 +185,21 @@ def cluster(
         counts = np.clip((ratio * ragged.lengths).astype(np.int64), np.minimum(1, ragged.lengths), ragged.lengths)
     offsets = np.zeros(len(ragged) + 1, np.int64)
     np.cumsum(counts, out=offsets[1:])
+    return _cluster_into(op, name, ragged, offsets, method, max_iter, tolerance, num_threads)
+
+
+def _cluster_into(
+    op: str,
+    name: str,
+    ragged: Ragged,
+    offsets: npt.NDArray[np.int64],
+    method: str,
+    max_iter: int,
+    tolerance: float,
+    num_threads: int | None,
+) -> KMeansSetsResult:
+    """Cluster sets into as many means each as `offsets` say."""
+    _backend.require_finite(op, name, ragged.values, num_threads)
     means = empty(ragged.values, (int(offsets[-1]), ragged.dim), "float32")
     labels = empty(ragged.values, (int(ragged.values.shape[0]),), "int64")
     inertia, iterations = np.empty(len(ragged)), np.empty(len(ragged), np.int64)
@@ -196,3 +209,10 @@ def cluster(
         method == "ward", num_threads=num_threads,
     )  # fmt: skip
     return KMeansSetsResult(Ragged(means, offsets), labels, inertia, iterations)
+
+
+def pool_into(docs: Ragged, offsets: npt.NDArray[np.int64], *, method: str, max_iter: int) -> tuple[Any, Any]:
+    """Return the means of `pool` where `offsets` say, and for each token the number of its mean in the document."""
+    op = "maxsim.pool"
+    result = _cluster_into(op, "docs", as_ragged(op, "docs", docs), offsets, method, max_iter, 0.0, None)
+    return result.centroids.values, result.labels

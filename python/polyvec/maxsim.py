@@ -40,6 +40,7 @@ from polyvec._arrays import (
     outputs,
 )
 from polyvec._clusters import pool
+from polyvec._clusters import pool_into as pool_into
 from polyvec._packed_tokens import STORED, PackedTokens, from_residuals, pack
 from polyvec._ragged import Ragged, as_ragged, is_padded
 

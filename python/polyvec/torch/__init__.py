@@ -1,17 +1,17 @@
 """polyvec's operations as differentiable torch functions.
 
-`product`, `normalize`, `relation_query`, `maxsim`, `maxsim_pairs` and `score_pairs` are those of
+`product`, `normalize`, `relation_query`, `maxsim`, `maxsim_pairs`, `pool` and `score_pairs` are those of
 `polyvec.hypercomplex`, `polyvec.maxsim` and `polyvec.scan` on tensors that may require grad; `vq_assign` and
 `soft_assign` are learned quantisation. Each is a `torch.library` custom op, or torch code around one, which
 `torch.compile` keeps in its graph. Hypercomplex operations have gradients of any order, for each backward is written
 with the same ops: the gradient of a product is a product with another table. MaxSim and soft assignment have first
 derivatives, `score_pairs` first and second ones. Under autocast all of them run in float32. `VectorQuantizer`,
-`MaxSimLoss` and `RelationScorer` are modules around them.
+`ResidualVectorQuantizer`, `MaxSimLoss` and `RelationScorer` are modules around them.
 """
 
 from polyvec.torch._hypercomplex import normalize, product, relation_query
-from polyvec.torch._maxsim import maxsim, maxsim_pairs
-from polyvec.torch._modules import MaxSimLoss, RelationScorer, VectorQuantizer
+from polyvec.torch._maxsim import maxsim, maxsim_pairs, pool
+from polyvec.torch._modules import MaxSimLoss, RelationScorer, ResidualVectorQuantizer, VectorQuantizer
 from polyvec.torch._quantize import Assignment, CodebookUsage, codebook_usage, soft_assign, vq_assign
 from polyvec.torch._scan import score_pairs
 
@@ -20,11 +20,13 @@ __all__ = [
     "CodebookUsage",
     "MaxSimLoss",
     "RelationScorer",
+    "ResidualVectorQuantizer",
     "VectorQuantizer",
     "codebook_usage",
     "maxsim",
     "maxsim_pairs",
     "normalize",
+    "pool",
     "product",
     "relation_query",
     "score_pairs",

@@ -1,14 +1,15 @@
-"""Differentiable MaxSim scores."""
+"""Differentiable MaxSim scores, and tokens pooled to fewer."""
 
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 from torch.library import custom_op
 
 from polyvec import Ragged
 from polyvec import maxsim as _maxsim
-from polyvec.torch._tensors import narrowed, require_tensors
+from polyvec.torch._tensors import in_float32, narrowed, require_tensors
 
 
 def _ragged(values: Tensor, offsets: Tensor) -> Ragged:
@@ -186,3 +187,127 @@ def maxsim_pairs(queries: Any, docs: Any, *, query_mask: Any = None, doc_mask: A
     op = "torch.maxsim_pairs"
     sets = *_token_sets(op, "queries", queries, query_mask), *_token_sets(op, "docs", docs, doc_mask)
     return _match(*sets, True)[0]
+
+
+@custom_op(
+    "polyvec::pool",
+    mutates_args=(),
+    schema="(Tensor values, Tensor offsets, Tensor mean_offsets, int count, str method, int max_iter) "
+    "-> (Tensor, Tensor)",
+)
+def _pool(
+    values: Tensor, offsets: Tensor, mean_offsets: Tensor, count: int, method: str, max_iter: int
+) -> tuple[Tensor, Tensor]:
+    means, labels = _maxsim.pool_into(
+        Ragged(values.detach(), offsets), mean_offsets.numpy(), method=method, max_iter=max_iter
+    )
+    return means, labels + mean_offsets[:-1].repeat_interleave(offsets.diff())
+
+
+@_pool.register_fake
+def _(
+    values: Tensor, offsets: Tensor, mean_offsets: Tensor, count: int, method: str, max_iter: int
+) -> tuple[Tensor, Tensor]:
+    return values.new_empty(count, values.shape[1]), values.new_empty(values.shape[:1], dtype=torch.int64)
+
+
+def _save_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.count = inputs[3]
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _pool_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    (rows,) = ctx.saved_tensors
+    sizes = torch.zeros(ctx.count, dtype=grad.dtype).index_add_(0, rows, torch.ones_like(rows, dtype=grad.dtype))
+    return (grad / sizes[:, None])[rows], None, None, None, None, None
+
+
+_pool.register_autograd(_pool_backward, setup_context=_save_pool)
+in_float32(_pool)
+
+
+def pool(
+    docs: Any,
+    k: int | None = None,
+    *,
+    ratio: float | None = None,
+    method: str = "kmeans",
+    max_iter: int = 20,
+    doc_mask: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Replace the tokens of each document by the means of their clusters: `polyvec.maxsim.pool` with gradients.
+
+    Parameters
+    ----------
+    docs : token sets, float32
+        A padded tensor of shape (n, t, d), alone or with its lengths as `(padded, lengths)`, or `(values, offsets)`
+        with values of shape (T, d).
+    k : int, optional
+        Tokens that a document keeps; one of no more tokens stays as it is.
+    ratio : float, optional
+        Instead of k: tokens to keep for each token of the document, in (0, 1], rounded down, at least one.
+    method : {"kmeans", "ward"}
+        Lloyd's iterations from evenly spaced tokens, or Ward's hierarchical clustering.
+    max_iter : int
+        Iterations of "kmeans" at most.
+    doc_mask : bool tensor of shape (n, t), optional
+        Which tokens of padded documents count.
+
+    Returns
+    -------
+    values, offsets : tensors of shape (K, d) and (n + 1,), float32 and int64
+        The means of all documents and where each document's begin, as `maxsim` takes them. For padded documents of
+        full length, `values.view(n, -1, d)` is padded, too.
+
+    Raises
+    ------
+    ValueError
+        Neither k nor ratio or both, values out of range, an unknown method, NaN or Inf in a token.
+    TypeError
+        Not tensors, or dtypes other than float32.
+
+    Notes
+    -----
+    Which token belongs to which cluster counts as constant: a token's gradient is that of its mean over the number of
+    tokens in it (CRISP trains an encoder through its clusters so). Derivatives of any order. A forward saves an int64 a
+    token. Lengths, offsets and masks break the graph of `torch.compile`, for it cannot know how many tokens they keep.
+    Runs in float32 under autocast. CPU only.
+
+    References
+    ----------
+    Veneroso et al. (2025): CRISP, section 3 (k-means). Clavie et al. (2024): Reducing the footprint of multi-vector
+    retrieval with minimal performance impact via token pooling, section 3 (Ward).
+
+    Examples
+    --------
+    >>> import torch, polyvec.torch as pvt
+    >>> docs = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [3.0, 0.0]]], requires_grad=True)
+    >>> values, offsets = pvt.pool(docs, 2, method="ward")
+    >>> values[0].sum().backward()
+    >>> values.tolist(), offsets.tolist(), docs.grad.tolist()
+    ([[0.5, 0.5], [3.0, 0.0]], [0, 2], [[[0.5, 0.5], [0.5, 0.5], [0.0, 0.0]]])
+    """
+    op = "torch.pool"
+    if (k is None) == (ratio is None):
+        raise ValueError(f"{op}: k or ratio must be given, and not both, got k={k}, ratio={ratio}")
+    if k is not None and k < 1:
+        raise ValueError(f"{op}: k must be at least 1, got {k}")
+    if ratio is not None and not 0 < ratio <= 1:
+        raise ValueError(f"{op}: ratio must be in (0, 1], got {ratio}")
+    if method not in ("kmeans", "ward"):
+        raise ValueError(f"{op}: method must be one of 'kmeans', 'ward', got {method!r}")
+    if max_iter < 1:
+        raise ValueError(f"{op}: max_iter must be at least 1, got {max_iter}")
+    values, offsets = _token_sets(op, "docs", docs, doc_mask)
+    if isinstance(docs, Tensor) and doc_mask is None:  # lengths that torch.compile knows
+        n, t = docs.shape[:2]
+        kept = min(k, t) if k is not None else max(min(1, t), int(t * float(ratio or 0)))
+        mean_offsets, count = torch.arange(n + 1) * kept, n * kept
+    else:
+        lengths = offsets.diff()
+        least = lengths.clamp(max=1 if k is None else k)
+        sizes = least if ratio is None else (lengths.double() * ratio).long().maximum(least)
+        mean_offsets = functional.pad(sizes.cumsum(0), (1, 0))
+        count = int(mean_offsets[-1])
+    return _pool(values, offsets, mean_offsets, count, method, max_iter)[0], mean_offsets

@@ -1,6 +1,6 @@
 """Modules around the ops: quantizers, losses and scorers that hold what is trained."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as functional
@@ -44,6 +44,9 @@ class VectorQuantizer(nn.Module):
         Added to the averaged counts of "ema", so that a codeword without vectors divides by no zero.
     commitment : float
         Weight of the part of the loss that draws vectors to codewords.
+    dead_below : float
+        With "ema": a codeword whose averaged count falls below this many vectors is replaced by a random vector of the
+        batch, as if it had stood for just as many; none is at 0.
 
     Attributes
     ----------
@@ -58,13 +61,14 @@ class VectorQuantizer(nn.Module):
     A drop-in for vector-quantize-pytorch, which returns (quantized, indices, commit_loss), too:
     `VectorQuantize(d, K, rotation_trick=False)` gives the values, gradients and codewords of `VectorQuantizer(d, K)`,
     and `SimVQ(d, K, rotation_trick=False)` those of update="simvq" with commitment=0.25, from the same codewords. Here
-    the loss is a scalar, not zero in evaluation, and codewords keep their lengths with metric="cosine".
+    the loss is a scalar, not zero in evaluation, and codewords keep their lengths with metric="cosine". `dead_below` is
+    its `threshold_ema_dead_code`.
 
     References
     ----------
     van den Oord, Vinyals and Kavukcuoglu (2017): Neural discrete representation learning, section 3 and appendix A.1
     ("ema"). Zhu et al. (2024): Addressing representation collapse in vector quantized models with one linear layer,
-    section 3 ("simvq").
+    section 3 ("simvq"). Dhariwal et al. (2020): Jukebox: a generative model for music, section 3.1 (`dead_below`).
 
     Examples
     --------
@@ -90,6 +94,7 @@ class VectorQuantizer(nn.Module):
         decay: float = 0.8,
         epsilon: float = 1e-5,
         commitment: float = 1.0,
+        dead_below: float = 0.0,
     ) -> None:
         super().__init__()
         op = "torch.VectorQuantizer"
@@ -99,7 +104,11 @@ class VectorQuantizer(nn.Module):
             raise ValueError(f"{op}: rank must be None unless update is 'gradient', got {rank}")
         if not 0 <= decay < 1:
             raise ValueError(f"{op}: decay must be in [0, 1), got {decay}")
-        self.decay, self.epsilon, self.commitment = decay, epsilon, commitment
+        if not dead_below >= 0:
+            raise ValueError(f"{op}: dead_below must be at least 0, got {dead_below}")
+        if dead_below and update != "ema":
+            raise ValueError(f"{op}: dead_below must be 0 unless update is 'ema', got {dead_below}")
+        self.decay, self.epsilon, self.commitment, self.dead_below = decay, epsilon, commitment, dead_below
         normal = torch.randn(codebook_size, rank or dim) * (rank or dim) ** -0.5
         self.weight: Tensor | None = None
         if update == "ema":
@@ -151,6 +160,151 @@ class VectorQuantizer(nn.Module):
         total = self.counts.sum()
         smoothed = (self.counts + self.epsilon) / (total + len(self.counts) * self.epsilon) * total
         self.basis.copy_(self.sums / smoothed[:, None])
+        if self.dead_below and len(x):
+            self._replace_dead(x)
+
+    def _replace_dead(self, x: Tensor) -> None:
+        """Move dead codewords to different rows of x, as many as there are rows."""
+        dead = self.counts < self.dead_below
+        number = dead.cumsum(0) - 1
+        dead = (dead & (number < len(x)))[:, None]
+        rows = x[torch.randperm(len(x), device=x.device)[number.clamp(0, len(x) - 1)]]
+        self.basis.copy_(torch.where(dead, rows, self.basis))
+        self.sums.copy_(torch.where(dead, rows * self.dead_below, self.sums))
+        self.counts.masked_fill_(dead[:, 0], self.dead_below)
+
+
+class ResidualVectorQuantizer(nn.Module):
+    """Replace vectors by sums of codewords, one of each level: a level quantizes what the levels before left.
+
+    Parameters
+    ----------
+    dim : int
+        Width d of the vectors.
+    codebook_size : int
+        Number K of codewords of a level.
+    levels : int
+        Number of quantizers.
+    least_levels : int, optional
+        Quantizer dropout: in training each call uses its first n levels alone, n drawn uniformly from least_levels to
+        levels, so that every prefix of the ids decodes well. All levels when None.
+    metric, update, rank, decay, epsilon, commitment, dead_below
+        Of every level, as of `VectorQuantizer`.
+
+    Attributes
+    ----------
+    quantizers : ModuleList of VectorQuantizer
+
+    Notes
+    -----
+    Level l gets the residual x - sg(q_1 + ... + q_(l-1)), sg: no gradient. The gradient of `quantized` passes straight
+    through to x, once. Drawing levels breaks the graph of `torch.compile`. Runs in float32 under autocast.
+
+    A drop-in for vector-quantize-pytorch, which returns (quantized, indices, losses), too: `ResidualVQ(dim=d,
+    codebook_size=K, num_quantizers=m, rotation_trick=False)` gives the values and codewords of
+    `ResidualVectorQuantizer(d, K, m)` from the same codewords, but there the gradient of `quantized` reaches x once for
+    each level. `least_levels=n` is its `quantize_dropout=True, quantize_dropout_cutoff_index=n - 1`.
+
+    References
+    ----------
+    Zeghidour et al. (2021): SoundStream: an end-to-end neural audio codec, section III-C (residual quantizer, quantizer
+    dropout). Lee et al. (2022): Autoregressive image generation using residual quantization, section 3.1.
+
+    Examples
+    --------
+    >>> import torch, polyvec.torch as pvt
+    >>> quantizer = pvt.ResidualVectorQuantizer(8, 32, 4)
+    >>> quantized, ids, losses = quantizer(torch.randn(4, 10, 8))
+    >>> quantized.shape, ids.shape, losses.shape
+    (torch.Size([4, 10, 8]), torch.Size([4, 10, 4]), torch.Size([4]))
+    >>> quantizer.decode(ids[..., :2]).shape
+    torch.Size([4, 10, 8])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int,
+        levels: int,
+        *,
+        least_levels: int | None = None,
+        metric: str = "l2",
+        update: str = "ema",
+        rank: int | None = None,
+        decay: float = 0.8,
+        epsilon: float = 1e-5,
+        commitment: float = 1.0,
+        dead_below: float = 0.0,
+    ) -> None:
+        super().__init__()
+        op = "torch.ResidualVectorQuantizer"
+        if levels < 1:
+            raise ValueError(f"{op}: levels must be at least 1, got {levels}")
+        if least_levels is not None and not 1 <= least_levels <= levels:
+            raise ValueError(f"{op}: least_levels must be in [1, {levels}], got {least_levels}")
+        self.least_levels = least_levels
+        self.quantizers = nn.ModuleList()
+        for _ in range(levels):
+            quantizer = VectorQuantizer(
+                dim, codebook_size, metric=metric, update=update, rank=rank, decay=decay, epsilon=epsilon,
+                commitment=commitment, dead_below=dead_below,
+            )  # fmt: skip
+            self.quantizers.append(quantizer)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantise vectors; in training with "ema", then move the codewords.
+
+        Parameters
+        ----------
+        x : tensor of shape (..., dim), float32
+
+        Returns
+        -------
+        quantized : tensor of x's shape
+            Sums of codewords; the gradient passes straight through to x.
+        ids : tensor of shape (..., levels), int64
+            -1 at levels that were dropped.
+        losses : tensor of shape (levels,)
+            Of each level, 0 where it was dropped: their sum is to be added to the loss of the network.
+        """
+        x, levels = widened(x), len(self.quantizers)
+        used = levels
+        if self.training and self.least_levels is not None:
+            used = int(torch.randint(self.least_levels, levels + 1, ()))
+        total = torch.zeros_like(x)
+        ids, losses = [], []
+        for quantizer in self.quantizers[:used]:
+            quantized, chosen, loss = quantizer(x - total)
+            total = total + quantized.detach()
+            ids.append(chosen)
+            losses.append(loss)
+        ids += [torch.full_like(ids[0], -1)] * (levels - used)
+        losses += [torch.zeros_like(losses[0])] * (levels - used)
+        return total + (x - x.detach()), torch.stack(ids, -1), torch.stack(losses)
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """Return the sums of codewords that ids stand for.
+
+        Parameters
+        ----------
+        ids : integer tensor of shape (..., m)
+            Of the first m levels; -1 adds nothing.
+
+        Returns
+        -------
+        tensor of shape (..., dim)
+            With the gradient of the codewords.
+        """
+        if not 1 <= ids.shape[-1] <= len(self.quantizers):
+            raise ValueError(
+                f"torch.ResidualVectorQuantizer.decode: ids must have 1 to {len(self.quantizers)} levels, "
+                f"got shape {tuple(ids.shape)}"
+            )
+        total = torch.zeros((), device=ids.device)
+        for chosen, quantizer in zip(ids.unbind(-1), self.quantizers, strict=False):
+            codewords = functional.embedding(chosen.clamp(min=0), cast(VectorQuantizer, quantizer).codebook)
+            total = total + codewords * (chosen >= 0)[..., None]
+        return total
 
 
 class MaxSimLoss(nn.Module):
