@@ -120,7 +120,7 @@ def test_libraries_out_progress_and_files(rng, lib, tmp_path):
         (
             lambda codec, x: pv.quantize.Refined(3),
             TypeError,
-            f"{REFINED}: codec must be ProductQuantizer or RaBitQ or ScalarQuantizer, got int",
+            f"{REFINED}: codec must be ProductQuantizer or RaBitQ or ResidualQuantizer or ScalarQuantizer, got int",
         ),
         (
             lambda codec, x: pv.quantize.Refined(codec.codec, rerank="int4"),

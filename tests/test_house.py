@@ -220,6 +220,7 @@ PUBLIC = {
         "RaBitQ",
         "Refined",
         "RefinedCodes",
+        "ResidualQuantizer",
         "ScalarQuantizer",
         "kmeans",
         "kmeans_sets",

@@ -17,6 +17,7 @@ extern const QuantizeKernels quantize_kernels;
 extern const CodesKernels codes_kernels;
 extern const SoftAssignKernels soft_assign_kernels;
 extern const PqKernels pq_kernels;
+extern const RqKernels rq_kernels;
 
 extern const Kernels table;
 const Kernels table{
@@ -32,6 +33,7 @@ const Kernels table{
     .codes = &codes_kernels,
     .soft_assign = &soft_assign_kernels,
     .pq = &pq_kernels,
+    .rq = &rq_kernels,
 };
 
 }  // namespace polyvec::POLYVEC_ISA

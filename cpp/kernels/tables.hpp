@@ -344,6 +344,25 @@ struct PqKernels {
     FloatScan scan_one, scan_many;
 };
 
+/// One vector's beam of sums of codewords, at the level to be added: k codewords, 16 or 256.
+struct RqBeam {
+    /// <x, c> + offsets[c] for all codewords: pieces of `width` of them, `stride` floats from one to the next.
+    const float* products;
+    std::size_t width, stride;
+    const float* offsets;
+    std::size_t k;
+    const float* scores;  // of the sums in the beam
+    std::size_t sums;
+    const float* const* crossings;  // (sums, levels): rows of k floats that a sum takes off the codewords' values
+    std::size_t levels;
+};
+
+struct RqKernels {
+    /// Writes the `wanted` best of all sums with all codewords, best first, of equals the first, and returns their
+    /// number. ScanHit::at is sum * k + codeword.
+    std::size_t (*extend)(const RqBeam&, std::size_t wanted, ScanHit* best) noexcept;
+};
+
 /// n rows of d elements, at most 16, `stride` elements apart, and k codewords (k, width): d rounded up to 4, 8 or 16,
 /// with zeros behind the elements.
 struct ShortRows {
@@ -449,6 +468,7 @@ struct Kernels {
     const CodesKernels* codes;
     const SoftAssignKernels* soft_assign;
     const PqKernels* pq;
+    const RqKernels* rq;
 };
 
 /// The table of the active level. Fetched once an op, not once an element.

@@ -266,6 +266,29 @@ def quantize_pq_search(
     squared: bool,
     where: int,
 ) -> None: ...
+def quantize_rq_decode(codes: typing.Any, codebooks: typing.Any, out: typing.Any, where: int) -> None: ...
+def quantize_rq_extend(
+    x: typing.Any,
+    codebooks: typing.Any,
+    products: typing.Any,
+    beams: typing.Any,
+    scores: typing.Any,
+    out_beams: typing.Any,
+    out_scores: typing.Any,
+    where: int,
+) -> None: ...
+def quantize_rq_search(
+    queries: typing.Any,
+    codes: typing.Any,
+    n: int,
+    codebooks: typing.Any,
+    include: typing.Any,
+    scores: typing.Any,
+    ids: typing.Any,
+    squared: bool,
+    norm_step: float,
+    where: int,
+) -> None: ...
 def scan_hinge(
     queries: typing.Any,
     items: typing.Any,

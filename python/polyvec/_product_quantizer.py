@@ -214,19 +214,10 @@ class ProductQuantizer:
         principal directions evenly over the subspaces.
         """
         op = "quantize.ProductQuantizer.fit"
-        rows = vectors_of(op, "x", x, self.dim)
         max_iter = as_count(op, "max_iter", max_iter)
         codewords = 1 << self.bits
-        train_size = 256 * codewords if train_size is None else as_count(op, "train_size", train_size, least=codewords)
-        if len(rows) < codewords:
-            raise ValueError(f"{op}: x must have at least 2^bits rows ({codewords}), got {len(rows)}")
         rng = np.random.default_rng(self.seed)
-        drawn = np.sort(rng.choice(len(rows), train_size, replace=False)) if len(rows) > train_size else None
-        rows = as_float32(rows if drawn is None else rows[drawn])
-        bad = _backend.run(op, "first_nonfinite_row", rows, rows, num_threads=num_threads)
-        if bad >= 0:
-            bad = bad if drawn is None else drawn[bad]
-            raise ValueError(f"{op}: x must be finite, got NaN or Inf in row {bad}")
+        rows = training_rows(op, x, self.dim, codewords, train_size, rng, num_threads)
 
         rounds = _OPQ_ROUNDS + 2 if self.rotation == "opq" else 0
         with reporting(op, progress, rounds + max_iter, "iterations") as report:
@@ -367,12 +358,7 @@ class ProductQuantizer:
         ValueError
             Codes of another size.
         """
-        op = "quantize.ProductQuantizer.pack"
-        table = codes_of(op, codes, self.code_size)
-        width, columns = (64, self.code_size) if self.bits == 8 else (16, -(-self.code_size // 4) * 4)
-        blocks = np.empty((-(-len(table) // width), columns, width), np.uint8)
-        _backend.run(op, "quantize_pq_pack", table, table, blocks, num_threads=num_threads)
-        return PackedCodes(blocks, len(table))
+        return pack_codes("quantize.ProductQuantizer.pack", codes, self.code_size, self.bits, num_threads)
 
     def search(
         self,
@@ -433,10 +419,7 @@ class ProductQuantizer:
         if isinstance(queries, BlockSparse):
             queries = queries.to_dense()
         rows = self._rotated(as_float32(vectors_of(op, "queries", queries, self.dim)))
-        table, n = (self._blocks(op, codes), len(codes)) if isinstance(codes, PackedCodes) else (None, 0)
-        if table is None:
-            table = codes_of(op, codes, self.code_size)
-            n = len(table)
+        table, n = searched_codes(op, codes, self.code_size, self.bits), len(codes)
         k = as_count(op, "k", k)
         taking_part = as_selection(op, "include", include, n)
         out = outputs(
@@ -528,21 +511,15 @@ class ProductQuantizer:
             A state that does not fit together.
         """
         self = cls(**state.params)
-        self.codebooks = _tensor(state, "codebooks", (self.m, 1 << self.bits, self.dim // self.m))
+        self.codebooks = tensor_of(state, "codebooks", (self.m, 1 << self.bits, self.dim // self.m))
         if self.rotation is not None:
-            self.rotation_matrix = _tensor(state, "rotation_matrix", (self.dim, self.dim))
+            self.rotation_matrix = tensor_of(state, "rotation_matrix", (self.dim, self.dim))
         return self
 
     def _fitted(self, op: str) -> npt.NDArray[np.float32]:
         if self.codebooks is None:
             raise RuntimeError(f"{op}: the quantizer must be fitted before; call fit(x)")
         return self.codebooks
-
-    def _blocks(self, op: str, codes: PackedCodes) -> npt.NDArray[np.uint8]:
-        shape = (self.code_size, 64) if self.bits == 8 else (-(-self.code_size // 4) * 4, 16)
-        if codes.blocks.shape[1:] != shape:
-            raise ValueError(f"{op}: codes must have blocks of shape {shape}, got {codes.blocks.shape[1:]}")
-        return codes.blocks
 
     def _rotated(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         return x if self.rotation_matrix is None else x @ self.rotation_matrix.T
@@ -554,7 +531,56 @@ class ProductQuantizer:
         return np.ascontiguousarray(x.reshape(len(x), self.m, -1).transpose(1, 0, 2))
 
 
-def _tensor(state: State, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+def training_rows(
+    op: str,
+    x: Any,
+    dim: int,
+    codewords: int,
+    train_size: int | None,
+    rng: np.random.Generator,
+    num_threads: int | None,
+) -> npt.NDArray[np.float32]:
+    """Check the vectors that a codec is fitted to and return `train_size` random ones as float32, or all."""
+    rows = vectors_of(op, "x", x, dim)
+    train_size = 256 * codewords if train_size is None else as_count(op, "train_size", train_size, least=codewords)
+    if len(rows) < codewords:
+        raise ValueError(f"{op}: x must have at least 2^bits rows ({codewords}), got {len(rows)}")
+    drawn = np.sort(rng.choice(len(rows), train_size, replace=False)) if len(rows) > train_size else None
+    rows = as_float32(rows if drawn is None else rows[drawn])
+    bad = _backend.run(op, "first_nonfinite_row", rows, rows, num_threads=num_threads)
+    if bad >= 0:
+        bad = bad if drawn is None else drawn[bad]
+        raise ValueError(f"{op}: x must be finite, got NaN or Inf in row {bad}")
+    return rows
+
+
+def _block_shape(code_size: int, bits: int) -> tuple[int, int]:
+    """Columns and codes of a block, as the scan reads them."""
+    return (code_size, 64) if bits == 8 else (-(-code_size // 4) * 4, 16)
+
+
+def pack_codes(op: str, codes: Any, code_size: int, bits: int, num_threads: int | None) -> PackedCodes:
+    """Do what `pack` does."""
+    table = codes_of(op, codes, code_size)
+    columns, width = _block_shape(code_size, bits)
+    blocks = np.empty((-(-len(table) // width), columns, width), np.uint8)
+    _backend.run(op, "quantize_pq_pack", table, table, blocks, num_threads=num_threads)
+    return PackedCodes(blocks, len(table))
+
+
+def searched_codes(op: str, codes: Any, code_size: int, bits: int) -> npt.NDArray[np.uint8]:
+    """Check the codes that `search` gets, packed or not, and return their rows or blocks."""
+    if not isinstance(codes, PackedCodes):
+        return codes_of(op, codes, code_size)
+    if codes.blocks.shape[1:] != _block_shape(code_size, bits):
+        raise ValueError(
+            f"{op}: codes must have blocks of shape {_block_shape(code_size, bits)}, got {codes.blocks.shape[1:]}"
+        )
+    return codes.blocks
+
+
+def tensor_of(state: State, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """Return a tensor of a state that is what it should be."""
     tensor = state.tensors[name]
     if tensor.shape != shape or tensor.dtype != np.float32:
         raise ValueError(f"{name} must be float32 of shape {shape}, got {tensor.dtype} of shape {tensor.shape}")

@@ -17,7 +17,7 @@ from polyvec._progress import Progress, reporting
 
 _BLOCK_ROWS = 1 << 14
 _BLOCK_CANDIDATES = 1 << 20  # rescored at a time
-_CODECS = ("ProductQuantizer", "RaBitQ", "ScalarQuantizer")
+_CODECS = ("ProductQuantizer", "RaBitQ", "ResidualQuantizer", "ScalarQuantizer")
 
 
 class RefinedCodes(NamedTuple):
@@ -78,7 +78,7 @@ class Refined:
 
     Parameters
     ----------
-    codec : ScalarQuantizer | RaBitQ | ProductQuantizer
+    codec : ScalarQuantizer | RaBitQ | ProductQuantizer | ResidualQuantizer
         Finds the candidates; `metric` and `dim` are its own.
     rerank : {"float32", "float16", "int8"}
         How the vectors are kept: 4, 2 or 1 bytes an element (and 4 a vector with "int8").

@@ -12,6 +12,7 @@ from polyvec._codes import RaBitQ, ScalarQuantizer
 from polyvec._kmeans import KMeansResult, kmeans
 from polyvec._product_quantizer import PackedCodes, ProductQuantizer
 from polyvec._refined import CertifiedResult, Refined, RefinedCodes
+from polyvec._residual_quantizer import ResidualQuantizer
 from polyvec._soft_assign import soft_assign as soft_assign
 from polyvec._soft_assign import soft_assign_gradient as soft_assign_gradient
 
@@ -24,6 +25,7 @@ __all__ = [
     "RaBitQ",
     "Refined",
     "RefinedCodes",
+    "ResidualQuantizer",
     "ScalarQuantizer",
     "kmeans",
     "kmeans_sets",

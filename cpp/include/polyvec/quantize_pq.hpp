@@ -86,6 +86,44 @@ struct PqPack {
     }
 };
 
+/// What a search of n codes of such codebooks gets beside its queries.
+inline void require_pq_search(const char* op, std::int64_t nq, const Array& codes, std::int64_t n,
+                              const Array& codebooks, const Array& include, const Array& scores, const Array& ids) {
+    require_contiguous(op, codes);
+    require_dtype(op, codes, DType::u8);
+    if (codes.ndim == 3) {
+        const std::int64_t b = pq_block(codebooks);
+        require_dim(op, codes, 0, (n + b - 1) / b, "a block for every code");
+        require_dim(op, codes, 1, pq_columns(codebooks), "the columns of the codebooks");
+        require_dim(op, codes, 2, b, "the codes of a block");
+    } else {
+        require_ndim(op, codes, 2);
+        require_dim(op, codes, 0, n, "n rows");
+        require_dim(op, codes, 1, pq_code_size(codebooks), "the code size");
+    }
+    if (include) {
+        require_ndim(op, include, 1);
+        require_contiguous(op, include);
+        if (include.dtype == DType::i64) {
+            for (std::int64_t i = 0; i < include.dim(0); ++i) {
+                const std::int64_t row = include.as<const std::int64_t>()[i];
+                require<std::out_of_range>(row >= 0 && row < n, op, "include must be in [0, ", n, "), got ", row,
+                                           " at position ", i);
+            }
+        } else {
+            require_dtype(op, include, DType::boolean);
+            require_dim(op, include, 0, n, "one entry a code");
+        }
+    }
+    require_out(op, scores, DType::f32);
+    require_out(op, ids, DType::i64);
+    require_ndim(op, scores, 2);
+    require_dim(op, scores, 0, nq, "one row a query");
+    require(scores.dim(1) >= 1, op, "k must be at least 1, got ", scores.dim(1));
+    require(ids.ndim == 2 && ids.shape == scores.shape, op, ids.name, " must have the shape of scores ",
+            scores.shape_text(), ", got ", ids.shape_text());
+}
+
 /// The k codes whose decoded vectors score best against each query: inner products, or squared distances.
 struct PqSearch {
     static constexpr const char* op = "quantize.ProductQuantizer.search";
@@ -99,42 +137,11 @@ struct PqSearch {
 
     void validate() const {
         require_pq_codebooks(op, codebooks);
-        for (const Array* a : {&queries, &codes}) require_contiguous(op, *a);
+        require_contiguous(op, queries);
         require_dtype(op, queries, DType::f32);
         require_ndim(op, queries, 2);
         require_dim(op, queries, 1, codebooks.dim(0) * codebooks.dim(2), "the dim of the codebooks");
-        require_dtype(op, codes, DType::u8);
-        if (codes.ndim == 3) {
-            const std::int64_t b = pq_block(codebooks);
-            require_dim(op, codes, 0, (n + b - 1) / b, "a block for every code");
-            require_dim(op, codes, 1, pq_columns(codebooks), "the columns of the codebooks");
-            require_dim(op, codes, 2, b, "the codes of a block");
-        } else {
-            require_ndim(op, codes, 2);
-            require_dim(op, codes, 0, n, "n rows");
-            require_dim(op, codes, 1, pq_code_size(codebooks), "the code size");
-        }
-        if (include) {
-            require_ndim(op, include, 1);
-            require_contiguous(op, include);
-            if (include.dtype == DType::i64) {
-                for (std::int64_t i = 0; i < include.dim(0); ++i) {
-                    const std::int64_t row = include.as<const std::int64_t>()[i];
-                    require<std::out_of_range>(row >= 0 && row < n, op, "include must be in [0, ", n, "), got ", row,
-                                               " at position ", i);
-                }
-            } else {
-                require_dtype(op, include, DType::boolean);
-                require_dim(op, include, 0, n, "one entry a code");
-            }
-        }
-        require_out(op, scores, DType::f32);
-        require_out(op, ids, DType::i64);
-        require_ndim(op, scores, 2);
-        require_dim(op, scores, 0, queries.dim(0), "one row a query");
-        require(scores.dim(1) >= 1, op, "k must be at least 1, got ", scores.dim(1));
-        require(ids.ndim == 2 && ids.shape == scores.shape, op, ids.name, " must have the shape of scores ",
-                scores.shape_text(), ", got ", ids.shape_text());
+        require_pq_search(op, queries.dim(0), codes, n, codebooks, include, scores, ids);
     }
 };
 

@@ -1,0 +1,550 @@
+"""Residual quantisation, public as polyvec.quantize.ResidualQuantizer."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from polyvec import _backend, _files
+from polyvec._arrays import ArrayT, as_count, as_float32, as_selection, choice, is_array, output, outputs
+from polyvec._codes import Floats, codes_of, vectors_of
+from polyvec._files import State
+from polyvec._kmeans import lloyd, seed_centroids
+from polyvec._product_quantizer import PackedCodes, pack_codes, searched_codes, tensor_of, training_rows
+from polyvec._progress import Progress, reporting
+
+_BLOCK_ELEMENTS = 1 << 24  # of vectors that are converted, encoded and decoded at a time: 64 MB
+_WIDTHS = 5
+_NORM_BITS = 24
+_MOST_BEAM = 256
+
+Codes = npt.NDArray[np.uint8]
+
+
+class ResidualQuantizer:
+    """Codes of m levels: a vector is the sum of one codeword of each level, which codes what the levels before left.
+
+    `fit` finds the 2^bits codewords of a level by k-means on the residuals of the levels before. `encode` looks for the
+    best sum with a beam: the `beam` best sums of the first levels are extended by all codewords of the next. A code
+    takes m bytes, or m / 2 with 4 bits, and 3 bytes more with metric "l2". At equal bytes it loses less than
+    `ProductQuantizer`, takes longer to encode, and is searched as fast.
+
+    Parameters
+    ----------
+    dim : int
+        Width d of the vectors.
+    levels : int
+        Number m of codewords in a sum.
+    bits : {8, 4}
+        Bits of a level's code.
+    metric : {"ip", "l2"}
+        What `search` ranks by: inner products, higher is better; or squared distances, lower is better.
+    beam : int
+        Sums that `fit` and `encode` keep of a vector from level to level, at most 256; 1 is greedy.
+    seed : int
+        The same seed gives the same codebooks.
+
+    Attributes
+    ----------
+    codebooks : numpy array of shape (levels, 2**bits, dim), float32
+        None before `fit`.
+    code_size : int
+        Bytes of a code.
+    nbytes : int
+        Bytes of the codebooks.
+
+    Notes
+    -----
+    Inner products of a query with all codewords (2 2^bits m d flops) are the tables of `search`. A distance |q - x|^2 =
+    |q|^2 - 2 <q, x> + |x|^2 has cross terms of the codewords in |x|^2, which no table of one level holds: a code of
+    "l2" keeps it, as an integer of 24 bits, whose digits are scored by tables like the levels. Its range is what
+    the codebooks can reach at most, (sum of the levels' longest codewords)^2, so that none is clipped; its rounding, at
+    most 2^-25 of that range, is about that of a float32.
+
+    References
+    ----------
+    Chen, Guan and Wang (2010): Approximate nearest neighbor search by residual vector quantization, section 3. Babenko
+    and Lempitsky (2014): Additive quantization for extreme vector compression, sections 3.2 (beam search) and 3.3
+    (search by tables, with the norm in the code). Liu et al. (2015): Improved residual vector quantization for
+    high-dimensional approximate nearest neighbor search (k-means from subspaces on).
+
+    Examples
+    --------
+    >>> import numpy as np, polyvec as pv
+    >>> x = np.random.default_rng(0).standard_normal((1000, 32), np.float32)
+    >>> rq = pv.quantize.ResidualQuantizer(32, 8, metric="l2").fit(x)
+    >>> codes = rq.encode(x)
+    >>> codes.shape, codes.dtype
+    ((1000, 11), dtype('uint8'))
+    >>> scores, ids = rq.search(x[:2], codes, 10)
+    >>> ids[:, 0].tolist()
+    [0, 1]
+    """
+
+    def __init__(
+        self, dim: int, levels: int, *, bits: int = 8, metric: str = "ip", beam: int = 8, seed: int = 0
+    ) -> None:
+        op = "quantize.ResidualQuantizer"
+        self.dim = as_count(op, "dim", dim)
+        self.levels = as_count(op, "levels", levels)
+        self.bits: int = choice(op, "bits", bits, (8, 4))
+        self.metric: str = choice(op, "metric", metric, ("ip", "l2"))
+        self.beam = as_count(op, "beam", beam)
+        if self.beam > _MOST_BEAM:
+            raise ValueError(f"{op}: beam must be at most {_MOST_BEAM}, got {self.beam}")
+        self.seed = as_count(op, "seed", seed, least=0)
+        self.codebooks: Floats | None = None
+        self._products: tuple[Floats, Floats] | None = None  # codebooks, and what _all_products made of them
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what `fit` found."""
+        return 0 if self.codebooks is None else self.codebooks.nbytes
+
+    @property
+    def code_size(self) -> int:
+        """Bytes of a code."""
+        columns = self.levels + self._norm_digits
+        return columns if self.bits == 8 else (columns + 1) // 2
+
+    def __repr__(self) -> str:
+        return (
+            f"ResidualQuantizer({self.dim}, {self.levels}, bits={self.bits}, metric={self.metric!r}, "
+            f"beam={self.beam}, seed={self.seed}){'' if self.codebooks is not None else ', not fitted'}"
+        )
+
+    def fit(
+        self,
+        x: Any,
+        *,
+        max_iter: int = 10,
+        train_size: int | None = None,
+        progress: Progress = None,
+        num_threads: int | None = None,
+    ) -> ResidualQuantizer:
+        """Find the codebooks for vectors like these.
+
+        Parameters
+        ----------
+        x : array of shape (n, dim), float32 | float16 | bfloat16
+            At least 2^bits rows. Of a memory map only the rows that are drawn are read.
+        max_iter : int
+            Iterations of k-means at most, for each level and each of five widths (Notes).
+        train_size : int, optional
+            Fit to this many random rows at most; 256 rows a codeword, 256 * 2^bits, when None.
+        progress : None, bool or callable
+            True shows a bar; a callable is called with (done, total) iterations.
+        num_threads : int, optional
+
+        Returns
+        -------
+        ResidualQuantizer
+            Itself.
+
+        Raises
+        ------
+        ValueError
+            Too few rows, rows of another width, NaN or Inf in the rows that are drawn.
+
+        Notes
+        -----
+        Residuals have no structure that k-means could hold on to in many dimensions: its local optima lose a fifth more
+        than need be. So it starts in the first few of their principal directions, and goes on from what it found in
+        more of them, d^(1/5), d^(2/5), ..., d (Liu et al. 2015). The residuals of a level are those of the best sums of
+        the levels before. 2 train_size 2^bits dim flops an iteration in all dimensions, and as many to extend the beams
+        by a level. Needs the rows four times as float32.
+        """
+        op = "quantize.ResidualQuantizer.fit"
+        max_iter = as_count(op, "max_iter", max_iter)
+        codewords = 1 << self.bits
+        rng = np.random.default_rng(self.seed)
+        rows = training_rows(op, x, self.dim, codewords, train_size, rng, num_threads)
+        codebooks = np.empty((self.levels, codewords, self.dim), np.float32)
+        products = _room_for_products(codebooks)
+        beams, scores = _empty_beams(len(rows))
+        residuals = rows
+        with reporting(op, progress, self.levels * len(_widths(self.dim)) * max_iter, "iterations") as report:
+            for level in range(self.levels):
+                if level:
+                    residuals = rows - self._sums(op, beams[:, 0], codebooks[:level], num_threads)
+                codebooks[level] = _cluster(op, residuals, codewords, max_iter, rng, report, num_threads)
+                if level + 1 < self.levels:
+                    _write_products(codebooks, level, products)
+                    known = codebooks[: level + 1]
+                    beams, scores = self._extend(op, rows, known, products, beams, scores, self.beam, num_threads)
+        self.codebooks = codebooks
+        return self
+
+    def encode(
+        self, x: ArrayT, *, out: ArrayT | None = None, progress: Progress = None, num_threads: int | None = None
+    ) -> ArrayT:
+        """Return the code of each vector: the best sum of codewords (squared distance) that the beam finds.
+
+        Parameters
+        ----------
+        x : array of shape (n, dim), float32 | float16 | bfloat16
+            A memory map is read block by block.
+        out : array of shape (n, code_size), uint8, optional
+            Written and returned; a memory map is written block by block.
+        progress : None, bool or callable
+            True shows a bar; a callable is called with (done, total) rows.
+        num_threads : int, optional
+
+        Returns
+        -------
+        array of shape (n, code_size), uint8, x's library and device
+            Level by level, then the digits of the squared norm with metric "l2". With 4 bits, byte j holds digit 2 j in
+            its low and 2 j + 1 in its high four bits.
+
+        Raises
+        ------
+        RuntimeError
+            Before `fit`.
+        ValueError
+            Rows of another width, NaN or Inf.
+
+        Notes
+        -----
+        2 2^bits m d flops a vector, whatever the beam, which costs m^2 / 2 2^bits additions for each of its sums: the
+        inner products of all pairs of codewords are kept from the first call on, 2 (2^bits m)^2 bytes. Codes do not
+        depend on num_threads, nor on the other rows.
+        """
+        op = "quantize.ResidualQuantizer.encode"
+        codebooks = self._fitted(op)
+        rows = vectors_of(op, "x", x, self.dim)
+        out = output(op, out, x if is_array(x) else rows, (len(rows), self.code_size), "uint8")
+        products = self._all_products(codebooks)
+        codes, size = np.asarray(out), max(1, _BLOCK_ELEMENTS // self.dim)
+        with reporting(op, progress, len(rows), "rows") as report:
+            for begin in range(0, len(rows), size):
+                part = as_float32(rows[begin : begin + size])
+                _backend.require_finite(op, "x", part, num_threads, first_row=begin)
+                beams, _ = self._extend(op, part, codebooks, products, *_empty_beams(len(part)), 1, num_threads)
+                digits = beams[:, 0]
+                if self.metric == "l2":
+                    sums = self._sums(op, digits, codebooks, num_threads)
+                    digits = np.concatenate([digits, self._digits_of_norms(codebooks, sums)], 1)
+                codes[begin : begin + size] = _bytes_of(digits, self.bits)
+                report(len(part))
+        return out
+
+    def decode(
+        self,
+        codes: ArrayT,
+        *,
+        levels: int | None = None,
+        out: ArrayT | None = None,
+        num_threads: int | None = None,
+    ) -> ArrayT:
+        """Return the vectors that codes stand for.
+
+        Parameters
+        ----------
+        codes : array of shape (n, code_size), uint8
+        levels : int, optional
+            Add up the first levels only: a coarser vector. All when None.
+        out : array of shape (n, dim), float32, optional
+        num_threads : int, optional
+
+        Returns
+        -------
+        array of shape (n, dim), float32, codes' library and device
+            Sums in float64, rounded.
+
+        Raises
+        ------
+        RuntimeError
+            Before `fit`.
+        ValueError
+            Codes of another size, levels out of range.
+        """
+        op = "quantize.ResidualQuantizer.decode"
+        codebooks = self._fitted(op)
+        table = codes_of(op, codes, self.code_size)
+        levels = self.levels if levels is None else as_count(op, "levels", levels)
+        if levels > self.levels:
+            raise ValueError(f"{op}: levels must be at most {self.levels}, got {levels}")
+        out = output(op, out, codes if is_array(codes) else table, (len(table), self.dim), "float32")
+        _backend.run(
+            op, "quantize_rq_decode", table, table, codebooks[:levels], np.asarray(out), num_threads=num_threads
+        )
+        return out
+
+    def pack(self, codes: Any, *, num_threads: int | None = None) -> PackedCodes:
+        """Return a copy of codes in the order in which `search` reads them: for codes that are searched often.
+
+        Parameters
+        ----------
+        codes : array of shape (n, code_size), uint8
+        num_threads : int, optional
+
+        Returns
+        -------
+        PackedCodes
+
+        Raises
+        ------
+        ValueError
+            Codes of another size.
+        """
+        return pack_codes("quantize.ResidualQuantizer.pack", codes, self.code_size, self.bits, num_threads)
+
+    def search(
+        self,
+        queries: ArrayT,
+        codes: Any,
+        k: int,
+        *,
+        include: Any = None,
+        out: tuple[ArrayT, ArrayT] | None = None,
+        num_threads: int | None = None,
+    ) -> tuple[ArrayT, ArrayT]:
+        """Return the k codes that score best against each query, without decoding them.
+
+        Parameters
+        ----------
+        queries : array of shape (nq, dim), float32 | float16 | bfloat16
+        codes : array of shape (n, code_size), uint8, or PackedCodes
+        k : int
+        include : bool array of shape (n,) or integer array of shape (j,), optional
+            Which codes take part: a mask, or their rows. All when None.
+        out : pair of arrays of shape (nq, k), float32 and int64, optional
+        num_threads : int, optional
+
+        Returns
+        -------
+        scores : array of shape (nq, k), float32, queries' library and device
+            metric "ip": inner products, higher is better; "l2": squared distances, lower is better. Best first, equal
+            scores by smaller id.
+        ids : array of shape (nq, k), int64
+            Rows of `codes`. Where fewer than k take part: id -1 with score -inf ("l2": inf).
+
+        Raises
+        ------
+        RuntimeError
+            Before `fit`.
+        ValueError
+            Queries or codes of another width, k below 1, a mask of another length.
+        IndexError
+            A row in `include` outside the codes.
+
+        Notes
+        -----
+        The scan is that of `ProductQuantizer.search`, by tables of 2^bits inner products a level: 2 2^bits m d flops a
+        query for the tables, then code_size bytes a code. A score is the float32 sum of a code's entries; distances
+        are |q|^2 less such a sum, off by a few roundings of (|q| + |x|)^2. Eight queries are searched at a time. A
+        query's result does not depend on the other queries, on packing, nor on num_threads, and one with NaN or Inf
+        finds nothing. Reads its arguments only; several threads may call it at once.
+        """
+        op = "quantize.ResidualQuantizer.search"
+        codebooks = self._fitted(op)
+        rows = as_float32(vectors_of(op, "queries", queries, self.dim))
+        table, n = searched_codes(op, codes, self.code_size, self.bits), len(codes)
+        k = as_count(op, "k", k)
+        taking_part = as_selection(op, "include", include, n)
+        out = outputs(op, out, queries if is_array(queries) else rows, (len(rows), k), ("float32", "int64"),
+                      ("scores", "ids"))  # fmt: skip
+        step = self._norm_step(codebooks) if self.metric == "l2" else 0.0
+        _backend.run(
+            op, "quantize_rq_search", rows,
+            rows, table, n, codebooks, taking_part, *out, self.metric == "l2", step,
+            num_threads=num_threads,
+        )  # fmt: skip
+        return out
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the fitted quantizer to one file, which replaces an existing one only when it is complete.
+
+        Parameters
+        ----------
+        path : path
+
+        Raises
+        ------
+        RuntimeError
+            Before `fit`.
+        OSError
+            The system's own: a missing folder, no permission, a full disk. An existing file is untouched then.
+
+        Notes
+        -----
+        A safetensors file with checksums: the tensor `codebooks`.
+        """
+        _files.save(path, "quantize.ResidualQuantizer", self.state())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ResidualQuantizer:
+        """Read a quantizer that `save` wrote.
+
+        Parameters
+        ----------
+        path : path
+
+        Returns
+        -------
+        ResidualQuantizer
+
+        Raises
+        ------
+        FormatError
+            The file is damaged, truncated, of another kind or of a newer format.
+        OSError
+            The system's own.
+        """
+        return _files.load(path, "quantize.ResidualQuantizer", cls.from_state)
+
+    def state(self) -> State:
+        """Return what `save` writes.
+
+        Returns
+        -------
+        State
+            The tensor, shared with the quantizer, and the parameters.
+
+        Raises
+        ------
+        RuntimeError
+            Before `fit`.
+        """
+        tensors = {"codebooks": self._fitted("quantize.ResidualQuantizer.state")}
+        names = ("dim", "levels", "bits", "metric", "beam", "seed")
+        return State(tensors, {name: getattr(self, name) for name in names})
+
+    @classmethod
+    def from_state(cls, state: State) -> ResidualQuantizer:
+        """Build a quantizer from a state.
+
+        Parameters
+        ----------
+        state : State
+            As `state` returned it. The tensor is used in place.
+
+        Returns
+        -------
+        ResidualQuantizer
+
+        Raises
+        ------
+        ValueError, TypeError, LookupError
+            A state that does not fit together.
+        """
+        self = cls(**state.params)
+        self.codebooks = tensor_of(state, "codebooks", (self.levels, 1 << self.bits, self.dim))
+        return self
+
+    def _fitted(self, op: str) -> Floats:
+        if self.codebooks is None:
+            raise RuntimeError(f"{op}: the quantizer must be fitted before; call fit(x)")
+        return self.codebooks
+
+    # ---- sums of codewords
+
+    def _extend(
+        self,
+        op: str,
+        rows: Floats,
+        codebooks: Floats,
+        products: Floats,
+        beams: Codes,
+        scores: Floats,
+        kept: int,
+        num_threads: int | None,
+    ) -> tuple[Codes, Floats]:
+        """Add the levels that beams lack; return the `kept` best sums of each, and the scores of the whole beam."""
+        levels, most = len(codebooks), beams.shape[1] * codebooks.shape[1] ** (len(codebooks) - beams.shape[2])
+        width = min(self.beam, most)
+        out = np.empty((len(rows), min(kept, width), levels), np.uint8), np.empty((len(rows), width), np.float32)
+        _backend.run(
+            op, "quantize_rq_extend", rows, rows, codebooks, products, beams, scores, *out, num_threads=num_threads
+        )
+        return out
+
+    def _all_products(self, codebooks: Floats) -> Floats:
+        """Return the inner products of all pairs of levels, which are kept as long as the codebooks are the same."""
+        if self._products is None or self._products[0] is not codebooks:
+            products = _room_for_products(codebooks)
+            for level in range(len(codebooks)):
+                _write_products(codebooks, level, products)
+            self._products = codebooks, products
+        return self._products[1]
+
+    def _sums(self, op: str, labels: Codes, codebooks: Floats, num_threads: int | None) -> Floats:
+        """Return the sums of the codewords (n, dim) of labels (n, levels)."""
+        sums = np.empty((len(labels), self.dim), np.float32)
+        codes = _bytes_of(labels, self.bits)
+        _backend.run(op, "quantize_rq_decode", codes, codes, codebooks, sums, num_threads=num_threads)
+        return sums
+
+    # ---- squared norms
+
+    @property
+    def _norm_digits(self) -> int:
+        return _NORM_BITS // self.bits if self.metric == "l2" else 0
+
+    def _norm_step(self, codebooks: Floats) -> float:
+        longest = np.sqrt(np.square(codebooks, dtype=np.float64).sum(2).max(1)).sum()
+        return float(longest**2) / ((1 << _NORM_BITS) - 1)
+
+    def _digits_of_norms(self, codebooks: Floats, sums: Floats) -> Codes:
+        steps = np.einsum("ij,ij->i", sums, sums, dtype=np.float64) / max(self._norm_step(codebooks), 1e-300)
+        numbers = np.minimum(np.rint(steps), (1 << _NORM_BITS) - 1).astype(np.int64)
+        shifts = np.arange(self._norm_digits) * self.bits
+        digits: Codes = (numbers[:, None] >> shifts & ((1 << self.bits) - 1)).astype(np.uint8)
+        return digits
+
+
+def _widths(dim: int) -> list[int]:
+    """How many principal directions k-means works in, one after the other."""
+    return sorted({int(np.ceil(dim ** (step / _WIDTHS) - 1e-9)) for step in range(1, _WIDTHS + 1)})
+
+
+def _cluster(
+    op: str, x: Floats, k: int, max_iter: int, rng: np.random.Generator, report: Any, num_threads: int | None
+) -> Floats:
+    """Return k centroids, found in ever more principal directions of the rows."""
+    centred = x - x.mean(0)
+    _, directions = np.linalg.eigh((centred.T @ centred).astype(np.float64))  # ascending
+    directions = directions[:, ::-1].astype(np.float32)
+    turned = np.matmul(x, directions, out=centred)
+    centroids: Any = None
+    for width in _widths(x.shape[1]):
+        part = np.ascontiguousarray(turned[None, :, :width])
+        if centroids is None:
+            centroids = seed_centroids(op, part, k, "l2", "k-means++", rng, num_threads)
+        else:
+            centroids = np.pad(centroids, ((0, 0), (0, 0), (0, width - centroids.shape[2])))
+        centroids, _, _, done = lloyd(op, part, centroids, "l2", max_iter, 1e-4, report, num_threads)
+        report(max_iter - done)
+    found: Floats = centroids[0] @ directions.T
+    return found
+
+
+def _empty_beams(n: int) -> tuple[Codes, Floats]:
+    """One sum of no codewords for each of n rows."""
+    return np.empty((n, 1, 0), np.uint8), np.zeros((n, 1), np.float32)
+
+
+def _room_for_products(codebooks: Floats) -> Floats:
+    levels, codewords, _ = codebooks.shape
+    return np.empty(codewords**2 * levels * (levels - 1) // 2, np.float32)
+
+
+def _write_products(codebooks: Floats, level: int, products: Floats) -> None:
+    """Write the inner products of a level's codewords with those of the levels before, where RqExtend reads them."""
+    codewords, dim = codebooks.shape[1:]
+    at = codewords**2 * level * (level - 1) // 2
+    part = products[at : at + level * codewords**2].reshape(level * codewords, codewords)
+    np.matmul(codebooks[:level].reshape(-1, dim), codebooks[level].T, out=part)
+
+
+def _bytes_of(digits: Codes, bits: int) -> Codes:
+    """Return digits (n, columns) as bytes: those of 4 bits two by two, the even ones low."""
+    if bits == 8:
+        return np.ascontiguousarray(digits)
+    if digits.shape[1] % 2:
+        digits = np.pad(digits, ((0, 0), (0, 1)))
+    pairs: Codes = digits[:, ::2] | digits[:, 1::2] << np.uint8(4)
+    return pairs
