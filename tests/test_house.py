@@ -214,6 +214,7 @@ PUBLIC = {
     "polyvec.quantize": [
         "CertifiedResult",
         "KMeansResult",
+        "KMeansSelection",
         "KMeansSetsResult",
         "PackedCodes",
         "ProductQuantizer",
@@ -223,6 +224,7 @@ PUBLIC = {
         "ResidualQuantizer",
         "ScalarQuantizer",
         "kmeans",
+        "kmeans_select",
         "kmeans_sets",
     ],
     "polyvec.retrieve": ["LinkPredictor", "MultiVectorIndex"],

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import polyvec as pv
 from accuracy import assert_exact, assert_reduction
-from polyvec import _core, _files, _product_quantizer
+from polyvec import _core, _files, _kmeans, _product_quantizer
 from reference import quantize as ref
 from reference import scan as ref_scan
 
@@ -170,6 +170,86 @@ def test_progress(rng):
     result = pv.quantize.kmeans(x, 10, max_iter=3, tolerance=0, progress=lambda *counts: seen.append(counts))
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert result.iterations == 3
+
+
+# Batches, and the number of clusters
+
+
+def test_batches_equal_the_definition(rng, isa):
+    """With a start in every cluster: none is empty."""
+    x = blobs(rng, 900, 7, 6)
+    start, draw = pv.quantize.kmeans(x, 7).centroids + 1, np.random.default_rng(5)
+    batches = [x[np.sort(draw.choice(900, 60, replace=False, shuffle=False))] for _ in range(8)]
+    assert all(len(np.unique(ref.losses(batch, start).argmin(1))) == 7 for batch in batches)
+    result = pv.quantize.kmeans(x, 7, init=start, max_iter=8, minibatch=60, seed=5)
+    expected = ref.kmeans_batches(batches, start)
+    assert_reduction(result.centroids, expected, np.abs(x).max(), length=60)
+    assert_exact(result.labels, ref.losses(x, result.centroids).argmin(1))
+    assert_reduction(np.float32(result.inertia), ref.losses(x, result.centroids).min(1).sum(), result.inertia, length=6)
+    assert result.iterations == 8
+
+
+@pytest.mark.parametrize("init", ["k-means++", "random", "strided"])
+def test_batches_come_close_to_all_rows(rng, init):
+    x = sample(rng, 6000, 8)
+    full = pv.quantize.kmeans(x, 20, init=init)
+    part = pv.quantize.kmeans(x, 20, init=init, minibatch=500, max_iter=60)
+    assert part.inertia < 1.03 * full.inertia
+    again, other = (pv.quantize.kmeans(x, 20, init=init, minibatch=500, max_iter=60, seed=s) for s in (0, 1))
+    assert_exact(again.centroids, part.centroids)
+    if init != "strided":
+        assert (other.centroids != part.centroids).any()
+
+
+def test_a_batch_moves_centroids_without_rows(rng):
+    x = blobs(rng, 500, 5, 4)
+    start = np.concatenate([x[:1], np.full((4, 4), 1e4, np.float32)])
+    result = pv.quantize.kmeans(x, 5, init=start, minibatch=200, max_iter=20)
+    assert len(np.unique(result.labels)) == 5
+
+
+def test_a_batch_larger_than_x_is_all_of_it(rng):
+    x = sample(rng, 50, 3)
+    a, b = (pv.quantize.kmeans(x, 4, minibatch=size, max_iter=5) for size in (50, 500))
+    assert_exact(a.centroids, b.centroids)
+
+
+def test_batches_of_a_memory_map(rng, tmp_path, monkeypatch):
+    monkeypatch.setattr(_kmeans, "_BLOCK_ELEMENTS", 600)
+    x = np.memmap(tmp_path / "x", np.float32, "w+", shape=(1000, 6))
+    x[:] = sample(rng, 1000, 6)
+    seen = []
+    result = pv.quantize.kmeans(
+        x, 5, minibatch=100, max_iter=4, num_threads=2, progress=lambda *counts: seen.append(counts)
+    )
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    same = pv.quantize.kmeans(np.array(x), 5, minibatch=100, max_iter=4, num_threads=1)
+    assert_exact(result.centroids, same.centroids)
+    assert_exact(result.labels, same.labels)
+    torch = pytest.importorskip("torch")
+    tensors = pv.quantize.kmeans(torch.from_numpy(np.array(x)), 5, minibatch=100, max_iter=4)
+    assert type(tensors.centroids) is type(tensors.labels) is torch.Tensor
+    assert_exact(tensors.labels, same.labels)
+    x[777, 2] = np.inf
+    with pytest.raises(ValueError, match="x must be finite, got NaN or Inf in row 777"):
+        pv.quantize.kmeans(x, 5, minibatch=100, max_iter=4)
+
+
+@pytest.mark.parametrize("criterion", ["elbow", "silhouette"])
+def test_the_number_of_clusters_is_found(rng, criterion):
+    centres = 40 * sample(rng, 6, 8)
+    x = (centres[np.arange(300) % 6] + sample(rng, 300, 8)).astype(np.float32)
+    found = pv.quantize.kmeans_select(x, range(2, 13), criterion=criterion)
+    assert found.k == 6
+    assert found.scores.shape == (11,)
+    expected = pv.quantize.kmeans(x, 6)
+    assert_exact(found.result.centroids, expected.centroids)
+    if criterion == "elbow":
+        assert found.scores[4] == expected.inertia
+    else:
+        value = ref.silhouette(x, expected.centroids)
+        size = (np.abs(x).max() / np.sqrt(ref.losses(x, expected.centroids).min())) ** 2
+        assert_reduction(np.float32(found.scores[4]), value, size, length=8)
 
 
 # Product quantisation
@@ -592,6 +672,41 @@ def fitted():
             lambda: pv.quantize.kmeans(zeros(5, 2), 2, max_iter=0),
             ValueError,
             "quantize.kmeans: max_iter must be at least 1, got 0",
+        ),
+        (
+            lambda: pv.quantize.kmeans(zeros(5, 2), 2, minibatch=0),
+            ValueError,
+            "quantize.kmeans: minibatch must be at least 1, got 0",
+        ),
+        (
+            lambda: pv.quantize.kmeans(zeros(5, 2), 2, minibatch=3, metric="cosine"),
+            ValueError,
+            "quantize.kmeans: minibatch must be None unless metric is 'l2', got 3",
+        ),
+        (
+            lambda: pv.quantize.kmeans_select(zeros(5, 2), [2, 3]),
+            ValueError,
+            "quantize.kmeans_select: k_range must have at least 3 numbers, got 2",
+        ),
+        (
+            lambda: pv.quantize.kmeans_select(zeros(5, 2), [2, 4, 3]),
+            ValueError,
+            "quantize.kmeans_select: k_range must ascend, got [2, 4, 3]",
+        ),
+        (
+            lambda: pv.quantize.kmeans_select(zeros(5, 2), [2, 3, 6]),
+            ValueError,
+            "quantize.kmeans_select: k_range must be at most the number of rows of x (5), got 6",
+        ),
+        (
+            lambda: pv.quantize.kmeans_select(zeros(5, 2), [1, 2], criterion="silhouette"),
+            ValueError,
+            "quantize.kmeans_select: k_range must start at 2 or above for 'silhouette', got 1",
+        ),
+        (
+            lambda: pv.quantize.kmeans_select(zeros(5, 2), [1, 2, 3], criterion="gap"),
+            ValueError,
+            "quantize.kmeans_select: criterion must be one of 'elbow', 'silhouette', got 'gap'",
         ),
         (
             lambda: pv.quantize.ProductQuantizer(10, 4),

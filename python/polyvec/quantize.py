@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from polyvec._clusters import KMeansSetsResult, kmeans_sets
 from polyvec._codes import RaBitQ, ScalarQuantizer
-from polyvec._kmeans import KMeansResult, kmeans
+from polyvec._kmeans import KMeansResult, KMeansSelection, kmeans, kmeans_select
 from polyvec._product_quantizer import PackedCodes, ProductQuantizer
 from polyvec._refined import CertifiedResult, Refined, RefinedCodes
 from polyvec._residual_quantizer import ResidualQuantizer
@@ -19,6 +19,7 @@ from polyvec._soft_assign import soft_assign_gradient as soft_assign_gradient
 __all__ = [
     "CertifiedResult",
     "KMeansResult",
+    "KMeansSelection",
     "KMeansSetsResult",
     "PackedCodes",
     "ProductQuantizer",
@@ -28,5 +29,6 @@ __all__ = [
     "ResidualQuantizer",
     "ScalarQuantizer",
     "kmeans",
+    "kmeans_select",
     "kmeans_sets",
 ]

@@ -45,6 +45,23 @@ def kmeans(x, centroids, iterations):
     return centroids, kmeans_step(x, centroids)[1]
 
 
+def kmeans_batches(batches, centroids):
+    """Return the centroids of mini-batch k-means (Sculley 2010, algorithm 1): each a running mean of its rows."""
+    centroids, counts = np.array(centroids, np.float64), np.zeros(len(centroids))
+    for batch in batches:
+        labels = losses(batch, centroids).argmin(1)
+        for x, label in zip(batch, labels, strict=True):
+            counts[label] += 1
+            centroids[label] += (x - centroids[label]) / counts[label]
+    return centroids
+
+
+def silhouette(x, centroids):
+    """Mean over rows of (b - a) / b: a, b the distances from the nearest and the next centroid."""
+    distances = np.sort(np.sqrt(losses(x, centroids)), 1)
+    return ((distances[:, 1] - distances[:, 0]) / distances[:, 1]).mean()
+
+
 def seeding_probabilities(x, k):
     """Return {rows drawn, in order: probability} of D^2 sampling of k rows."""
     gaps = losses(x, x)
