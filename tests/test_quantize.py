@@ -443,6 +443,120 @@ def test_more_codes_lose_less_and_a_fitted_rotation_less_still(rng):
     assert distortion(pv.quantize.ProductQuantizer(32, 8, rotation="opq").fit(x), x) < 0.8 * losses[2]
 
 
+# The score-aware loss
+
+
+def codes_and_labels(rng, pq, n):
+    labels = rng.integers(0, 1 << pq.bits, (n, pq.m))
+    return ref.pack(labels, pq.bits), labels
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("m", "dsub"), [(1, 1), (2, 3), (5, 8), (7, 17)])
+@pytest.mark.parametrize("weight", [0.0, 1.0, 30.0])
+def test_improved_codes_are_where_coordinate_descent_ends(rng, isa, bits, m, dsub, weight):
+    pq, x = quantizer(rng, m, dsub, bits), sample(rng, 37, m * dsub)
+    x[5] = 0  # no direction: as it was
+    codes, labels = codes_and_labels(rng, pq, 37)
+    _core.quantize_pq_improve(x, pq.codebooks, codes, weight, 1)
+    for _ in range(10):
+        labels[np.arange(37) != 5] = ref.improve(x, pq.codebooks, labels, weight)[np.arange(37) != 5]
+    loss, expected = (
+        ref.anisotropic_losses(x, decoded, weight) for decoded in (pq.decode(codes), ref.decode(labels, pq.codebooks))
+    )
+    size = (1 + weight) * (np.linalg.norm(x, axis=1) + np.sqrt((pq.codebooks**2).sum(-1).max(1).sum())) ** 2
+    # A near tie may send the descent elsewhere; all but a few rows agree.
+    assert (np.abs(loss - expected) <= 1e-5 * size).mean() >= 0.9
+    assert loss.sum() <= 1.02 * expected.sum() + 1e-5 * size.sum()
+    assert_exact(codes[5], ref.pack(labels, bits)[5])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_of_the_anisotropic_loss_lose_less_of_it_than_the_nearest(rng, isa, bits):
+    x = sample(rng, 600, 24)
+    pq = pv.quantize.ProductQuantizer(24, 6, bits=bits, loss="anisotropic", threshold=0.5).fit(x, max_iter=3)
+    weight = ref.anisotropic_weight(24, 0.5)
+    assert pq._weight == pytest.approx(weight)
+    nearest = ref.decode(ref.encode(x, pq.codebooks), pq.codebooks)
+    ours = pq.decode(pq.encode(x))
+    assert ref.anisotropic_losses(x, ours, weight).sum() < 0.95 * ref.anisotropic_losses(x, nearest, weight).sum()
+    assert ((x - ours) ** 2).sum() > ((x - nearest) ** 2).sum()
+    for i in (0, 7, 599):
+        assert_exact(pq.encode(x[i : i + 1]), pq.encode(x)[i : i + 1])
+    assert_exact(pq.encode(x, num_threads=2), pq.encode(x, num_threads=1))
+    plain = pv.quantize.ProductQuantizer(24, 6, bits=bits).fit(x, max_iter=3)
+    lost = [ref.anisotropic_losses(x, q.decode(q.encode(x)), weight).sum() for q in (pq, plain)]
+    assert lost[0] < 0.8 * lost[1]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_training_by_the_anisotropic_loss_never_raises_it(rng, bits):
+    x, weight = sample(rng, 700, 12), 9.0
+    pq = quantizer(rng, 4, 3, bits)
+    pieces, weights = pq._cut(x, None), weight / (np.float64(x) ** 2).sum(1)
+    codes = pq.encode(x)
+
+    def loss():
+        return ref.anisotropic_losses(x, pq.decode(codes), weight).sum()
+
+    losses = [loss()]
+    for _ in range(6):
+        _core.quantize_pq_improve(x, pq.codebooks, codes, weight, 1)
+        losses.append(loss())
+        labels = codes if bits == 8 else np.stack([codes & 15, codes >> 4], 2).reshape(700, -1)
+        _product_quantizer.move_codebooks(pieces, labels, weights, pq.codebooks)
+        losses.append(loss())
+    assert_reduction(np.maximum.accumulate(np.float32(losses[::-1])), losses[::-1], losses[0], length=1)
+    assert losses[-1] < 0.9 * losses[1]
+
+
+def test_a_codebook_moves_to_the_minimum(rng):
+    """No step away from it, of one codeword in one direction, lowers the loss."""
+    x, weight = sample(rng, 300, 6), 5.0
+    pq = quantizer(rng, 2, 3, 4)
+    labels = ref.encode(x, pq.codebooks)
+    before = pq.codebooks.copy()
+    _product_quantizer.move_codebooks(pq._cut(x, None), labels, weight / (np.float64(x) ** 2).sum(1), pq.codebooks)
+    assert (pq.codebooks != before).any()
+    books = np.float64(pq.codebooks)
+    least = ref.anisotropic_losses(x, ref.decode(labels, books), weight).sum()
+    for c in np.unique(labels[:, 1]):  # the last codebook: the first has moved since
+        for step in 1e-2 * np.concatenate([np.eye(3), -np.eye(3)]):
+            moved = books.copy()
+            moved[1, c] += step
+            assert ref.anisotropic_losses(x, ref.decode(labels, moved), weight).sum() > least
+
+
+def test_anisotropic_codes_of_glosses_find_as_many(data):
+    """At equal bytes: the share of the 10 best inner products among the first 10, of texts not fitted to."""
+    with lzma.open(data / "wordnet-glosses-minilm" / "vectors_i8.npy.xz") as file:
+        x = np.load(file)[::8].astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    queries, x = x[::60], np.delete(x, np.s_[::60], 0)
+    _, best = pv.scan.topk(queries, x, 10)
+    recalls = {}
+    for m in (48, 96):
+        for loss in ("squared", "anisotropic"):
+            pq = pv.quantize.ProductQuantizer(384, m, bits=4, loss=loss).fit(x)
+            _, ids = pq.search(queries, pq.encode(x), 10)
+            recalls[m, loss] = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(ids, best, strict=True)])
+        assert recalls[m, "anisotropic"] >= recalls[m, "squared"], recalls
+    assert recalls[48, "anisotropic"] >= recalls[48, "squared"] + 0.01, recalls
+
+
+def test_save_and_load_of_the_anisotropic_loss(rng, tmp_path):
+    x = sample(rng, 300, 8)
+    pq = pv.quantize.ProductQuantizer(8, 2, bits=4, loss="anisotropic", threshold=0.6).fit(x)
+    pq.save(tmp_path / "pq")
+    other = pv.quantize.ProductQuantizer.load(tmp_path / "pq")
+    text = "ProductQuantizer(8, 2, bits=4, metric='ip', rotation=None, loss='anisotropic', threshold=0.6, seed=0)"
+    assert repr(other) == repr(pq) == text
+    assert_exact(other.encode(x), pq.encode(x))
+    state = pq.state()
+    del state.params["loss"], state.params["threshold"]  # as a file of an earlier release
+    assert pv.quantize.ProductQuantizer.from_state(state).loss == "squared"
+
+
 def test_fit_to_a_sample(rng):
     x = sample(rng, 5000, 8)
     pq = pv.quantize.ProductQuantizer(8, 4, bits=4)
@@ -722,6 +836,21 @@ def fitted():
             lambda: pv.quantize.ProductQuantizer(8, 4, metric="cosine"),
             ValueError,
             f"{PQ}: metric must be one of 'ip', 'l2', got 'cosine'",
+        ),
+        (
+            lambda: pv.quantize.ProductQuantizer(8, 4, loss="l2"),
+            ValueError,
+            f"{PQ}: loss must be one of 'squared', 'anisotropic', got 'l2'",
+        ),
+        (
+            lambda: pv.quantize.ProductQuantizer(8, 4, loss="anisotropic", metric="l2"),
+            ValueError,
+            f"{PQ}: loss must be 'squared' unless metric is 'ip', got 'anisotropic'",
+        ),
+        (
+            lambda: pv.quantize.ProductQuantizer(8, 4, loss="anisotropic", threshold=1),
+            ValueError,
+            f"{PQ}: threshold must be in (0, 1), got 1",
         ),
         (
             lambda: pv.quantize.ProductQuantizer(8, 4).encode(zeros(1, 8)),

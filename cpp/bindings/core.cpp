@@ -10,6 +10,7 @@
 #include "polyvec/parallel.hpp"
 #include "quantize.hpp"
 #include "quantize_pq.hpp"
+#include "quantize_pq_loss.hpp"
 #include "quantize_rq.hpp"
 #include "run_op.hpp"
 #include "scan.hpp"
@@ -80,5 +81,6 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
     bind_clusters<Cpu>(m);
     bind_soft_assign<Cpu>(m);
     bind_quantize_pq<Cpu>(m);
+    bind_quantize_pq_loss<Cpu>(m);
     bind_quantize_rq<Cpu>(m);
 }

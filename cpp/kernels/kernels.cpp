@@ -17,6 +17,7 @@ extern const QuantizeKernels quantize_kernels;
 extern const CodesKernels codes_kernels;
 extern const SoftAssignKernels soft_assign_kernels;
 extern const PqKernels pq_kernels;
+extern const PqLossKernels pq_loss_kernels;
 extern const RqKernels rq_kernels;
 
 extern const Kernels table;
@@ -33,6 +34,7 @@ const Kernels table{
     .codes = &codes_kernels,
     .soft_assign = &soft_assign_kernels,
     .pq = &pq_kernels,
+    .pq_loss = &pq_loss_kernels,
     .rq = &rq_kernels,
 };
 

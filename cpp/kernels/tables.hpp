@@ -344,6 +344,21 @@ struct PqKernels {
     FloatScan scan_one, scan_many;
 };
 
+/// One vector and all codewords of its m subspaces, k of each. The loss of labels is the sum of their |u - c|^2, u the
+/// pieces of the vector x, and `weight` times <x, x - decoded>^2.
+struct PqLoss {
+    const float* products;  // (m, k): <u, c>
+    const float* squares;   // (m, k): |c|^2
+    std::size_t m, k;
+    float square, weight;  // |x|^2
+};
+
+struct PqLossKernels {
+    /// One pass of coordinate descent: replaces each label in turn by the one that is best beside the others, the first
+    /// of equals. Returns whether one changed.
+    bool (*improve)(const PqLoss&, std::uint8_t* labels) noexcept;
+};
+
 /// One vector's beam of sums of codewords, at the level to be added: k codewords, 16 or 256.
 struct RqBeam {
     /// <x, c> + offsets[c] for all codewords: pieces of `width` of them, `stride` floats from one to the next.
@@ -468,6 +483,7 @@ struct Kernels {
     const CodesKernels* codes;
     const SoftAssignKernels* soft_assign;
     const PqKernels* pq;
+    const PqLossKernels* pq_loss;
     const RqKernels* rq;
 };
 

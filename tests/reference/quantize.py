@@ -96,6 +96,31 @@ def pack(labels, bits):
     return (labels[:, ::2] | labels[:, 1::2] << 4).astype(np.uint8)
 
 
+def anisotropic_weight(dim, threshold):
+    """h - 1: what the part of an error along its vector counts beyond the rest."""
+    return max(0.0, (dim - 1) * threshold**2 / (1 - threshold**2) - 1)
+
+
+def anisotropic_losses(x, decoded, weight):
+    """(n,): |x - y|^2 + weight <x, x - y>^2 / |x|^2."""
+    x, error = np.asarray(x, np.float64), np.asarray(x, np.float64) - decoded
+    squares = (x * x).sum(1)
+    along = (x * error).sum(1) ** 2
+    return (error * error).sum(1) + weight * np.divide(along, squares, out=np.zeros_like(along), where=squares > 0)
+
+
+def improve(x, codebooks, labels, weight):
+    """Return labels (n, m) after one pass of coordinate descent on the anisotropic losses."""
+    labels = labels.copy()
+    for s in range(len(codebooks)):
+        losses = []
+        for c in range(codebooks.shape[1]):
+            labels[:, s] = c
+            losses.append(anisotropic_losses(x, decode(labels, codebooks), weight))
+        labels[:, s] = np.argmin(losses, 0)
+    return labels
+
+
 def _cut(x, codebooks):
     return np.asarray(x, np.float64).reshape(len(x), len(codebooks), codebooks.shape[-1]).transpose(1, 0, 2)
 

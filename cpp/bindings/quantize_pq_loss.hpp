@@ -1,0 +1,21 @@
+#pragma once
+
+#include "polyvec/quantize_pq_loss.hpp"
+#include "run_op.hpp"
+
+namespace polyvec {
+
+template <class Exec>
+void bind_quantize_pq_loss(py::module_& m) {
+    m.def(
+        "quantize_pq_improve",
+        [](const py::object& x, const py::object& codebooks, const py::object& codes, double weight,
+           std::intptr_t where) {
+            Args args = args_for<Exec>(PqImprove::op, where);
+            const Array a = args.in("x", x);
+            run_op<Exec>(PqImprove{a, args.in("codebooks", codebooks), args.out("codes", codes), weight}, where, a);
+        },
+        py::arg("x"), py::arg("codebooks"), py::arg("codes"), py::arg("weight"), py::arg("where"));
+}
+
+}  // namespace polyvec
