@@ -226,6 +226,7 @@ PUBLIC = {
         "kmeans",
         "kmeans_select",
         "kmeans_sets",
+        "vq_linear",
     ],
     "polyvec.retrieve": ["LinkPredictor", "MultiVectorIndex"],
     "polyvec.scan": ["hinge", "logsumexp", "nearest", "rank", "score_pairs", "topk"],
@@ -246,6 +247,7 @@ PUBLIC = {
         "score_pairs",
         "soft_assign",
         "vq_assign",
+        "vq_linear",
     ],
 }
 

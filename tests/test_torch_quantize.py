@@ -9,6 +9,7 @@ from reference import scan as ref
 from reference.soft_assign import soft_assign
 
 torch = pytest.importorskip("torch")
+functional = torch.nn.functional
 pvt = pytest.importorskip("polyvec.torch")
 
 
@@ -143,6 +144,51 @@ def test_torch_accepts_the_registration(tensor):
         for of in ((True, True), (False, True), (True, False)):
             fixed = x.detach(), codebooks.detach(), grad.detach()
             torch.library.opcheck(torch.ops.polyvec.soft_assign_gradient, (*fixed, 0.5, hard, *of))
+
+
+@pytest.fixture
+def compressed(rng):
+    """A layer of 21 outputs: codes of 8 bits and codebooks that require grad."""
+    codebooks = torch.from_numpy(rng.standard_normal((3, 256, 4)).astype(np.float32)).requires_grad_()
+    return torch.from_numpy(rng.integers(0, 256, (21, 3)).astype(np.uint8)), codebooks
+
+
+@pytest.mark.parametrize("shape", [(12,), (5, 12), (2, 3, 12), (0, 12)])
+def test_vq_linear_and_gradients_are_those_of_decoded_weights(tensor, compressed, shape):
+    codes, codebooks = compressed
+    x, bias, weights = tensor(*shape), tensor(21), tensor(*shape[:-1], 21).detach()
+
+    def decoded(x, codebooks, bias):
+        rows = torch.cat([codebooks[s][codes[:, s].long()] for s in range(3)], 1)
+        return functional.linear(x, rows, bias)
+
+    inputs = x, codebooks, bias
+    y = pvt.vq_linear(x, codes, codebooks, bias=bias)
+    torch.testing.assert_close(y, decoded(*inputs), rtol=1e-4, atol=1e-4)
+    ours, expected = (torch.autograd.grad((z * weights).sum(), inputs) for z in (y, decoded(*inputs)))
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    (only,) = torch.autograd.grad((pvt.vq_linear(x, codes, codebooks.detach()) * weights).sum(), x)
+    assert torch.equal(only, ours[0])
+    (only,) = torch.autograd.grad((pvt.vq_linear(x.detach(), codes, codebooks) * weights).sum(), codebooks)
+    assert torch.equal(only, ours[1])
+
+
+def test_vq_linear_is_a_proper_op_and_compiles(tensor, compressed):
+    codes, codebooks = compressed
+    x, grad = tensor(5, 12), tensor(5, 21).detach()
+    torch.library.opcheck(torch.ops.polyvec.vq_linear, (x, codes, codebooks))
+    for of in ((True, True), (False, True), (True, False)):
+        fixed = x.detach(), codes, codebooks.detach(), grad
+        torch.library.opcheck(torch.ops.polyvec.vq_linear_gradient, (*fixed, *of))
+
+    def loss(x, codebooks):
+        return pvt.vq_linear(x, codes, codebooks).sin().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(loss(x, codebooks), (x, codebooks))
+    torch.testing.assert_close(torch.autograd.grad(compiled(x, codebooks), (x, codebooks)), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pvt.vq_linear(x.bfloat16(), codes, codebooks).dtype == torch.float32
 
 
 def test_compile_keeps_the_ops_in_one_graph(tensor):

@@ -15,6 +15,7 @@
 #include "run_op.hpp"
 #include "scan.hpp"
 #include "soft_assign.hpp"
+#include "vq_linear.hpp"
 
 // The names that threadpoolctl looks up in this library.
 extern "C" {
@@ -83,4 +84,5 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
     bind_quantize_pq<Cpu>(m);
     bind_quantize_pq_loss<Cpu>(m);
     bind_quantize_rq<Cpu>(m);
+    bind_vq_linear<Cpu>(m);
 }

@@ -79,6 +79,7 @@ DIFFERENTIABLE = {
     "maxsim.pool": "pool",
     "maxsim.score": "maxsim",
     "maxsim.score_pairs": "maxsim_pairs",
+    "quantize.vq_linear": "vq_linear",
     "scan.nearest": "vq_assign",
     "scan.score_pairs": "score_pairs",
 }

@@ -377,3 +377,15 @@ def soft_assign_gradient(
     hard: bool,
     where: int,
 ) -> None: ...
+def vq_linear(
+    x: typing.Any, codes: typing.Any, codebooks: typing.Any, bias: typing.Any, out: typing.Any, where: int
+) -> None: ...
+def vq_linear_gradient(
+    x: typing.Any,
+    codes: typing.Any,
+    codebooks: typing.Any,
+    grad: typing.Any,
+    dx: typing.Any,
+    dcodebooks: typing.Any,
+    where: int,
+) -> None: ...

@@ -1,4 +1,4 @@
-"""Compression: k-means clustering, and codecs that turn vectors into a few bytes each.
+"""Compression: k-means clustering, codecs that turn vectors into a few bytes each, and products with their codes.
 
 A codec is fitted to a sample of vectors, encodes vectors into uint8 codes, decodes them, and searches codes without
 decoding them. Codes belong to the codec that made them; they are plain arrays and are kept, sliced and saved as such.
@@ -15,6 +15,8 @@ from polyvec._refined import CertifiedResult, Refined, RefinedCodes
 from polyvec._residual_quantizer import ResidualQuantizer
 from polyvec._soft_assign import soft_assign as soft_assign
 from polyvec._soft_assign import soft_assign_gradient as soft_assign_gradient
+from polyvec._vq_linear import vq_linear
+from polyvec._vq_linear import vq_linear_gradient as vq_linear_gradient
 
 __all__ = [
     "CertifiedResult",
@@ -31,4 +33,5 @@ __all__ = [
     "kmeans",
     "kmeans_select",
     "kmeans_sets",
+    "vq_linear",
 ]

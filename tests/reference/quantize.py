@@ -96,6 +96,12 @@ def pack(labels, bits):
     return (labels[:, ::2] | labels[:, 1::2] << 4).astype(np.uint8)
 
 
+def vq_linear(x, labels, codebooks):
+    """Products of x with the vectors that labels stand for, and the sums of absolute products behind them."""
+    weights = decode(labels, np.asarray(codebooks, np.float64))
+    return np.float64(x) @ weights.T, np.abs(np.float64(x)) @ np.abs(weights).T
+
+
 def anisotropic_weight(dim, threshold):
     """h - 1: what the part of an error along its vector counts beyond the rest."""
     return max(0.0, (dim - 1) * threshold**2 / (1 - threshold**2) - 1)

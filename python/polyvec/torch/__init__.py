@@ -2,17 +2,18 @@
 
 `product`, `normalize`, `relation_query`, `maxsim`, `maxsim_pairs`, `pool` and `score_pairs` are those of
 `polyvec.hypercomplex`, `polyvec.maxsim` and `polyvec.scan` on tensors that may require grad; `vq_assign` and
-`soft_assign` are learned quantisation. Each is a `torch.library` custom op, or torch code around one, which
-`torch.compile` keeps in its graph. Hypercomplex operations have gradients of any order, for each backward is written
-with the same ops: the gradient of a product is a product with another table. MaxSim and soft assignment have first
-derivatives, `score_pairs` first and second ones. Under autocast all of them run in float32. `VectorQuantizer`,
+`soft_assign` are learned quantisation, `vq_linear` is a layer of compressed weights. Each is a `torch.library` custom
+op, or torch code around one, which `torch.compile` keeps in its graph. Hypercomplex operations and `pool` have
+gradients of any order, for each backward is written with the same ops, or torch's: the gradient of a product is a
+product with another table. MaxSim, soft assignment and `vq_linear` have first derivatives, `score_pairs` first and
+second ones. Under autocast all of them run in float32. `VectorQuantizer`,
 `ResidualVectorQuantizer`, `MaxSimLoss` and `RelationScorer` are modules around them.
 """
 
 from polyvec.torch._hypercomplex import normalize, product, relation_query
 from polyvec.torch._maxsim import maxsim, maxsim_pairs, pool
 from polyvec.torch._modules import MaxSimLoss, RelationScorer, ResidualVectorQuantizer, VectorQuantizer
-from polyvec.torch._quantize import Assignment, CodebookUsage, codebook_usage, soft_assign, vq_assign
+from polyvec.torch._quantize import Assignment, CodebookUsage, codebook_usage, soft_assign, vq_assign, vq_linear
 from polyvec.torch._scan import score_pairs
 
 __all__ = [
@@ -32,4 +33,5 @@ __all__ = [
     "score_pairs",
     "soft_assign",
     "vq_assign",
+    "vq_linear",
 ]

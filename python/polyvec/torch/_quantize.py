@@ -220,6 +220,104 @@ def soft_assign(x: Tensor, codebooks: Tensor, *, temperature: float = 1.0, hard:
     return Assignment(quantized.view(x.shape), ids.view(*x.shape[:-1], codebooks.shape[0]))
 
 
+@custom_op(
+    "polyvec::vq_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor codes, Tensor codebooks) -> Tensor",
+)
+def _vq_linear(x: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
+    return quantize.vq_linear(x.detach(), codes, codebooks.detach())
+
+
+@_vq_linear.register_fake
+def _(x: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], codes.shape[0])
+
+
+@custom_op(
+    "polyvec::vq_linear_gradient",
+    mutates_args=(),
+    schema="(Tensor x, Tensor codes, Tensor codebooks, Tensor grad, bool of_x, bool of_codebooks) -> (Tensor, Tensor)",
+)
+def _vq_linear_gradient(
+    x: Tensor, codes: Tensor, codebooks: Tensor, grad: Tensor, of_x: bool, of_codebooks: bool
+) -> tuple[Tensor, Tensor]:
+    gradients = quantize.vq_linear_gradient(
+        x.detach(), codes, codebooks.detach(), grad.detach(), of_x=of_x, of_codebooks=of_codebooks
+    )
+    dx, dcodebooks = (x.new_empty(0) if g is None else g for g in gradients)  # an op returns tensors
+    return dx, dcodebooks
+
+
+@_vq_linear_gradient.register_fake
+def _(
+    x: Tensor, codes: Tensor, codebooks: Tensor, grad: Tensor, of_x: bool, of_codebooks: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape if of_x else 0), x.new_empty(codebooks.shape if of_codebooks else 0)
+
+
+def _save_vq_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _vq_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    of_x, _, of_codebooks = ctx.needs_input_grad
+    dx, dcodebooks = _vq_linear_gradient(*ctx.saved_tensors, grad, of_x, of_codebooks)
+    return dx if of_x else None, None, dcodebooks if of_codebooks else None
+
+
+_vq_linear.register_autograd(_vq_linear_backward, setup_context=_save_vq_linear)
+in_float32(_vq_linear, _vq_linear_gradient)
+
+
+def vq_linear(x: Tensor, codes: Tensor, codebooks: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """Multiply by compressed weights without decompressing them: `polyvec.quantize.vq_linear` with gradients.
+
+    Parameters
+    ----------
+    x : tensor of shape (..., d), float32
+    codes : tensor of shape (outputs, code_size), uint8
+        The rows of W, as `polyvec.quantize.ProductQuantizer.encode` writes them.
+    codebooks : tensor of shape (m, 256 or 16, d / m), float32
+    bias : tensor of shape (outputs,), optional
+
+    Returns
+    -------
+    tensor of shape (..., outputs), float32
+        x @ W.T + bias.
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit.
+    TypeError
+        Not tensors, or other dtypes.
+
+    Notes
+    -----
+    Codes are fixed; x, codebooks and bias have gradients: fine-tuning of a compressed layer. With g_c the sum of the
+    gradients of the outputs whose code has codeword c in a subspace, dx = sum_c g_c c and dc = g_c x: n m outputs
+    additions and 4 n k d flops for both, in a fixed order: the same bits for any number of threads. First derivatives
+    only. CPU only. Runs in float32 under autocast.
+
+    Examples
+    --------
+    >>> import torch, polyvec.torch as pvt
+    >>> codebooks = torch.arange(32.0).view(1, 16, 2).requires_grad_()
+    >>> y = pvt.vq_linear(torch.tensor([[1.0, 10.0]]), torch.tensor([[0], [3]], dtype=torch.uint8), codebooks)
+    >>> y.sum().backward()
+    >>> y.tolist(), codebooks.grad[0, 3].tolist()
+    ([[10.0, 76.0]], [1.0, 10.0])
+    """
+    op = "torch.vq_linear"
+    require_tensors(op, x=x, codes=codes, codebooks=codebooks)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: x must have shape (..., d), got ()")
+    y = _vq_linear(x.flatten(0, -2) if x.dim() > 1 else x[None], codes, codebooks)
+    y = y.view(*x.shape[:-1], codes.shape[0])
+    return y if bias is None else y + widened(bias)
+
+
 class CodebookUsage(NamedTuple):
     """How much of a codebook is in use; a tuple with names.
 

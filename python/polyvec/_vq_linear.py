@@ -1,0 +1,101 @@
+"""Products with weights that are product codes, public as polyvec.quantize.vq_linear and polyvec.torch.vq_linear."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polyvec import _backend
+from polyvec._arrays import ArrayT, as_array, empty, output, require_cpu
+
+
+def vq_linear(
+    x: ArrayT,
+    codes: Any,
+    codebooks: Any,
+    *,
+    bias: Any = None,
+    out: ArrayT | None = None,
+    num_threads: int | None = None,
+) -> ArrayT:
+    """Multiply by compressed weights without decompressing them: x @ W.T + bias, where codes stand for the rows of W.
+
+    Parameters
+    ----------
+    x : array of shape (n, d), float32
+    codes : array of shape (outputs, code_size), uint8
+        The rows of W as `ProductQuantizer.encode` writes them, of a quantizer without rotation.
+    codebooks : array of shape (m, 256 or 16, d / m), float32
+        Its `codebooks`; 16 codewords are codes of 4 bits.
+    bias : array of shape (outputs,), float32, optional
+    out : array of shape (n, outputs), float32, optional
+    num_threads : int, optional
+        CPU threads; the process setting when None. The result does not depend on it.
+
+    Returns
+    -------
+    array of shape (n, outputs), float32, x's library and device
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit.
+    TypeError
+        Other dtypes.
+
+    Notes
+    -----
+    Each input becomes tables of its pieces' products with all codewords (2 k d flops), and an output is the sum of m
+    entries. It reads m bytes of codes (4 bits: m / 2) for d weights of 4 bytes. For a few inputs, whose product with W
+    waits for memory, that is faster than the product with decoded weights, the more so the longer the pieces; its time
+    grows with n, so that for dozens of inputs decoding and a matrix product are faster.
+
+    References
+    ----------
+    Jegou, Douze and Schmid (2011): Product quantization for nearest neighbor search, section III.A (sums of tables).
+
+    Examples
+    --------
+    >>> import numpy as np, polyvec as pv
+    >>> weights = np.random.default_rng(0).standard_normal((500, 32), np.float32)
+    >>> pq = pv.quantize.ProductQuantizer(32, 8).fit(weights)
+    >>> codes, x = pq.encode(weights), np.ones((2, 32), np.float32)
+    >>> y = pv.quantize.vq_linear(x, codes, pq.codebooks)
+    >>> y.shape, bool(np.allclose(y, x @ pq.decode(codes).T, atol=1e-4))
+    ((2, 500), True)
+    """
+    op = "quantize.vq_linear"
+    x, codes, codebooks = _inputs(op, x, codes, codebooks)
+    if bias is not None:
+        bias = as_array(op, "bias", bias, ndim=1)
+    out = output(op, out, x, (int(x.shape[0]), int(codes.shape[0])), "float32")
+    _backend.run(op, "vq_linear", x, x, codes, codebooks, bias, out, num_threads=num_threads)
+    return out
+
+
+def vq_linear_gradient(
+    x: Any,
+    codes: Any,
+    codebooks: Any,
+    grad: Any,
+    *,
+    of_x: bool,
+    of_codebooks: bool,
+    num_threads: int | None = None,
+) -> tuple[Any, Any]:
+    """Return the gradients of `vq_linear` for x and for the codebooks; None where it is not asked for."""
+    op = "quantize.vq_linear_gradient"
+    x, codes, codebooks = _inputs(op, x, codes, codebooks)
+    grad = as_array(op, "grad", grad, ndim=2)
+    dx, dcodebooks = (
+        empty(like, tuple(like.shape), "float32") if wanted else None
+        for like, wanted in ((x, of_x), (codebooks, of_codebooks))
+    )
+    _backend.run(op, "vq_linear_gradient", x, x, codes, codebooks, grad, dx, dcodebooks, num_threads=num_threads)
+    return dx, dcodebooks
+
+
+def _inputs(op: str, x: Any, codes: Any, codebooks: Any) -> tuple[Any, Any, Any]:
+    x = as_array(op, "x", x, ndim=2)
+    require_cpu(op, "x", x)
+    codes = as_array(op, "codes", codes, dtypes=("uint8",), ndim=2)
+    return x, codes, as_array(op, "codebooks", codebooks, ndim=3)
