@@ -11,7 +11,7 @@
 namespace polyvec {
 namespace {
 
-constexpr std::int64_t group_bytes = 16;     // of a code that are looked up together: their tables stay in the cache
+constexpr std::int64_t group_bytes = 64;     // of a code that are looked up together: their tables stay in the cache
 constexpr std::int64_t rows_at_once = 256;   // codes whose bytes stay in the cache from group to group
 constexpr std::int64_t inputs_at_once = 16;  // rows of x that share a pass over the codes
 
