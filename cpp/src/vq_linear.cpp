@@ -11,9 +11,9 @@
 namespace polyvec {
 namespace {
 
-constexpr std::int64_t group_bytes = 64;     // of a code that are looked up together: their tables stay in the cache
-constexpr std::int64_t rows_at_once = 256;   // codes whose bytes stay in the cache from group to group
-constexpr std::int64_t inputs_at_once = 16;  // rows of x that share a pass over the codes
+constexpr std::int64_t group_bytes = 64;    // of a code that are looked up together: their tables stay in the cache
+constexpr std::int64_t rows_at_once = 256;  // codes whose bytes stay in the cache from group to group
+constexpr std::int64_t inputs_at_once = 4;  // rows of x that share a pass over the codes
 
 /// The shapes of a layer.
 struct Layer {
@@ -44,18 +44,21 @@ int label(const std::uint8_t* code, std::int64_t s, bool nibbles) {
     return nibbles ? code[s / 2] >> (s % 2 * 4) & 15 : code[s];
 }
 
-/// The tables of `count` inputs from `first` on: what each codeword adds to a product.
-void build_tables(const VqLinear& op, const Layer& layer, std::int64_t first, std::int64_t count, float* tables,
-                  int num_threads) {
-    parallel_for(layer.groups, 1, num_threads, [&](std::int64_t g, std::int64_t, int) {
-        const auto [begin, end] = layer.subspaces(g);
-        std::vector<std::int32_t> subspaces(end - begin);
-        std::iota(subspaces.begin(), subspaces.end(), static_cast<std::int32_t>(begin));
-        kernels().pq->entries({op.x.as<const float>() + first * layer.m * layer.dsub, static_cast<std::size_t>(count),
-                               op.codebooks.as<const float>(), static_cast<std::size_t>(layer.m),
-                               static_cast<std::size_t>(layer.k), static_cast<std::size_t>(layer.dsub), false,
-                               subspaces.data(), subspaces.size(), static_cast<std::size_t>(layer.stride())},
-                              tables);
+/// Writes what the codewords of group g add to a product, for `count` inputs from `first` on.
+void build_tables(const VqLinear& op, const Layer& layer, std::int64_t g, std::int64_t first, std::int64_t count,
+                  float* tables, int num_threads) {
+    constexpr std::int64_t at_once = 16;
+    const auto [begin, end] = layer.subspaces(g);
+    const std::int64_t first_subspace = begin;
+    parallel_for(end - begin, at_once, num_threads, [&](std::int64_t from, std::int64_t to, int) {
+        std::int32_t subspaces[at_once];
+        std::iota(subspaces, subspaces + (to - from), static_cast<std::int32_t>(first_subspace + from));
+        kernels().pq->entries(
+            {op.x.as<const float>() + first * layer.m * layer.dsub, static_cast<std::size_t>(count),
+             op.codebooks.as<const float>(), static_cast<std::size_t>(layer.m), static_cast<std::size_t>(layer.k),
+             static_cast<std::size_t>(layer.dsub), false, subspaces, static_cast<std::size_t>(to - from),
+             static_cast<std::size_t>(layer.stride())},
+            tables);
     });
 }
 
@@ -74,29 +77,32 @@ void run(const VqLinear& op, Cpu cpu) {
     std::iota(all_steps.begin(), all_steps.end(), 0);
     for (std::int64_t first = 0; first < op.x.dim(0); first += inputs_at_once) {
         const std::int64_t count = std::min(inputs_at_once, op.x.dim(0) - first);
-        build_tables(op, layer, first, count, tables.get(), cpu.num_threads);
-        parallel_for(layer.outputs, rows_at_once, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
-            float part[rows_at_once];
-            const auto* codes = op.codes.as<const std::uint8_t>() + begin * layer.code_size;
-            for (std::int64_t i = 0; i < count; ++i) {
-                float* out = op.out.as<float>() + (first + i) * layer.outputs + begin;
-                if (op.bias) {
-                    std::copy_n(op.bias.as<const float>() + begin, end - begin, out);
-                } else {
-                    std::fill_n(out, end - begin, 0.0f);
-                }
-                for (std::int64_t step = 0; step < steps; step += steps_of_group) {
-                    const PqScores scores{codes,
+        for (std::int64_t i = 0; i < count; ++i) {
+            float* out = op.out.as<float>() + (first + i) * layer.outputs;
+            if (op.bias) {
+                std::copy_n(op.bias.as<const float>(), layer.outputs, out);
+            } else {
+                std::fill_n(out, layer.outputs, 0.0f);
+            }
+        }
+        for (std::int64_t g = 0; g < layer.groups; ++g) {
+            build_tables(op, layer, g, first, count, tables.get(), cpu.num_threads);
+            const std::int64_t step = g * steps_of_group;
+            parallel_for(layer.outputs, rows_at_once, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+                float part[rows_at_once];
+                for (std::int64_t i = 0; i < count; ++i) {
+                    const PqScores scores{op.codes.as<const std::uint8_t>() + begin * layer.code_size,
                                           static_cast<std::size_t>(layer.code_size),
                                           1,
                                           tables.get() + i * layer.stride(),
                                           all_steps.data() + step,
                                           static_cast<std::size_t>(std::min(steps_of_group, steps - step))};
                     score(scores, ids.data(), static_cast<std::size_t>(end - begin), part);
+                    float* out = op.out.as<float>() + (first + i) * layer.outputs + begin;
                     for (std::int64_t o = 0; o < end - begin; ++o) out[o] += part[o];
                 }
-            }
-        });
+            });
+        }
     }
 }
 

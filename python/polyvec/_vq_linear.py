@@ -45,9 +45,9 @@ def vq_linear(
     Notes
     -----
     Each input becomes tables of its pieces' products with all codewords (2 k d flops), and an output is the sum of m
-    entries. It reads m bytes of codes (4 bits: m / 2) for d weights of 4 bytes. For a few inputs, whose product with W
-    waits for memory, that is faster than the product with decoded weights, the more so the longer the pieces; its time
-    grows with n, so that for dozens of inputs decoding and a matrix product are faster.
+    entries. It reads m bytes of codes (4 bits: m / 2) for d weights of 4 bytes, but its time grows with n: it is many
+    times faster than to decode W for one input, and still for 16; beside W kept in full, for a few inputs only, where
+    pieces are long (16 and more) or codes have 4 bits.
 
     References
     ----------
