@@ -30,7 +30,7 @@ class ResidualQuantizer:
     `fit` finds the 2^bits codewords of a level by k-means on the residuals of the levels before. `encode` looks for the
     best sum with a beam: the `beam` best sums of the first levels are extended by all codewords of the next. A code
     takes m bytes, or m / 2 with 4 bits, and 3 bytes more with metric "l2". At equal bytes it loses less than
-    `ProductQuantizer`, takes longer to encode, and is searched as fast.
+    `ProductQuantizer`, takes longer to encode, and is searched about as fast.
 
     Parameters
     ----------
