@@ -168,13 +168,16 @@ __global__ void query_gradient_kernel(const __grid_constant__ Matches<T> m, T* g
                 at = m.docs.offsets[doc] + row;
                 weight = m.weights[m.all ? query * m.n_docs + doc : query];
             }
-            for (unsigned left = __ballot_sync(whole_warp, row >= 0); left; left &= left - 1) {
-                const int from = __ffs(static_cast<int>(left)) - 1;
+            // All lanes' documents, those that matched nothing as well, so that several tokens are read at once.
+#pragma unroll 8
+            for (int from = 0; from < 32; ++from) {
+                const bool matched = __shfl_sync(whole_warp, row, from) >= 0;
                 const T* token = m.docs.tokens + __shfl_sync(whole_warp, at, from) * m.d;
                 const SumOfTokens<T> by = __shfl_sync(whole_warp, weight, from);
                 for (int c = 0; c < columns_per_lane; ++c) {
                     const std::int64_t column = first + c * 32 + lane;
-                    if (column < m.d) sums[c] = fma(by, static_cast<SumOfTokens<T>>(value_of(token[column])), sums[c]);
+                    if (matched && column < m.d)
+                        sums[c] = fma(by, static_cast<SumOfTokens<T>>(value_of(token[column])), sums[c]);
                 }
             }
         }
@@ -200,16 +203,30 @@ __global__ void doc_gradient_kernel(const __grid_constant__ Matches<T> m, const 
     for (std::int64_t first = std::int64_t(blockIdx.y) * 32 * columns_per_lane; first < m.d;
          first += std::int64_t(gridDim.y) * 32 * columns_per_lane) {
         SumOfTokens<T> sums[columns_per_lane] = {};
-        for (std::int64_t base = begin; base < end; base += 32) {
-            const std::int64_t i = base + lane;
-            for (unsigned left = __ballot_sync(whole_warp, i < end && found[i] == row); left; left &= left - 1) {
-                const std::int64_t token = base + __ffs(static_cast<int>(left)) - 1;
-                const SumOfTokens<T> by = m.weights[m.all ? sets[token] * m.n_docs + doc : doc];
-                for (int c = 0; c < columns_per_lane; ++c) {
-                    const std::int64_t column = first + c * 32 + lane;
-                    if (column < m.d)
-                        sums[c] = fma(by, static_cast<SumOfTokens<T>>(value_of(m.queries.tokens[token * m.d + column])),
-                                      sums[c]);
+        constexpr int at_once = 4;  // few of the rows are this one: reading them is what takes time
+        for (std::int64_t base = begin; base < end; base += 32 * at_once) {
+            bool here[at_once];
+#pragma unroll
+            for (int u = 0; u < at_once; ++u) {
+                const std::int64_t i = base + u * 32 + lane;
+                here[u] = i < end && found[i] == row;
+            }
+#pragma unroll
+            for (int u = 0; u < at_once; ++u) {
+                unsigned left = __ballot_sync(whole_warp, here[u]);
+                if (left == 0) continue;
+                const std::int64_t i = base + u * 32 + lane;
+                SumOfTokens<T> weight = 0;
+                if (here[u]) weight = m.weights[m.all ? sets[i] * m.n_docs + doc : doc];
+                for (; left; left &= left - 1) {
+                    const int from = __ffs(static_cast<int>(left)) - 1;
+                    const T* token = m.queries.tokens + (base + u * 32 + from) * m.d;
+                    const SumOfTokens<T> by = __shfl_sync(whole_warp, weight, from);
+                    for (int c = 0; c < columns_per_lane; ++c) {
+                        const std::int64_t column = first + c * 32 + lane;
+                        if (column < m.d)
+                            sums[c] = fma(by, static_cast<SumOfTokens<T>>(value_of(token[column])), sums[c]);
+                    }
                 }
             }
         }
@@ -375,7 +392,7 @@ bool score_by_streams(const Scores& call) {
 
         // A block keeps its query and goes on to further documents; few documents are shared by the warps of a block.
         const std::int64_t blocks = 4 * attribute_of(op, cuda, cudaDevAttrMultiProcessorCount);
-        const bool split = n * columns < 16 * blocks * streams::warps;
+        const bool split = n * columns < 8 * blocks;
         const std::int64_t needed = split ? columns : (columns + streams::warps - 1) / streams::warps;
         const dim3 grid = blocks_for(std::clamp<std::int64_t>((4 * blocks + n - 1) / n, 1, needed), 1, n);
         const auto score = [&](auto* kernel) {

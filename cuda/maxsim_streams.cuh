@@ -27,7 +27,7 @@ constexpr int columns = 8;        // document tokens of a product
 constexpr int tiles = 4;          // products of a warp side by side
 constexpr int fragment_rows = 2;  // products one below the other: rows / 16
 constexpr int fragments_per_chunk = 2 * fragment_rows * 32;
-constexpr int step_chunks = 4;  // chunks of a step: 256 bytes of a row
+constexpr int step_chunks = 4;  // chunks of a step: 256 bytes of a row, or more groups whose rows have fewer
 constexpr int stages = 3;       // steps that shared memory holds for each warp
 template <class Tokens>
 constexpr int ring_bytes =
@@ -250,6 +250,7 @@ public:
           documents_(documents),
           passes_(passes),
           chunks_(chunks),
+          parts_(chunks <= 2 ? step_chunks / max(chunks, 1) : 1),
           first_(first * group),
           step_(step * group),
           ring_(reinterpret_cast<Raw*>(ring) + threadIdx.x % 32) {
@@ -258,23 +259,28 @@ public:
         for (int i = 0; i < stages - 1; ++i) copy();
     }
 
-    /// Waits for the next step: the place of this lane's share of its chunks.
-    __device__ const Raw* begin_step() {
-        wait_for_copies<stages - 2>();
-        const Raw* step = ring_ + taken_ * step_chunks * tiles * 32;
-        taken_ = (taken_ + 1) % stages;
-        return step;
+    /// This lane's share of the next chunk.
+    __device__ void take(Raw (&raw)[tiles]) {
+        if (left_ == 0) {
+            wait_for_copies<stages - 2>();
+            at_ = ring_ + taken_ * step_chunks * tiles * 32;
+            taken_ = (taken_ + 1) % stages;
+            left_ = chunks_ <= 2 ? parts_ * chunks_ : min(step_chunks, left_of_row_ > 0 ? left_of_row_ : chunks_);
+            if (chunks_ > 2) left_of_row_ = (left_of_row_ > 0 ? left_of_row_ : chunks_) - left_;
+        }
+#pragma unroll
+        for (int i = 0; i < tiles; ++i) raw[i] = at_[i * 32];
+        at_ += tiles * 32;
+        if (--left_ == 0) copy();
     }
-    /// After the last share has been read.
-    __device__ void end_step() { copy(); }
 
 private:
     __device__ void copy() {
-        if (documents_.exists()) {
-            const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
+        const int lane = static_cast<int>(threadIdx.x % 32), g = lane / 4, t = lane % 4;
+        Raw* to = ring_ + copied_ * step_chunks * tiles * 32;
+        for (int part = 0; part < parts_ && documents_.exists(); ++part) {
             const int count = min(step_chunks, chunks_ - chunk_);
             const unsigned char* rows = docs_.tokens + documents_.begin * docs_.row_bytes;
-            Raw* to = ring_ + copied_ * step_chunks * tiles * 32;
 #pragma unroll
             for (int i = 0; i < tiles; ++i) {
                 const int token = min(from_ + i * columns + g, documents_.n - 1);
@@ -287,6 +293,7 @@ private:
                     copy_async<sizeof(Raw)>(shared_address(to + (c * tiles + i) * 32), row + (inside ? at : 0), inside);
                 }
             }
+            to += count * tiles * 32;
             advance();
         }
         copied_ = (copied_ + 1) % stages;
@@ -311,9 +318,11 @@ private:
 
     const Docs& docs_;
     Documents documents_;
-    int passes_, chunks_, first_, step_;
+    int passes_, chunks_, parts_, first_, step_;
     Raw* ring_;
+    const Raw* at_ = nullptr;
     int from_, chunk_ = 0, pass_ = 0, copied_ = 0, taken_ = 0;
+    int left_ = 0, left_of_row_ = 0;  // chunks of the step, of the row's further steps
 };
 
 /// Where copies cannot take the rows.
@@ -363,15 +372,10 @@ __device__ void maxima_of(const Docs& docs, const typename Tokens::Table& table,
                 }
         }
         if constexpr (Tokens::scaled) read_ahead(from + step * group);
-        [[maybe_unused]] const typename Tokens::Raw* step_at = nullptr;
         for (int chunk = 0; chunk < chunks; ++chunk) {
             typename Tokens::Raw raw[tiles];
             if constexpr (Tokens::copied) {
-                const int c = chunk % step_chunks;
-                if (c == 0) step_at = source.begin_step();
-#pragma unroll
-                for (int i = 0; i < tiles; ++i) raw[i] = step_at[(c * tiles + i) * 32];
-                if (c == step_chunks - 1 || chunk == chunks - 1) source.end_step();
+                source.take(raw);
             } else {
                 for (int i = 0; i < tiles; ++i) {
                     const std::int64_t token = begin + min(from + i * columns + g, n - 1);

@@ -37,14 +37,24 @@ def _root(x: Any) -> str:
     return type(x).__module__.partition(".")[0]
 
 
+@cache  # a call asks a dozen times
+def _is_array_type(kind: type) -> bool:
+    return hasattr(kind, "__dlpack__")
+
+
+@cache
+def _is_torch_type(kind: type) -> bool:
+    return hasattr(kind, "requires_grad") and hasattr(kind, "data_ptr")
+
+
 def is_array(x: Any) -> bool:
     """Whether `x` is an array rather than a list or a number."""
-    return isinstance(x, np.ndarray) or hasattr(x, "__dlpack__")
+    return _is_array_type(type(x))  # type: ignore[arg-type]
 
 
 def is_torch(x: Any) -> bool:
     """Whether `x` is a torch tensor; never imports torch."""
-    return hasattr(x, "requires_grad") and hasattr(x, "data_ptr")
+    return _is_torch_type(type(x))  # type: ignore[arg-type]
 
 
 def dtype_name(x: Any) -> str:
@@ -62,7 +72,7 @@ def device_name(x: Any) -> str:
     if isinstance(x, np.ndarray):
         return "cpu"
     if is_torch(x):
-        return str(x.device.type)
+        return x.device.type  # type: ignore[no-any-return]
     kind, _ = x.__dlpack_device__()
     return {1: "cpu", 2: "cuda", 3: "cpu", 13: "cuda"}.get(int(kind), f"device type {int(kind)}")
 
@@ -190,7 +200,7 @@ def native(x: Any) -> Any:
     if isinstance(x, np.ndarray):
         return x
     if is_torch(x):
-        return x.resolve_neg()  # z.conj().imag is a view with a lazy minus, which DLPack does not export
+        return x.resolve_neg() if x.is_neg() else x  # z.conj().imag has a lazy minus, which DLPack does not export
     return np.from_dlpack(x) if device_name(x) == "cpu" and dtype_name(x) != "bfloat16" else x
 
 

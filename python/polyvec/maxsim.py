@@ -94,7 +94,8 @@ def _queries_and_docs(
         sets = _float_sets(op, "queries", queries, masks[0], ("float32",) if packed else _FLOATS)
     if not packed:
         like = _float_sets(op, "docs", docs, masks[1], (dtype_name(sets.values),), sets.dim, like="queries")
-        as_array(op, "docs", like.values, dtypes=(dtype_name(sets.values),))
+        if dtype_name(like.values) != dtype_name(sets.values):
+            as_array(op, "docs", like.values, dtypes=(dtype_name(sets.values),))  # says so
         return sets, (like.values, like.placed_offsets, None, None, None, None), like.offsets
     if docs.dim != sets.dim:
         raise ValueError(f"{op}: docs must have the same d as queries ({sets.dim}), got {docs.dim}")
