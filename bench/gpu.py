@@ -205,6 +205,98 @@ def fde_cases(docs, t=180):
     )
 
 
+def eager_maxsim(queries, docs, at_once=1 << 28):
+    """Scores of padded token sets (nq, tq, D), (nd, td, D), as users of torch write them: some documents at a time."""
+    step = max(1, at_once // (queries.shape[0] * queries.shape[1] * docs.shape[1]))
+    some = [torch.einsum("qid,njd->qnij", queries, x).amax(-1).sum(-1, dtype=torch.float32) for x in docs.split(step)]
+    return torch.cat(some, 1)
+
+
+def maxsim_cases(docs):
+    """Documents of 180 tokens in bfloat16: one query against `docs` of them, and all pairs of 512."""
+    step, many = 1 << 16, {"compiled": False, "tolerance": {"rtol": 2e-2, "atol": 0.1}}
+    query = torch.randn(1, 32, D, device=DEVICE).bfloat16() / 8
+    tokens = torch.empty(docs, 180, D, device=DEVICE, dtype=torch.bfloat16)
+    for some in tokens.split(step):
+        some.copy_(torch.randn(some.shape, device=DEVICE) / 8)
+    for n in (docs, 10_000, 1_000):
+        sets = pv.Ragged.from_padded(query), pv.Ragged.from_padded(tokens[:n])
+        yield Case(
+            f"maxsim.score, 32 tokens, {n:,} documents of 180 bfloat16",
+            tokens[:n].nbytes,
+            lambda sets=sets: pv.maxsim.score(*sets),
+            eager_maxsim,
+            (query, tokens[:n]),
+            **many,
+        )
+    sets = pv.Ragged.from_padded(query), pv.Ragged.from_padded(tokens)
+    yield Case(
+        f"maxsim.topk, the same {docs:,}, k = 10",
+        tokens.nbytes,
+        lambda: pv.maxsim.topk(*sets, 10)[0],
+        lambda query, tokens: eager_maxsim(query, tokens).topk(10).values,
+        (query, tokens),
+        **many,
+    )
+    ends = torch.randint(1, docs * 180, (docs - 1,)).sort().values  # as many tokens in documents of any length
+    offsets = torch.cat([torch.zeros(1, dtype=torch.long), ends, torch.tensor([docs * 180])])
+    ragged = pv.Ragged(tokens.view(-1, D), offsets)
+    longest = int(ragged.lengths.argmax())
+    yield Case(
+        f"maxsim.score, the same tokens in {docs:,} documents of random lengths",
+        tokens.nbytes,
+        lambda: pv.maxsim.score(sets[0], ragged)[:, longest : longest + 1],
+        lambda query, doc: eager_maxsim(query, doc),  # of one document: torch has no form for all
+        (query, ragged[longest][None]),
+        **many,
+    )
+    queries = torch.randn(512, 32, D, device=DEVICE).bfloat16() / 8
+    pairs = pv.Ragged.from_padded(queries), pv.Ragged.from_padded(tokens[:512])
+    yield Case(
+        "maxsim.score, 512 queries of 32, 512 documents of 180 bfloat16",
+        2 * 512 * 32 * 512 * 180 * D,
+        lambda: pv.maxsim.score(*pairs),
+        eager_maxsim,
+        (queries, tokens[:512]),
+        unit="TFLOP/s",
+        **many,
+    )
+
+
+def residual_case(docs, centroids=8192):
+    """One query against documents of 180 tokens as 4-bit residual codes."""
+    n = docs * 180
+    codes = torch.randint(0, 256, (n, D // 2), device=DEVICE, dtype=torch.uint8)
+    ids = torch.randint(centroids, (n,), device=DEVICE, dtype=torch.int32)
+    means, weights = torch.randn(centroids, D, device=DEVICE) / 8, torch.randn(16, device=DEVICE).sort().values / 50
+    scales = torch.rand(n, device=DEVICE) + 0.5
+    sets = pv.Ragged(codes, torch.arange(docs + 1) * 180)
+    parts = {"scales": scales, "centroid_ids": ids, "centroids": means, "bucket_weights": weights}
+    packed = pv.maxsim.PackedTokens(sets, "residual4", D, **parts)
+    query = torch.randn(1, 32, D, device=DEVICE) / 8
+    queries = pv.Ragged.from_padded(query)
+    reverse = torch.tensor([int(f"{code:04b}"[::-1], 2) for code in range(16)], device=DEVICE)
+
+    def decoded(query, codes):
+        some = []
+        for first in range(0, docs, 10_000):
+            rows = slice(first * 180, (first + 10_000) * 180)
+            both = torch.stack([codes[rows] >> 4, codes[rows] & 15], -1).flatten(1).long()
+            tokens = (means[ids[rows].long()] + weights[reverse[both]]) * scales[rows, None]
+            some.append(eager_maxsim(query, tokens.view(-1, 180, D)))
+        return torch.cat(some, 1)
+
+    yield Case(
+        f"maxsim.score, 32 tokens, {docs:,} documents of 180, residual4",
+        n * (D // 2 + 8),
+        lambda: pv.maxsim.score(queries, packed),
+        decoded,
+        (query, codes),
+        compiled=False,
+        tolerance={"rtol": 2e-2, "atol": 0.2},
+    )
+
+
 FLOPS = {"unit": "TFLOP/s", "compiled": False}
 
 
@@ -355,6 +447,8 @@ def main():
         one_query_cases(items),
         float_cases(items),
         fde_cases(20_000),
+        maxsim_cases(min(1_000_000, free // 2 // (180 * D * 2))),
+        residual_case(1_000_000),
     ):
         lines += [row(case, ceilings) for case in some]
     path = arguments.out / f"{gpu.replace(' ', '-')}.md"

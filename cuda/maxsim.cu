@@ -168,16 +168,13 @@ __global__ void query_gradient_kernel(const __grid_constant__ Matches<T> m, T* g
                 at = m.docs.offsets[doc] + row;
                 weight = m.weights[m.all ? query * m.n_docs + doc : query];
             }
-            // All lanes' documents, those that matched nothing as well, so that several tokens are read at once.
-#pragma unroll 8
-            for (int from = 0; from < 32; ++from) {
-                const bool matched = __shfl_sync(whole_warp, row, from) >= 0;
+            for (unsigned left = __ballot_sync(whole_warp, row >= 0); left; left &= left - 1) {
+                const int from = __ffs(static_cast<int>(left)) - 1;
                 const T* token = m.docs.tokens + __shfl_sync(whole_warp, at, from) * m.d;
                 const SumOfTokens<T> by = __shfl_sync(whole_warp, weight, from);
                 for (int c = 0; c < columns_per_lane; ++c) {
                     const std::int64_t column = first + c * 32 + lane;
-                    if (matched && column < m.d)
-                        sums[c] = fma(by, static_cast<SumOfTokens<T>>(value_of(token[column])), sums[c]);
+                    if (column < m.d) sums[c] = fma(by, static_cast<SumOfTokens<T>>(value_of(token[column])), sums[c]);
                 }
             }
         }

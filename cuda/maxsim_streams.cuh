@@ -27,11 +27,16 @@ constexpr int columns = 8;        // document tokens of a product
 constexpr int tiles = 4;          // products of a warp side by side
 constexpr int fragment_rows = 2;  // products one below the other: rows / 16
 constexpr int fragments_per_chunk = 2 * fragment_rows * 32;
-constexpr int step_chunks = 4;  // chunks of a step: 256 bytes of a row, or more groups whose rows have fewer
-constexpr int stages = 3;       // steps that shared memory holds for each warp
+
+/// Chunks of a step, and steps that shared memory holds for each warp. Floats are asked for 256 bytes of a row at once;
+/// bytes and codes, which take more arithmetic a byte, leave room for more warps.
+template <class Tokens>
+constexpr int step_chunks = Tokens::words == Words::s8 ? 1 : 4;
+template <class Tokens>
+constexpr int stages = Tokens::words == Words::s8 ? 4 : 3;
 template <class Tokens>
 constexpr int ring_bytes =
-    warps * stages * step_chunks * tiles * 32 * (Tokens::copied ? sizeof(typename Tokens::Raw) : 0);
+    warps * stages<Tokens> * step_chunks<Tokens> * tiles * 32 * (Tokens::copied ? sizeof(typename Tokens::Raw) : 0);
 
 /// Query tokens as rows of 32-bit words, or of elements of 16 bits.
 struct Queries {
@@ -241,7 +246,8 @@ template <class Tokens>
 class Copies {
 public:
     using Raw = typename Tokens::Raw;
-    static constexpr int group = tiles * columns;
+    static constexpr int group = tiles * columns, step_chunks = streams::step_chunks<Tokens>,
+                         stages = streams::stages<Tokens>;
 
     /// `ring`: of this warp. A warp begins at group `first` of a document and goes on by `step` groups.
     __device__ Copies(const Docs& docs, const Documents& documents, int passes, int chunks, int first, int step,
@@ -250,7 +256,7 @@ public:
           documents_(documents),
           passes_(passes),
           chunks_(chunks),
-          parts_(chunks <= 2 ? step_chunks / max(chunks, 1) : 1),
+          parts_(max(1, step_chunks / max(1, chunks))),
           first_(first * group),
           step_(step * group),
           ring_(reinterpret_cast<Raw*>(ring) + threadIdx.x % 32) {
@@ -265,8 +271,9 @@ public:
             wait_for_copies<stages - 2>();
             at_ = ring_ + taken_ * step_chunks * tiles * 32;
             taken_ = (taken_ + 1) % stages;
-            left_ = chunks_ <= 2 ? parts_ * chunks_ : min(step_chunks, left_of_row_ > 0 ? left_of_row_ : chunks_);
-            if (chunks_ > 2) left_of_row_ = (left_of_row_ > 0 ? left_of_row_ : chunks_) - left_;
+            const int row = parts_ > 1 ? parts_ * chunks_ : left_of_row_ > 0 ? left_of_row_ : chunks_;
+            left_ = min(step_chunks, row);
+            left_of_row_ = row - left_;
         }
 #pragma unroll
         for (int i = 0; i < tiles; ++i) raw[i] = at_[i * 32];
@@ -444,7 +451,9 @@ __device__ inline std::int64_t first_pass(std::int64_t first_token, std::int64_t
 /// it has at most `capacity` tokens; otherwise a pass at a time for each document. split: the warps of a block share a
 /// document.
 template <class Tokens, bool with_rows>
-__global__ void __launch_bounds__(warps * 32, Tokens::residual ? 3 : 2)
+__global__ void __launch_bounds__(warps * 32, Tokens::words != Words::s8 ? 2
+                                              : Tokens::residual         ? 3
+                                                                         : 4)
     score_kernel(const __grid_constant__ Queries queries, const __grid_constant__ Docs docs,
                  const __grid_constant__ Work work, int chunks, std::int64_t capacity, bool split,
                  const __grid_constant__ Missing missing, float* out, std::int32_t* found) {

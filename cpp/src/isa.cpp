@@ -5,7 +5,6 @@
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
-#include <sstream>
 #include <stdexcept>
 #include <vector>
 
@@ -134,10 +133,9 @@ Choice choose() {
             narrow.run();
         }
         const double ratio = narrow.seconds_a_query() / wide.seconds_a_query();
-        std::ostringstream how;
-        how.precision(3);
-        how << "timed: " << best.isa << " is " << ratio << " times as fast as " << level.table.isa;
-        return {ratio * margin < 1 ? level.table : best, how.str()};
+        const std::string times = std::to_string(ratio).substr(0, 4);  // 1.23
+        return {ratio * margin < 1 ? level.table : best,
+                std::string("timed: ") + best.isa + " is " + times + " times as fast as " + level.table.isa};
     }
     return {best, "the best that this CPU has"};
 }
