@@ -292,7 +292,7 @@ def _silhouette(op: str, rows: Any, centroids: Any, num_threads: int | None) -> 
     squares, ids = empty(rows, shape, "float32"), empty(rows, shape, "int64")
     _backend.run(
         op, "scan_topk", rows,
-        rows, centroids, None, None, None, None, squares, ids, "l2",
+        rows, None, None, centroids, None, None, None, None, squares, ids, "l2",
         num_threads=num_threads,
     )  # fmt: skip
     own, other = np.sqrt(np.asarray(to_host(squares), np.float64)).T
