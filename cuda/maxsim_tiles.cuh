@@ -47,12 +47,6 @@ constexpr int shared_bytes = stages * stage_bytes<steps> + 1024;
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-/// What wgmma takes for rows of 128 bytes, swizzled, eight of them 1024 bytes from the next eight.
-__device__ inline std::uint64_t descriptor_of(unsigned address) {
-    return std::uint64_t((address & 0x3ffffu) >> 4) | std::uint64_t(1) << 16 | std::uint64_t(64) << 32 |
-           std::uint64_t(1) << 62;
-}
-
 #define POLYVEC_FOUR(i) "+f"(sum[i]), "+f"(sum[i + 1]), "+f"(sum[i + 2]), "+f"(sum[i + 3])
 #define POLYVEC_OPERANDS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add))
 #define POLYVEC_WGMMA(shape, type, sums, a_b, p, ...)                                                           \
@@ -106,16 +100,9 @@ __device__ inline void multiply_tile(float (&sum)[n / 2], const unsigned (&a)[4]
 #undef POLYVEC_OPERANDS
 #undef POLYVEC_FOUR
 
-/// Orders what is written to registers before the products that read them.
-__device__ inline void begin_products() {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ inline void end_products() {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-/// Waits until at most `left` groups of products are under way.
+/// Waits until at most `left` groups of products are under way: `sum` is of none of them.
 template <int left, int n>
-__device__ inline void wait_for_products(float (&sum)[n]) {
+__device__ inline void wait_to_read(float (&sum)[n]) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(left) : "memory");
 #pragma unroll
     for (int i = 0; i < n; ++i) asm volatile("" : "+f"(sum[i])::"memory");  // not read before
@@ -204,7 +191,7 @@ __device__ inline void multiply_and_take(const unsigned (&a)[fragments][steps][4
     for (int m = 0; m < fragments; ++m) {
 #pragma unroll
         for (int k = 0; k < steps; ++k)
-            multiply_tile<words, n>(sums[m], a[m][k], descriptor_of(address + k / 4 * (tile * 128) + k % 4 * 32),
+            multiply_tile<words, n>(sums[m], a[m][k], matrix_at<128>(address + k / 4 * (tile * 128) + k % 4 * 32),
                                     k > 0);
         end_products();
     }
@@ -218,10 +205,10 @@ __device__ inline void multiply_and_take(const unsigned (&a)[fragments][steps][4
         }
     };
     if constexpr (fragments == 2) {
-        wait_for_products<1>(sums[0]);
+        wait_to_read<1>(sums[0]);
         take(0);
     }
-    wait_for_products<0>(sums[fragments - 1]);
+    wait_to_read<0>(sums[fragments - 1]);
     done();
     take(fragments - 1);
 }
@@ -307,7 +294,7 @@ __global__ void __launch_bounds__(threads, 1)
         full.wait(stage.parity);
         const Tile of = shared.tiles[stage.at];
         if (of.doc < 0) return;
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // what copies wrote, before products read it
+        show_copies_to_products();
         const unsigned address = stages_at + stage.at * stage_bytes<steps>;
         const auto done = [&] {
             if (lane == 0) empty.arrive();

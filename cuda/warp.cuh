@@ -181,7 +181,7 @@ __device__ inline void multiply_matrices(float (&sum)[128], std::uint64_t rows, 
 #undef POLYVEC_SUMS
 }
 
-/// Lets products read what copies of this thread wrote to shared memory.
+/// Lets products read what copies wrote to shared memory, those of this thread or those that it waited for.
 __device__ inline void show_copies_to_products() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

@@ -146,6 +146,12 @@ def test_sources_are_ascii():
         assert path.read_text(encoding="utf-8").isascii(), path
 
 
+def test_the_library_uses_no_iostreams():
+    """Where the C++ library is linked into the module, a locale of another copy in the process can crash them."""
+    for path in sources("cpp", "cuda"):
+        assert not re.search(r"#include <(io|i|o|s|f)stream>", path.read_text()), path
+
+
 def test_the_library_never_prints_or_aborts():
     words = r"\b(printf|fprintf|puts|std::cout|std::cerr|std::clog|abort|std::exit|_exit|terminate|assert)\b\s*[(<;]"
     for path in sources("cpp", "cuda"):

@@ -4,11 +4,13 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <cstdlib>
 #include <stdexcept>
 #include <vector>
 
 #include "polyvec/aligned.hpp"
+#include "polyvec/error.hpp"
 #include "tables.hpp"
 
 namespace polyvec {
@@ -133,9 +135,9 @@ Choice choose() {
             narrow.run();
         }
         const double ratio = narrow.seconds_a_query() / wide.seconds_a_query();
-        const std::string times = std::to_string(ratio).substr(0, 4);  // 1.23
+        const double rounded = std::round(100 * ratio) / 100;
         return {ratio * margin < 1 ? level.table : best,
-                std::string("timed: ") + best.isa + " is " + times + " times as fast as " + level.table.isa};
+                concat("timed: ", best.isa, " is ", rounded, " times as fast as ", level.table.isa)};
     }
     return {best, "the best that this CPU has"};
 }

@@ -9,9 +9,9 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdio>
 #include <cstdlib>
 #include <exception>
-#include <fstream>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -155,14 +155,19 @@ Pool& get_pool() {
 }
 
 int cgroup_limit() {
-    std::string quota;
-    double period = 0;
-    if (std::ifstream v2("/sys/fs/cgroup/cpu.max"); v2 >> quota >> period) {
-    } else {
-        std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") >> quota;
-        std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_period_us") >> period;
+    const auto word_of = [](const char* path, int index) {  // no iostreams: see error.hpp
+        char words[2][32] = {};
+        if (std::FILE* file = std::fopen(path, "r")) {
+            if (std::fscanf(file, "%31s %31s", words[0], words[1]) < 1) words[0][0] = 0;
+            std::fclose(file);
+        }
+        return std::atof(words[index]);  // "max" and "-1" mean no limit
+    };
+    double us = word_of("/sys/fs/cgroup/cpu.max", 0), period = word_of("/sys/fs/cgroup/cpu.max", 1);
+    if (period == 0) {
+        us = word_of("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", 0);
+        period = word_of("/sys/fs/cgroup/cpu/cpu.cfs_period_us", 0);
     }
-    const double us = std::atof(quota.c_str());  // "max" and "-1" mean no limit
     return us > 0 && period > 0 ? std::max(1, static_cast<int>(us / period + 0.5)) : 0;
 }
 

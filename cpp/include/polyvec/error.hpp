@@ -9,9 +9,11 @@
 ///     polyvec::Interrupted  -> the Python signal handler's own exception (KeyboardInterrupt)
 #pragma once
 
-#include <sstream>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
+#include <string_view>
+#include <type_traits>
 
 #include "polyvec/array.hpp"
 
@@ -28,11 +30,28 @@ struct CudaError : std::runtime_error {
 };
 struct Interrupted : std::exception {};
 
+inline void append(std::string& text, std::string_view part) {
+    text += part;
+}
+template <class Number>
+    requires std::is_arithmetic_v<Number>
+void append(std::string& text, Number part) {
+    if constexpr (std::is_integral_v<Number>) {
+        text += std::to_string(part);
+    } else {
+        char digits[32];
+        std::snprintf(digits, sizeof digits, "%g", static_cast<double>(part));
+        text += digits;
+    }
+}
+
+/// The parts as one text. No iostreams: where a toolchain links the C++ library into the module, its locale can meet
+/// that of another library's copy in the same process, and a number crashes.
 template <class... Parts>
 std::string concat(const Parts&... parts) {
-    std::ostringstream text;
-    (text << ... << parts);
-    return text.str();
+    std::string text;
+    (append(text, parts), ...);
+    return text;
 }
 
 template <class Error = std::invalid_argument, class... Parts>

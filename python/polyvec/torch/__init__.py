@@ -6,7 +6,7 @@
 op, or torch code around one, which `torch.compile` keeps in its graph. Hypercomplex operations and `pool` have
 gradients of any order, for each backward is written with the same ops, or torch's: the gradient of a product is a
 product with another table. MaxSim, soft assignment and `vq_linear` have first derivatives, `score_pairs` first and
-second ones. Under autocast all of them run in float32. `VectorQuantizer`,
+second ones. Under autocast all of them run in float32, but MaxSim on a GPU in the dtype of autocast. `VectorQuantizer`,
 `ResidualVectorQuantizer`, `MaxSimLoss` and `RelationScorer` are modules around them.
 """
 
