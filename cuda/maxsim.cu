@@ -290,34 +290,28 @@ void round_queries(const Scores& call, Words to, std::uint16_t* out) {
     });
 }
 
-/// Calls f(Tokens()) for the form in which streams read the documents.
+/// Calls f(Tokens()) for the form in which streams read the documents: copied ahead, or where rows do not lie as copies
+/// take them or f says false, for want of shared memory, loaded. Returns what the last f did.
 template <class F>
-void with_stored(const StoredTokens& docs, std::int64_t row_bytes, F f) {
-    const auto on = [&](std::int64_t bytes) {
-        return row_bytes % bytes == 0 && reinterpret_cast<std::uintptr_t>(docs.tokens.data) % bytes == 0;
+bool with_stored(const StoredTokens& docs, std::int64_t row_bytes, F f) {
+    const auto in_form = [&](std::int64_t bytes, auto copied, auto loaded) {
+        const bool whole = row_bytes % bytes == 0 && reinterpret_cast<std::uintptr_t>(docs.tokens.data) % bytes == 0;
+        return (whole && f(copied)) || f(loaded);
     };
-    const auto plain = [&]<Words words>() {
-        on(16) ? f(streams::PlainTokens<words, true>()) : f(streams::PlainTokens<words, false>());
-    };
+    using namespace streams;
     switch (docs.format()) {
         case StoredTokens::floats:
-            plain.template operator()<Words::f32>();
-            break;
+            return in_form(16, PlainTokens<Words::f32, true>(), PlainTokens<Words::f32, false>());
         case StoredTokens::bfloat16:
-            plain.template operator()<Words::bf16>();
-            break;
+            return in_form(16, PlainTokens<Words::bf16, true>(), PlainTokens<Words::bf16, false>());
         case StoredTokens::float16:
-            plain.template operator()<Words::f16>();
-            break;
+            return in_form(16, PlainTokens<Words::f16, true>(), PlainTokens<Words::f16, false>());
         case StoredTokens::int8:
-            plain.template operator()<Words::s8>();
-            break;
+            return in_form(16, PlainTokens<Words::s8, true>(), PlainTokens<Words::s8, false>());
         case StoredTokens::residual4:
-            on(8) ? f(streams::ResidualTokens<4, true>()) : f(streams::ResidualTokens<4, false>());
-            break;
-        case StoredTokens::residual2:
-            on(4) ? f(streams::ResidualTokens<2, true>()) : f(streams::ResidualTokens<2, false>());
-            break;
+            return in_form(8, ResidualTokens<4, true>(), ResidualTokens<4, false>());
+        default:
+            return in_form(4, ResidualTokens<2, true>(), ResidualTokens<2, false>());
     }
 }
 
@@ -326,8 +320,7 @@ bool score_by_streams(const Scores& call) {
     const auto& [op, cuda, queries, docs, missing, work, columns, dtype, out, found] = call;
     const std::int64_t d = queries.dim(), tokens = queries.tokens.dim(0), n = queries.size();
     const std::int64_t row_bytes = docs.tokens.dim(1) * static_cast<std::int64_t>(size_of(docs.tokens.dtype));
-    bool fits = true;
-    with_stored(docs, row_bytes, [&]<class Tokens>(Tokens) {
+    return with_stored(docs, row_bytes, [&]<class Tokens>(Tokens) {
         constexpr bool bytes = Tokens::words == Words::s8;
         const std::int64_t words = bytes ? (d + 3) / 4 : Tokens::words == Words::f32 ? d : (d + 1) / 2;
         const auto chunks = static_cast<int>((words + words_per_chunk - 1) / words_per_chunk);
@@ -337,10 +330,8 @@ bool score_by_streams(const Scores& call) {
         const std::int64_t resident =
             std::clamp<std::int64_t>(budget / pass_bytes, 1, std::max<std::int64_t>(1, passes));
         if (streams::ring_bytes<Tokens> + resident * pass_bytes >
-            attribute_of(op, cuda, cudaDevAttrMaxSharedMemoryPerBlockOptin) - 2048) {
-            fits = false;
-            return;
-        }
+            attribute_of(op, cuda, cudaDevAttrMaxSharedMemoryPerBlockOptin) - 2048)
+            return false;
 
         // Queries in the words of the documents.
         const DType own = Tokens::words == Words::bf16  ? DType::bf16
@@ -397,12 +388,13 @@ bool score_by_streams(const Scores& call) {
                    kernel, rows, stored, work, chunks, resident * streams::rows, split, missing,
                    static_cast<float*>(out), found);
         };
-        if constexpr (!bytes) {
-            if (found) return score(streams::score_kernel<Tokens, true>);
+        if constexpr (bytes) {
+            score(streams::score_kernel<Tokens, false>);
+        } else {
+            score(found ? streams::score_kernel<Tokens, true> : streams::score_kernel<Tokens, false>);
         }
-        score(streams::score_kernel<Tokens, false>);
+        return true;
     });
-    return fits;
 }
 
 /// Many queries of 16 bits against all documents: false where they do not have the form that tiles take.
