@@ -97,7 +97,7 @@ void launch_rows(const char* op, Cuda cuda, std::int64_t rows, std::int64_t d, v
 }
 
 /// polyvec's own pool of a device's memory. It keeps up to 1 GB of what ops gave back: the device's default pool
-/// returns all of it to the system whenever somebody waits for the stream, and takes a millisecond to get it again.
+/// returns all of it to the system whenever somebody waits for the stream, and must ask for it again.
 inline cudaMemPool_t pool_of(const char* op, int device) {
     static std::mutex taken;
     static std::vector<cudaMemPool_t> pools;

@@ -340,7 +340,7 @@ struct Loads {
 };
 
 /// What sums of products of bytes begin with: the bits of 1.5 * 2^23, so that a sum below 2^22 is read as a float, less
-/// that number. Conversions cost sixteen times as much.
+/// that number. The rate of conversions is a small part of that of additions.
 constexpr int zero_of_bytes = 0x4b400000;
 
 /// `fragments`: of the pass; `first`, `step`: which groups of 32 tokens.

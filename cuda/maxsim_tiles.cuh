@@ -2,10 +2,11 @@
 /// registers, of documents in shared memory.
 ///
 /// A block has 128 or 256 rows of query tokens, whichever queries they belong to, and meets a slice of the documents 64
-/// tokens at a time. Four warps copy tiles ahead (one is too slow); two warpgroups multiply them, each its half of the
-/// rows, and are free to be at different tiles, so that one takes maxima while the other's products are under way. The
-/// maxima of each row and document, with the document's rows that they are of, go to memory; a second kernel sums them.
-/// 256 rows do 2 x 256 flops an element of a tile: the tensor cores are the limit; for 128 rows and fewer it is memory.
+/// tokens at a time. Four warps copy tiles ahead, as one cannot issue the copies in the time of a tile's products; two
+/// warpgroups multiply them, each its half of the rows, and are free to be at different tiles, so that one takes maxima
+/// while the other's products are under way. The maxima of each row and document, with the document's rows that they
+/// are of, go to memory; a second kernel sums them. 256 rows do 2 x 256 flops an element of a tile: the tensor cores
+/// are the limit; for 128 rows and fewer it is memory.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -47,7 +47,7 @@ Extent extent_of(const Array& a) {
     return {a.as<const char>() + below * bytes, a.as<const char>() + above * bytes};
 }
 
-/// torch's export of a tensor as it is, or null where `object` is none: a tenth of the time of its `__dlpack__`, which
+/// torch's export of a tensor as it is, or null where `object` is none. Its `__dlpack__` takes longer, in Python, and
 /// has one stream wait for another, though kernels are queued on the stream that the tensor's own work is on.
 py::object export_of_torch(const py::object& object) {
     static py::handle tensor, to_dlpack;  // held as long as the process runs

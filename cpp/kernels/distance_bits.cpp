@@ -78,7 +78,7 @@ void distances(const BitQuery& query, const BitRows& rows, const uint32_t* ids, 
         const auto product = static_cast<float>(2 * sum - query.offset);
         out[k] = query.constant + factors[1] * query.weight + product * factors[0] * query.factor;
     };
-    // The walk has asked for these, yet not all have come: asking once more took a fifth off a search.
+    // The walk has asked for these, yet not all may have come: ask once more.
     for (size_t i = 0; i < n; ++i)
         for (size_t at = 0; at < rows.stride && at < most_fetched; at += line) prefetch(row_of(i) + at);
     size_t k = 0;

@@ -88,8 +88,6 @@ using IntegerProduct = ByteQuads<false>;
 // A product and its addition are two operations for 16 multiplications of AVX2, of which a core does two each a cycle:
 // at most twice as many as those of float32, and bfloat16, which is expanded to it, gains no arithmetic at all. Bytes
 // times bytes would be no more: their 16-bit sums overflow, unless 32-bit ones take them up by another multiplication.
-// Zen3, ms, 32 queries x 128, 180,000 tokens (float32 17.6 of 15.0 possible, 7.5 in integers): int8 10.5, residual4
-// 12.0 (through a table of bytes: 15.2), residual2 12.1, bfloat16 16.9; tiles of 2 x 4 instead of 3 x 4 the same.
 struct ShortPairs {
     using Sum = int32_t;
     static constexpr size_t elements = 2;

@@ -151,8 +151,8 @@ class ResidualQuantizer:
 
         Notes
         -----
-        Residuals have no structure that k-means could hold on to in many dimensions: its local optima lose a fifth more
-        than need be. So it starts in the first few of their principal directions, and goes on from what it found in
+        Residuals have no structure that k-means could hold on to in many dimensions: it ends in poor local
+        optima. So it starts in the first few of their principal directions, and goes on from what it found in
         more of them, d^(1/5), d^(2/5), ..., d (Liu et al. 2015). The residuals of a level are those of the best sums of
         the levels before. 2 train_size 2^bits dim flops an iteration in all dimensions, and as many to extend the beams
         by a level. Needs the rows four times as float32.

@@ -322,7 +322,7 @@ class Index:
         Notes
         -----
         Memory: 4 d + d / 4 + 8 m bytes a vector and up to 71 more; with d = 384 and m = 16 1.2 times the vectors alone.
-        This index keeps its own until it is dropped. About 10 us a vector of 384.
+        This index keeps its own until it is dropped.
 
         It pays where an index is larger than the CPU's caches: what is saved is memory to wait for. A small one is
         searched as fast with "int8", the more so for large k, as more candidates are scored in float32.
