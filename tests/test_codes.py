@@ -400,7 +400,7 @@ def test_save_and_load(rng, tmp_path, name):
     first = next(iter(state.tensors))
     shape = state.tensors[first].shape
     state.tensors[first] = state.tensors[first][..., 1:]
-    kind = codec._name
+    kind = codec._KIND
     _files.save(path, kind, state)
     with pytest.raises(pv.FormatError) as caught:
         type(codec).load(path)

@@ -267,7 +267,7 @@ def test_public_names():
 
 
 def public_callables():
-    """(name, function) of every public function and method of the engines and pipelines."""
+    """(name, function) of every public function and method, inherited ones too, of the engines and pipelines."""
     for module in PUBLIC_MODULES:
         for name in PUBLIC[f"polyvec.{module}"]:
             value = getattr(importlib.import_module(f"polyvec.{module}"), name)
@@ -275,9 +275,10 @@ def public_callables():
                 yield f"{module}.{name}", value
             elif inspect.isclass(value):
                 yield f"{module}.{name}", value
-                for attribute, member in vars(value).items():
-                    function = getattr(member, "__func__", member)
-                    if inspect.isfunction(function) and not attribute.startswith("_"):
+                for attribute in dir(value):
+                    function = getattr(getattr(value, attribute), "__func__", getattr(value, attribute))
+                    ours = inspect.isfunction(function) and function.__module__.startswith("polyvec.")
+                    if ours and not attribute.startswith("_"):
                         yield f"{module}.{name}.{attribute}", function
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import polyvec as pv
 from accuracy import assert_exact, assert_reduction
-from polyvec import _core, _files, _kmeans, _product_quantizer
+from polyvec import _codec, _core, _files, _kmeans, _product_quantizer
 from reference import quantize as ref
 from reference import scan as ref_scan
 
@@ -670,7 +670,7 @@ def test_narrow_floats(rng):
 
 
 def test_memory_maps_are_encoded_in_blocks(rng, tmp_path, monkeypatch):
-    monkeypatch.setattr(_product_quantizer, "_BLOCK_ELEMENTS", 800)
+    monkeypatch.setattr(_codec, "_BLOCK_ELEMENTS", 800)
     x = np.memmap(tmp_path / "x", np.float16, "w+", shape=(250, 8))
     x[:] = sample(rng, 250, 8)
     out, seen = np.memmap(tmp_path / "codes", np.uint8, "w+", shape=(250, 2)), []

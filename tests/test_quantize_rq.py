@@ -7,7 +7,7 @@ import pytest
 
 import polyvec as pv
 from accuracy import assert_exact, assert_reduction
-from polyvec import _core, _files, _residual_quantizer
+from polyvec import _codec, _core, _files, _residual_quantizer
 from reference import quantize_rq as ref
 from reference import scan as ref_scan
 
@@ -278,7 +278,7 @@ def test_narrow_floats(rng):
 
 
 def test_memory_maps_are_encoded_in_blocks(rng, tmp_path, monkeypatch):
-    monkeypatch.setattr(_residual_quantizer, "_BLOCK_ELEMENTS", 800)
+    monkeypatch.setattr(_codec, "_BLOCK_ELEMENTS", 800)
     x = np.memmap(tmp_path / "x", np.float16, "w+", shape=(250, 8))
     x[:] = sample(rng, 250, 8)
     out, seen = np.memmap(tmp_path / "codes", np.uint8, "w+", shape=(250, 5)), []

@@ -1,64 +1,30 @@
-"""Codecs of integers: scalar quantisation and RaBitQ. Public as `polyvec.quantize.ScalarQuantizer` and `.RaBitQ`.
-
-A codec turns vectors into rows of uint8. It has `fit`, `encode`, `decode`, `search`, `code_size`, `nbytes`, `save`,
-`load`, `state` and `from_state`; `Refined` builds on these.
-"""
+"""Codecs of integers: scalar quantisation and RaBitQ. Public as `polyvec.quantize.ScalarQuantizer` and `.RaBitQ`."""
 
 from __future__ import annotations
 
-import os
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from polyvec import _backend, _core, _files
-from polyvec._arrays import (
-    ArrayT,
-    as_array,
-    as_count,
-    as_float32,
-    as_selection,
-    choice,
-    empty,
-    is_array,
-    output,
-    outputs,
-    require_cpu,
-)
-from polyvec._files import State
-from polyvec._progress import Progress, reporting
+from polyvec import _backend, _core
+from polyvec._arrays import ArrayT, as_count, as_float32, choice, empty, is_array
+from polyvec._codec import Codec, Floats, codes_of, vectors_of
+from polyvec._progress import Progress
 
-Floats = npt.NDArray[np.float32]
-
-_FLOATS = ("float32", "float16", "bfloat16")
 _BLOCK_ROWS = 1 << 14  # rows converted, rotated and encoded at a time
 _MAX_DIM = 32768
-_CodecT = TypeVar("_CodecT", bound="IntegerCodec")
 
 
-class IntegerCodec:
+class IntegerCodec(Codec):
     """What the codecs of integers have in common."""
 
-    dim: int
     bits: int
-    metric: str
-    _name: str
-    _params: tuple[str, ...]
-    _tensors: tuple[str, ...]  # attributes: arrays that `fit` sets, all None before
 
     # ---- what a codec says of itself
 
     def _parts(self) -> str:
         """The parts of a code behind its numbers: any of s(cale), m(ean), o(ffset), e(rror)."""
-        raise NotImplementedError
-
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor."""
-        raise NotImplementedError
-
-    def _encode(self, op: str, rows: Floats, codes: Any, num_threads: int | None) -> None:
-        """Encode prepared rows, which may be overwritten."""
         raise NotImplementedError
 
     def _decode(self, op: str, codes: Any, out: Any, num_threads: int | None) -> None:
@@ -89,13 +55,8 @@ class IntegerCodec:
         """Bytes of a code."""
         return int(_core.code_size(self.dim, self.bits, self._parts()))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what `fit` found."""
-        return sum(getattr(self, name).nbytes for name in self._tensors if getattr(self, name) is not None)
-
     def __repr__(self) -> str:
-        options = ", ".join(f"{name}={getattr(self, name)!r}" for name in self._params[1:])
+        options = ", ".join(f"{name}={getattr(self, name)!r}" for name in self._PARAMS[1:])
         return f"{type(self).__name__}({self.dim}, {options}){'' if self._is_fitted() else ', not fitted'}"
 
     def encode(
@@ -130,17 +91,7 @@ class IntegerCodec:
         Codes have the same bits at every instruction-set level and for any number of threads. Beside x and the codes it
         needs 4 * 16,384 * dim bytes.
         """
-        op = f"{self._name}.encode"
-        self._require_fitted(op)
-        rows = vectors_of(op, "x", x, self.dim)
-        out = output(op, out, x if is_array(x) else rows, (len(rows), self.code_size), "uint8")
-        codes = np.asarray(out)
-        with reporting(op, progress, len(rows), "rows") as report:
-            for begin in range(0, len(rows), _BLOCK_ROWS):
-                block = self._prepared(op, "x", rows, begin, num_threads)
-                self._encode(op, block, codes[begin : begin + len(block)], num_threads)
-                report(len(block))
-        return out
+        return self._encode_blocks(f"{self._KIND}.encode", x, out, progress, num_threads)
 
     def decode(self, codes: ArrayT, *, out: ArrayT | None = None, num_threads: int | None = None) -> ArrayT:
         """Return the vectors that codes stand for.
@@ -163,10 +114,8 @@ class IntegerCodec:
         ValueError
             Codes of another size.
         """
-        op = f"{self._name}.decode"
-        self._require_fitted(op)
-        table = codes_of(op, codes, self.code_size)
-        out = output(op, out, codes if is_array(codes) else table, (len(table), self.dim), "float32")
+        op = f"{self._KIND}.decode"
+        table, out = self._decode_arguments(op, codes, out)
         self._decode(op, table, np.asarray(out), num_threads)
         return out
 
@@ -218,14 +167,9 @@ class IntegerCodec:
         num_threads, and one with NaN or Inf finds nothing. Reads its arguments only; several threads may call it at
         once.
         """
-        op = f"{self._name}.search"
-        self._require_fitted(op)
-        rows = vectors_of(op, "queries", queries, self.dim)
-        table = codes_of(op, codes, self.code_size)
-        k = as_count(op, "k", k)
-        mask = _mask(op, include, len(table))
-        out = outputs(op, out, queries if is_array(queries) else rows, (len(rows), k), ("float32", "int64"),
-                      ("scores", "ids"))  # fmt: skip
+        op = f"{self._KIND}.search"
+        rows, table, taking_part, out = self._search_arguments(op, queries, codes, k, include, out)
+        mask = _mask(op, taking_part, len(table))
         prepared = as_float32(rows, copy=True)
         if self.metric == "cosine":
             _backend.run(op, "codes_unit_rows", prepared, prepared, num_threads=num_threads)
@@ -237,137 +181,29 @@ class IntegerCodec:
         )  # fmt: skip
         return out
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the fitted codec to one file, which replaces an existing one only when it is complete.
-
-        Parameters
-        ----------
-        path : path
-
-        Raises
-        ------
-        RuntimeError
-            Before `fit`.
-        OSError
-            The system's own: a missing folder, no permission, a full disk. An existing file is untouched then.
-        """
-        _files.save(path, self._name, self.state())
-
-    @classmethod
-    def load(cls: type[_CodecT], path: str | os.PathLike[str]) -> _CodecT:
-        """Read a codec that `save` wrote.
-
-        Parameters
-        ----------
-        path : path
-
-        Returns
-        -------
-        Self
-            A codec of the class.
-
-        Raises
-        ------
-        FormatError
-            The file is damaged, truncated, of another kind or of a newer format.
-        OSError
-            The system's own.
-        """
-        return _files.load(path, cls._name, cls.from_state)
-
-    def state(self) -> State:
-        """Return what `save` writes.
-
-        Returns
-        -------
-        State
-            The tensors, shared with the codec, and the parameters.
-
-        Raises
-        ------
-        RuntimeError
-            Before `fit`.
-        """
-        self._require_fitted(f"{self._name}.state")
-        tensors = {name: getattr(self, name) for name in self._tensors}
-        return State(tensors, {name: getattr(self, name) for name in self._params})
-
-    @classmethod
-    def from_state(cls: type[_CodecT], state: State) -> _CodecT:
-        """Build a codec from a state.
-
-        Parameters
-        ----------
-        state : State
-            As `state` returned it. The tensors are used in place.
-
-        Returns
-        -------
-        Self
-            A codec of the class.
-
-        Raises
-        ------
-        ValueError, TypeError, LookupError
-            A state that does not fit together.
-        """
-        self = cls(**state.params)
-        for name, shape in self._shapes().items():
-            tensor = state.tensors[name]
-            if tensor.shape != shape or tensor.dtype != np.float32:
-                raise ValueError(f"{name} must be float32 of shape {shape}, got {tensor.dtype} of shape {tensor.shape}")
-            setattr(self, name, tensor)
-        return self
-
     # ---- arguments
 
     def _set_form(self, dim: int, bits: int, choices: tuple[int, ...], metric: str) -> None:
-        op = self._name
+        op = self._KIND
         self.dim = as_count(op, "dim", dim)
         if self.dim > _MAX_DIM:
             raise ValueError(f"{op}: dim must be at most {_MAX_DIM}, got {self.dim}")
         self.bits = choice(op, "bits", bits, choices)
         self.metric = choice(op, "metric", metric, ("ip", "l2", "cosine"))
-        for name in self._tensors:
+        for name in self._shapes():
             setattr(self, name, None)
 
-    def _is_fitted(self) -> bool:
-        return all(getattr(self, name) is not None for name in self._tensors)
-
-    def _require_fitted(self, op: str) -> None:
-        if not self._is_fitted():
-            raise RuntimeError(f"{op}: the quantizer must be fitted before; call fit(x)")
-
-    def _prepared(self, op: str, name: str, rows: Any, begin: int, num_threads: int | None) -> Floats:
+    def _block(self, op: str, rows: Any, begin: int, num_threads: int | None) -> Floats:
         """Return a block of rows as float32, finite and, for "cosine", of norm 1; a copy."""
         block = as_float32(rows[begin : begin + _BLOCK_ROWS], copy=True)
-        _backend.require_finite(op, name, block, num_threads, first_row=begin)
+        _backend.require_finite(op, "x", block, num_threads, first_row=begin)
         if self.metric == "cosine":
             _backend.run(op, "codes_unit_rows", block, block, num_threads=num_threads)
         return block
 
 
-def vectors_of(op: str, name: str, x: Any, dim: int) -> Any:
-    """Check the vectors that a codec gets and return them in their library: conversion waits for a block's turn."""
-    rows = as_array(op, name, x, dtypes=_FLOATS, ndim=2, dense=False)
-    require_cpu(op, name, rows)
-    if rows.shape[1] != dim:
-        raise ValueError(f"{op}: {name} must have d = {dim}, got {rows.shape[1]}")
-    return rows
-
-
-def codes_of(op: str, codes: Any, code_size: int) -> npt.NDArray[np.uint8]:
-    """Check the codes that a codec gets and return a numpy view of them."""
-    table = as_array(op, "codes", codes, dtypes=("uint8",), ndim=2)
-    require_cpu(op, "codes", table)
-    if table.shape[1] != code_size:
-        raise ValueError(f"{op}: codes must have {code_size} bytes a row, got {table.shape[1]}")
-    return np.asarray(table)
-
-
-def _mask(op: str, include: Any, n: int) -> npt.NDArray[np.bool_] | None:
+def _mask(op: str, selection: npt.NDArray[Any] | None, n: int) -> npt.NDArray[np.bool_] | None:
     """Return which of n codes take part."""
-    selection = as_selection(op, "include", include, n)
     if selection is None or selection.dtype == np.bool_:
         return selection
     outside = np.flatnonzero((selection < 0) | (selection >= n))
@@ -424,15 +260,14 @@ class ScalarQuantizer(IntegerCodec):
     [0, 1]
     """
 
-    _name = "quantize.ScalarQuantizer"
-    _params = ("dim", "bits", "ranges", "metric")
-    _tensors = ("mid", "step")
+    _KIND = "quantize.ScalarQuantizer"
+    _PARAMS = ("dim", "bits", "ranges", "metric")
     mid: Any  # float32 or, before `fit`, None; so are the others
     step: Any
 
     def __init__(self, dim: int, *, bits: int = 8, ranges: str = "all", metric: str = "ip") -> None:
         self._set_form(dim, bits, (8, 6, 4), metric)
-        self.ranges: str = choice(self._name, "ranges", ranges, ("all", "dimension", "vector"))
+        self.ranges: str = choice(self._KIND, "ranges", ranges, ("all", "dimension", "vector"))
 
     def fit(self, x: Any, *, train_size: int = 16384, num_threads: int | None = None) -> ScalarQuantizer:
         """Find the ranges for vectors like these: from the smallest to the largest value, shrunk where that loses less.
@@ -460,13 +295,13 @@ class ScalarQuantizer(IntegerCodec):
         Of 15 ranges, all about the same middle, the one whose codes have the least squared error. Values outside a
         range become its end.
         """
-        op = f"{self._name}.fit"
+        op = f"{self._KIND}.fit"
         rows = vectors_of(op, "x", x, self.dim)
         train_size = as_count(op, "train_size", train_size)
         if len(rows) == 0:
             raise ValueError(f"{op}: x must have at least 1 row, got 0")
         sample = rows[:: -(-len(rows) // train_size)]
-        blocks = [self._prepared(op, "x", sample, b, num_threads) for b in range(0, len(sample), _BLOCK_ROWS)]
+        blocks = [self._block(op, sample, b, num_threads) for b in range(0, len(sample), _BLOCK_ROWS)]
         values = np.concatenate(blocks)
         axis = None if self.ranges == "all" else 0
         low, high = values.min(axis), values.max(axis)
@@ -584,15 +419,14 @@ class RaBitQ(IntegerCodec):
     [0, 1]
     """
 
-    _name = "quantize.RaBitQ"
-    _params = ("dim", "bits", "metric", "seed")
-    _tensors = ("centroid", "signs")
+    _KIND = "quantize.RaBitQ"
+    _PARAMS = ("dim", "bits", "metric", "seed")
     centroid: Any
     signs: Any
 
     def __init__(self, dim: int, *, bits: int = 4, metric: str = "ip", seed: int = 0) -> None:
         self._set_form(dim, bits, tuple(range(1, 9)), metric)
-        self.seed = as_count(self._name, "seed", seed, least=0)
+        self.seed = as_count(self._KIND, "seed", seed, least=0)
 
     def fit(self, x: Any, *, train_size: int = 65536, num_threads: int | None = None) -> RaBitQ:
         """Find the mean of vectors like these.
@@ -615,7 +449,7 @@ class RaBitQ(IntegerCodec):
         ValueError
             No rows, rows of another width, NaN or Inf.
         """
-        op = f"{self._name}.fit"
+        op = f"{self._KIND}.fit"
         rows = vectors_of(op, "x", x, self.dim)
         train_size = as_count(op, "train_size", train_size)
         if len(rows) == 0:
@@ -623,7 +457,7 @@ class RaBitQ(IntegerCodec):
         sample = rows[:: -(-len(rows) // train_size)]
         total = np.zeros(self.dim)
         for begin in range(0, len(sample), _BLOCK_ROWS):
-            total += self._prepared(op, "x", sample, begin, num_threads).sum(0, dtype=np.float64)
+            total += self._block(op, sample, begin, num_threads).sum(0, dtype=np.float64)
         self.centroid = (total / len(sample)).astype(np.float32)
         power = 1 << (self.dim.bit_length() - 1)
         signs = np.random.default_rng(self.seed).choice(np.array([-1, 1], np.float32), (4, self.dim))
@@ -657,7 +491,7 @@ class RaBitQ(IntegerCodec):
         ----------
         Gao and Long (2024): RaBitQ, theorem 3.2.
         """
-        op = f"{self._name}.errors"
+        op = f"{self._KIND}.errors"
         table = codes_of(op, codes, self.code_size)
         out = empty(codes if is_array(codes) else table, (len(table),), "float32")
         np.asarray(out)[:] = np.ascontiguousarray(table[:, -2:]).view(np.float16)[:, 0]

@@ -1,7 +1,8 @@
 """An index as one safetensors file: checked in every part when read, replaced in one step when written.
 
-An object that is saved has `state()`, which returns its tensors by name and its parameters (JSON), and a `from_state`
-that builds it from them and refuses what does not fit together. `join` and `part` put several states into one file.
+A class that is saved is a `Saved`: it has `state()`, which returns its tensors by name and its parameters (JSON), and a
+`from_state` that builds it from them and refuses what does not fit together. `join` and `part` put several states into
+one file.
 
 The metadata key "polyvec" holds JSON: the format's `version`, the `kind` of object, its `params`, for every tensor
 [dtype, shape, xxh3 of its bytes], and the `xxh3` of this JSON without that entry. Any safetensors reader can open the
@@ -18,7 +19,7 @@ import secrets
 from collections.abc import Callable, Collection, Iterator
 from mmap import ACCESS_READ
 from mmap import mmap as map_file
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 Bytes = npt.NDArray[np.uint8]
 T = TypeVar("T")
+_SavedT = TypeVar("_SavedT", bound="Saved")
 
 
 class State(NamedTuple):
@@ -45,6 +47,64 @@ class State(NamedTuple):
 
     tensors: dict[str, npt.NDArray[Any]]
     params: dict[str, Any]
+
+
+class Saved:
+    """What has a state has a file."""
+
+    __slots__ = ()
+    _KIND: ClassVar[str]  # public name of the class, "hnsw.Index": only it can load the file
+
+    def state(self) -> State:
+        """Return what `save` writes."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_state(cls: type[_SavedT], state: State) -> _SavedT:
+        """Build an object from what `state` returned."""
+        raise NotImplementedError
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write what `state` returns to one file, which replaces an existing one only when it is complete.
+
+        Parameters
+        ----------
+        path : path
+
+        Raises
+        ------
+        RuntimeError
+            Before `fit`, of a class that has it.
+        OSError
+            The system's own: a missing folder, no permission, a full disk. An existing file is untouched then.
+
+        Notes
+        -----
+        A safetensors file with checksums, whose tensors any reader of that format can open.
+        """
+        save(path, self._KIND, self.state())
+
+    @classmethod
+    def load(cls: type[_SavedT], path: str | os.PathLike[str]) -> _SavedT:
+        """Read what `save` wrote.
+
+        Parameters
+        ----------
+        path : path
+
+        Returns
+        -------
+        Self
+            An object of the class, whose arrays are read-only.
+
+        Raises
+        ------
+        FormatError
+            The file is damaged, truncated, of another kind or of a newer format.
+        OSError
+            The system's own.
+        """
+        return load(path, cls._KIND, cls.from_state)
 
 
 def join(**states: State) -> State:

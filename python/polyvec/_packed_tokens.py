@@ -47,7 +47,7 @@ def _joined(a: Any, b: Any) -> Any:
     return np.concatenate([a, np.asarray(b)])
 
 
-class PackedTokens:
+class PackedTokens(_files.Saved):
     """Token sets prepared for scoring, as `pack` makes them; accepted wherever document token sets are.
 
     `packed[a:b]` are the documents a to b - 1 and share the memory of `packed`.
@@ -75,6 +75,7 @@ class PackedTokens:
     PackedTokens(2 documents, 4 tokens, dim=4, dtype='float32')
     """
 
+    _KIND = "maxsim.PackedTokens"
     __slots__ = ("_bounds", "_dim", "_dtype", "_of_tokens", "_sets", "_shared")
 
     def __init__(
@@ -264,16 +265,6 @@ class PackedTokens:
             raise ValueError(f"{op}: tensors must be {expected}, got {sorted(parts)}")
         return cls(sets, dtype, dim, **parts)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the tokens as one safetensors file, whole or not at all.
-
-        Parameters
-        ----------
-        path : path
-            An existing file is replaced.
-        """
-        _files.save(path, "maxsim.PackedTokens", self.state())
-
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, mmap: bool = False) -> PackedTokens:
         """Read tokens that `save` wrote.
@@ -293,7 +284,7 @@ class PackedTokens:
         FormatError
             A file that is damaged, truncated or something else.
         """
-        return _files.load(path, "maxsim.PackedTokens", cls.from_state, mmap=mmap, lazy=("values",))
+        return _files.load(path, cls._KIND, cls.from_state, mmap=mmap, lazy=("values",))
 
     def __repr__(self) -> str:
         tokens = self._sets.values.shape[0]

@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from polyvec import _backend, _files
-from polyvec._arrays import (
-    ArrayT,
-    as_array,
-    as_count,
-    as_float32,
-    as_number,
-    as_selection,
-    choice,
-    is_array,
-    output,
-    outputs,
-    require_cpu,
-)
+from polyvec import _backend
+from polyvec._arrays import ArrayT, as_array, as_count, as_float32, as_number, choice, require_cpu
 from polyvec._block_sparse import BlockSparse
-from polyvec._codes import codes_of, vectors_of
-from polyvec._files import State
+from polyvec._codec import Codec, Floats, codes_of, vectors_of
 from polyvec._kmeans import lloyd, seed_centroids, step
 from polyvec._progress import Progress, reporting
 
 _OPQ_ROUNDS = 10
 _LOSS_ROUNDS = 10
-_BLOCK_ELEMENTS = 1 << 24  # of vectors that are converted, rotated and checked at a time: 64 MB
 
 
 class PackedCodes:
@@ -84,7 +69,68 @@ class PackedCodes:
         return self.blocks.nbytes
 
 
-class ProductQuantizer:
+class CodebookCodec(Codec):
+    """What the codecs have in common whose codes are numbers of codewords."""
+
+    bits: int
+    codebooks: Any  # float32 or, before `fit`, None
+
+    def pack(self, codes: Any, *, num_threads: int | None = None) -> PackedCodes:
+        """Return a copy of codes in the order in which `search` reads them: for codes that are searched often.
+
+        Parameters
+        ----------
+        codes : array of shape (n, code_size), uint8
+        num_threads : int, optional
+
+        Returns
+        -------
+        PackedCodes
+
+        Raises
+        ------
+        ValueError
+            Codes of another size.
+        """
+        op = f"{self._KIND}.pack"
+        table = codes_of(op, codes, self.code_size)
+        columns, width = self._block_shape
+        blocks = np.empty((-(-len(table) // width), columns, width), np.uint8)
+        _backend.run(op, "quantize_pq_pack", table, table, blocks, num_threads=num_threads)
+        return PackedCodes(blocks, len(table))
+
+    @property
+    def _block_shape(self) -> tuple[int, int]:
+        """Columns and codes of a block, as the scan reads them."""
+        return (self.code_size, 64) if self.bits == 8 else (-(-self.code_size // 4) * 4, 16)
+
+    def _searched(self, op: str, codes: Any) -> npt.NDArray[np.uint8]:
+        """Check the codes that `search` gets, packed or not, and return their rows or blocks."""
+        if not isinstance(codes, PackedCodes):
+            return super()._searched(op, codes)
+        if codes.blocks.shape[1:] != self._block_shape:
+            raise ValueError(f"{op}: codes must have blocks of shape {self._block_shape}, got {codes.blocks.shape[1:]}")
+        return codes.blocks
+
+    def _training_rows(
+        self, op: str, x: Any, train_size: int | None, rng: np.random.Generator, num_threads: int | None
+    ) -> Floats:
+        """Check the vectors that `fit` gets and return `train_size` random ones as float32, or all."""
+        codewords = 1 << self.bits
+        rows = vectors_of(op, "x", x, self.dim)
+        train_size = 256 * codewords if train_size is None else as_count(op, "train_size", train_size, least=codewords)
+        if len(rows) < codewords:
+            raise ValueError(f"{op}: x must have at least 2^bits rows ({codewords}), got {len(rows)}")
+        drawn = np.sort(rng.choice(len(rows), train_size, replace=False)) if len(rows) > train_size else None
+        rows = as_float32(rows if drawn is None else rows[drawn])
+        bad = _backend.run(op, "first_nonfinite_row", rows, rows, num_threads=num_threads)
+        if bad >= 0:
+            bad = bad if drawn is None else drawn[bad]
+            raise ValueError(f"{op}: x must be finite, got NaN or Inf in row {bad}")
+        return rows
+
+
+class ProductQuantizer(CodebookCodec):
     """Codes of m subspaces: a vector is cut into m pieces, and each becomes the number of its nearest codeword.
 
     `fit` finds 2^bits codewords for each subspace by k-means. A code takes m bytes, or m / 2 with 4 bits. `search`
@@ -146,6 +192,9 @@ class ProductQuantizer:
     [0, 1]
     """
 
+    _KIND = "quantize.ProductQuantizer"
+    _PARAMS = ("dim", "m", "bits", "metric", "rotation", "loss", "threshold", "seed")
+
     def __init__(
         self,
         dim: int,
@@ -158,7 +207,7 @@ class ProductQuantizer:
         threshold: float = 0.2,
         seed: int = 0,
     ) -> None:
-        op = "quantize.ProductQuantizer"
+        op = self._KIND
         self.dim = as_count(op, "dim", dim)
         self.m = as_count(op, "m", m)
         if self.dim % self.m:
@@ -173,13 +222,8 @@ class ProductQuantizer:
         if not 0 < self.threshold < 1:
             raise ValueError(f"{op}: threshold must be in (0, 1), got {threshold}")
         self.seed = as_count(op, "seed", seed, least=0)
-        self.codebooks: npt.NDArray[np.float32] | None = None
-        self.rotation_matrix: npt.NDArray[np.float32] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what `fit` found."""
-        return sum(a.nbytes for a in (self.codebooks, self.rotation_matrix) if a is not None)
+        self.codebooks = None
+        self.rotation_matrix: Any = None  # as codebooks
 
     @property
     def code_size(self) -> int:
@@ -190,7 +234,7 @@ class ProductQuantizer:
         loss = f"loss={self.loss!r}, threshold={self.threshold}, " if self.loss == "anisotropic" else ""
         return (
             f"ProductQuantizer({self.dim}, {self.m}, bits={self.bits}, metric={self.metric!r}, "
-            f"rotation={self.rotation!r}, {loss}seed={self.seed}){'' if self.codebooks is not None else ', not fitted'}"
+            f"rotation={self.rotation!r}, {loss}seed={self.seed}){'' if self._is_fitted() else ', not fitted'}"
         )
 
     def fit(
@@ -234,11 +278,11 @@ class ProductQuantizer:
         codebooks (as of `encode`) and, subspace by subspace, the codebooks for the codes (2 train_size dim^2 / m
         flops): its loss never rises.
         """
-        op = "quantize.ProductQuantizer.fit"
+        op = f"{self._KIND}.fit"
         max_iter = as_count(op, "max_iter", max_iter)
         codewords = 1 << self.bits
         rng = np.random.default_rng(self.seed)
-        rows = training_rows(op, x, self.dim, codewords, train_size, rng, num_threads)
+        rows = self._training_rows(op, x, train_size, rng, num_threads)
 
         rounds = (_OPQ_ROUNDS + 2) * (self.rotation == "opq") + _LOSS_ROUNDS * (self.loss == "anisotropic")
         with reporting(op, progress, rounds + max_iter, "iterations") as report:
@@ -257,8 +301,8 @@ class ProductQuantizer:
         return self
 
     def _optimized_rotation(
-        self, op: str, rows: npt.NDArray[np.float32], rng: np.random.Generator, report: Any, num_threads: int | None
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        self, op: str, rows: Floats, rng: np.random.Generator, report: Any, num_threads: int | None
+    ) -> tuple[Floats, Floats]:
         """Return a rotation and codebooks, each the best for the other in turn (Ge et al. 2014, section 3.2)."""
         codewords = 1 << self.bits
         labels, inertia = np.empty((self.m, len(rows)), np.int64), np.empty(self.m)
@@ -282,9 +326,7 @@ class ProductQuantizer:
             rotation = (left @ right).astype(np.float32)
         return rotation, codebooks
 
-    def _reduce_loss(
-        self, op: str, pieces: npt.NDArray[np.float32], codebooks: npt.NDArray[np.float32], report: Any, threads: Any
-    ) -> None:
+    def _reduce_loss(self, op: str, pieces: Floats, codebooks: Floats, report: Any, threads: Any) -> None:
         """Alternate between codes and codebooks, each the better for the other (Guo et al. 2020, section 4.2)."""
         rows = np.ascontiguousarray(pieces.transpose(1, 0, 2).reshape(pieces.shape[1], -1))
         squares = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
@@ -337,27 +379,7 @@ class ProductQuantizer:
         do not depend on num_threads, nor, with pieces of up to 16 elements, on the instruction-set level. Needs 64 MB
         beside x and the codes, twice that with a rotation.
         """
-        op = "quantize.ProductQuantizer.encode"
-        codebooks = self._fitted(op)
-        rows = vectors_of(op, "x", x, self.dim)
-        like = x if is_array(x) else rows
-        out = output(op, out, like, (len(rows), self.code_size), "uint8")
-        codes, size = np.asarray(out), max(1, _BLOCK_ELEMENTS // self.dim)
-        with reporting(op, progress, len(rows), "rows") as report:
-            for begin in range(0, len(rows), size):
-                block = slice(begin, min(begin + size, len(rows)))
-                part = as_float32(rows[block])
-                _backend.require_finite(op, "x", part, num_threads, first_row=begin)
-                part = self._rotated(part)
-                _backend.run(op, "quantize_pq_encode", part, part, codebooks, codes[block], num_threads=num_threads)
-                if self.loss == "anisotropic":
-                    _backend.run(
-                        op, "quantize_pq_improve", part,
-                        part, codebooks, codes[block], self._weight,
-                        num_threads=num_threads,
-                    )  # fmt: skip
-                report(len(part))
-        return out
+        return self._encode_blocks(f"{self._KIND}.encode", x, out, progress, num_threads)
 
     def decode(self, codes: ArrayT, *, out: ArrayT | None = None, num_threads: int | None = None) -> ArrayT:
         """Return the vectors that codes stand for.
@@ -379,38 +401,15 @@ class ProductQuantizer:
         ValueError
             Codes of another size.
         """
-        op = "quantize.ProductQuantizer.decode"
-        codebooks = self._fitted(op)
-        table = codes_of(op, codes, self.code_size)
-        like = codes if is_array(codes) else table
-        out = output(op, out, like, (len(table), self.dim), "float32")
+        op = f"{self._KIND}.decode"
+        table, out = self._decode_arguments(op, codes, out)
         rows = np.asarray(out)
-        _backend.run(op, "quantize_pq_decode", table, table, codebooks, rows, num_threads=num_threads)
+        _backend.run(op, "quantize_pq_decode", table, table, self.codebooks, rows, num_threads=num_threads)
         if self.rotation_matrix is not None:
-            size = max(1, _BLOCK_ELEMENTS // self.dim)
-            for begin in range(0, len(rows), size):
-                block = slice(begin, begin + size)
+            for begin in range(0, len(rows), self._rows_at_once):
+                block = slice(begin, begin + self._rows_at_once)
                 rows[block] = rows[block] @ self.rotation_matrix
         return out
-
-    def pack(self, codes: Any, *, num_threads: int | None = None) -> PackedCodes:
-        """Return a copy of codes in the order in which `search` reads them: for codes that are searched often.
-
-        Parameters
-        ----------
-        codes : array of shape (n, code_size), uint8
-        num_threads : int, optional
-
-        Returns
-        -------
-        PackedCodes
-
-        Raises
-        ------
-        ValueError
-            Codes of another size.
-        """
-        return pack_codes("quantize.ProductQuantizer.pack", codes, self.code_size, self.bits, num_threads)
 
     def search(
         self,
@@ -465,118 +464,34 @@ class ProductQuantizer:
         m bytes (4 bits: m / 2) of traffic a code for 16 queries. A query's result does not depend on the other queries,
         on packing, nor on num_threads. Reads its arguments only; several threads may call it at once.
         """
-        op = "quantize.ProductQuantizer.search"
-        codebooks = self._fitted(op)
-        like = queries.values if isinstance(queries, BlockSparse) else queries
+        op = f"{self._KIND}.search"
         if isinstance(queries, BlockSparse):
             queries = queries.to_dense()
-        rows = self._rotated(as_float32(vectors_of(op, "queries", queries, self.dim)))
-        table, n = searched_codes(op, codes, self.code_size, self.bits), len(codes)
-        k = as_count(op, "k", k)
-        taking_part = as_selection(op, "include", include, n)
-        out = outputs(
-            op, out, like if is_array(like) else rows, (len(rows), k), ("float32", "int64"), ("scores", "ids")
-        )
+        rows, table, taking_part, out = self._search_arguments(op, queries, codes, k, include, out)
+        rows = self._rotated(rows)
         _backend.run(
             op, "quantize_pq_search", rows,
-            rows, table, n, codebooks, taking_part, *out, self.metric == "l2",
+            rows, table, len(codes), self.codebooks, taking_part, *out, self.metric == "l2",
             num_threads=num_threads,
         )  # fmt: skip
         return out
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the fitted quantizer to one file, which replaces an existing one only when it is complete.
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        turned = {} if self.rotation is None else {"rotation_matrix": (self.dim, self.dim)}
+        return {"codebooks": (self.m, 1 << self.bits, self.dim // self.m), **turned}
 
-        Parameters
-        ----------
-        path : path
+    def _encode(self, op: str, rows: Floats, codes: Any, num_threads: int | None) -> None:
+        rows = self._rotated(rows)
+        _backend.run(op, "quantize_pq_encode", rows, rows, self.codebooks, codes, num_threads=num_threads)
+        if self.loss == "anisotropic":
+            _backend.run(
+                op, "quantize_pq_improve", rows, rows, self.codebooks, codes, self._weight, num_threads=num_threads
+            )
 
-        Raises
-        ------
-        RuntimeError
-            Before `fit`.
-        OSError
-            The system's own: a missing folder, no permission, a full disk. An existing file is untouched then.
-
-        Notes
-        -----
-        A safetensors file with checksums: tensors `codebooks` and, with a rotation, `rotation_matrix`.
-        """
-        _files.save(path, "quantize.ProductQuantizer", self.state())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> ProductQuantizer:
-        """Read a quantizer that `save` wrote.
-
-        Parameters
-        ----------
-        path : path
-
-        Returns
-        -------
-        ProductQuantizer
-
-        Raises
-        ------
-        FormatError
-            The file is damaged, truncated, of another kind or of a newer format.
-        OSError
-            The system's own.
-        """
-        return _files.load(path, "quantize.ProductQuantizer", cls.from_state)
-
-    def state(self) -> State:
-        """Return what `save` writes.
-
-        Returns
-        -------
-        State
-            The tensors, shared with the quantizer, and the parameters.
-
-        Raises
-        ------
-        RuntimeError
-            Before `fit`.
-        """
-        tensors = {"codebooks": self._fitted("quantize.ProductQuantizer.state")}
-        if self.rotation_matrix is not None:
-            tensors["rotation_matrix"] = self.rotation_matrix
-        names = ("dim", "m", "bits", "metric", "rotation", "loss", "threshold", "seed")
-        return State(tensors, {name: getattr(self, name) for name in names})
-
-    @classmethod
-    def from_state(cls, state: State) -> ProductQuantizer:
-        """Build a quantizer from a state.
-
-        Parameters
-        ----------
-        state : State
-            As `state` returned it. The tensors are used in place.
-
-        Returns
-        -------
-        ProductQuantizer
-
-        Raises
-        ------
-        ValueError, TypeError, LookupError
-            A state that does not fit together.
-        """
-        self = cls(**state.params)
-        self.codebooks = tensor_of(state, "codebooks", (self.m, 1 << self.bits, self.dim // self.m))
-        if self.rotation is not None:
-            self.rotation_matrix = tensor_of(state, "rotation_matrix", (self.dim, self.dim))
-        return self
-
-    def _fitted(self, op: str) -> npt.NDArray[np.float32]:
-        if self.codebooks is None:
-            raise RuntimeError(f"{op}: the quantizer must be fitted before; call fit(x)")
-        return self.codebooks
-
-    def _rotated(self, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def _rotated(self, x: Floats) -> Floats:
         return x if self.rotation_matrix is None else x @ self.rotation_matrix.T
 
-    def _cut(self, x: npt.NDArray[np.float32], rotation: npt.NDArray[np.float32] | None) -> npt.NDArray[np.float32]:
+    def _cut(self, x: Floats, rotation: Floats | None) -> Floats:
         """Return the pieces (m, n, dim // m) of the rotated rows."""
         if rotation is not None:
             x = x @ rotation.T
@@ -584,10 +499,10 @@ class ProductQuantizer:
 
 
 def move_codebooks(
-    pieces: npt.NDArray[np.float32],
+    pieces: Floats,
     labels: npt.NDArray[np.uint8],
     weights: npt.NDArray[np.float64],
-    codebooks: npt.NDArray[np.float32],
+    codebooks: Floats,
 ) -> None:
     """Move the codebooks (m, k, dsub), one after the other, to where the loss of labels (n, m) is least.
 
@@ -614,63 +529,7 @@ def move_codebooks(
         along -= np.einsum("ij,ij->i", u, book[label], dtype=np.float64)
 
 
-def training_rows(
-    op: str,
-    x: Any,
-    dim: int,
-    codewords: int,
-    train_size: int | None,
-    rng: np.random.Generator,
-    num_threads: int | None,
-) -> npt.NDArray[np.float32]:
-    """Check the vectors that a codec is fitted to and return `train_size` random ones as float32, or all."""
-    rows = vectors_of(op, "x", x, dim)
-    train_size = 256 * codewords if train_size is None else as_count(op, "train_size", train_size, least=codewords)
-    if len(rows) < codewords:
-        raise ValueError(f"{op}: x must have at least 2^bits rows ({codewords}), got {len(rows)}")
-    drawn = np.sort(rng.choice(len(rows), train_size, replace=False)) if len(rows) > train_size else None
-    rows = as_float32(rows if drawn is None else rows[drawn])
-    bad = _backend.run(op, "first_nonfinite_row", rows, rows, num_threads=num_threads)
-    if bad >= 0:
-        bad = bad if drawn is None else drawn[bad]
-        raise ValueError(f"{op}: x must be finite, got NaN or Inf in row {bad}")
-    return rows
-
-
-def _block_shape(code_size: int, bits: int) -> tuple[int, int]:
-    """Columns and codes of a block, as the scan reads them."""
-    return (code_size, 64) if bits == 8 else (-(-code_size // 4) * 4, 16)
-
-
-def pack_codes(op: str, codes: Any, code_size: int, bits: int, num_threads: int | None) -> PackedCodes:
-    """Do what `pack` does."""
-    table = codes_of(op, codes, code_size)
-    columns, width = _block_shape(code_size, bits)
-    blocks = np.empty((-(-len(table) // width), columns, width), np.uint8)
-    _backend.run(op, "quantize_pq_pack", table, table, blocks, num_threads=num_threads)
-    return PackedCodes(blocks, len(table))
-
-
-def searched_codes(op: str, codes: Any, code_size: int, bits: int) -> npt.NDArray[np.uint8]:
-    """Check the codes that `search` gets, packed or not, and return their rows or blocks."""
-    if not isinstance(codes, PackedCodes):
-        return codes_of(op, codes, code_size)
-    if codes.blocks.shape[1:] != _block_shape(code_size, bits):
-        raise ValueError(
-            f"{op}: codes must have blocks of shape {_block_shape(code_size, bits)}, got {codes.blocks.shape[1:]}"
-        )
-    return codes.blocks
-
-
-def tensor_of(state: State, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """Return a tensor of a state that is what it should be."""
-    tensor = state.tensors[name]
-    if tensor.shape != shape or tensor.dtype != np.float32:
-        raise ValueError(f"{name} must be float32 of shape {shape}, got {tensor.dtype} of shape {tensor.shape}")
-    return tensor
-
-
-def _spread_principal_directions(x: npt.NDArray[np.float32], m: int) -> npt.NDArray[np.float32]:
+def _spread_principal_directions(x: Floats, m: int) -> Floats:
     """Return the rotation onto the principal directions, dealt to m subspaces so that their variances multiply alike.
 
     Largest first, each direction goes to the subspace whose variances have the smallest product so far and which has
@@ -686,5 +545,5 @@ def _spread_principal_directions(x: npt.NDArray[np.float32], m: int) -> npt.NDAr
         smallest = min(room, key=lambda s: products[s])
         subspaces[smallest].append(direction)
         products[smallest] += logs[direction] - logs[0]  # relative to the least, or it would lower the product
-    rotation: npt.NDArray[np.float32] = directions.T[[i for s in subspaces for i in s]].astype(np.float32)
+    rotation: Floats = directions.T[[i for s in subspaces for i in s]].astype(np.float32)
     return rotation

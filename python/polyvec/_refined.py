@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,8 +10,9 @@ import numpy.typing as npt
 
 from polyvec import _backend, _files
 from polyvec._arrays import as_count, as_float32, choice, is_array, outputs
-from polyvec._codes import Floats, IntegerCodec
-from polyvec._files import State
+from polyvec._codec import Floats
+from polyvec._codes import IntegerCodec
+from polyvec._files import Saved, State
 from polyvec._progress import Progress, reporting
 
 _BLOCK_ROWS = 1 << 14
@@ -73,7 +73,7 @@ class CertifiedResult(NamedTuple):
     rescored: Any
 
 
-class Refined:
+class Refined(Saved):
     """A codec that finds `factor` times as many candidates, and vectors that put them in order.
 
     Parameters
@@ -101,8 +101,10 @@ class Refined:
     True
     """
 
+    _KIND = "quantize.Refined"
+
     def __init__(self, codec: Any, *, rerank: str = "float32", factor: int = 10) -> None:
-        op = "quantize.Refined"
+        op = self._KIND
         if type(codec).__name__ not in _CODECS:
             raise TypeError(f"{op}: codec must be {' or '.join(_CODECS)}, got {type(codec).__name__}")
         self.codec = codec
@@ -275,43 +277,6 @@ class Refined:
             wanted = min(4 * wanted, n)
         return CertifiedResult(*out, rescored) if certified else out
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the fitted codec to one file, which replaces an existing one only when it is complete.
-
-        Parameters
-        ----------
-        path : path
-
-        Raises
-        ------
-        RuntimeError
-            Before `fit`.
-        OSError
-            The system's own. An existing file is untouched then.
-        """
-        _files.save(path, "quantize.Refined", self.state())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Refined:
-        """Read what `save` wrote.
-
-        Parameters
-        ----------
-        path : path
-
-        Returns
-        -------
-        Refined
-
-        Raises
-        ------
-        FormatError
-            The file is damaged, truncated, of another kind or of a newer format.
-        OSError
-            The system's own.
-        """
-        return _files.load(path, "quantize.Refined", cls.from_state)
-
     def state(self) -> State:
         """Return what `save` writes.
 
@@ -347,7 +312,7 @@ class Refined:
             A state that does not fit together.
         """
         own = dict(state.params["refined"])
-        kind = choice("quantize.Refined.load", "codec", own.pop("kind"), _CODECS)
+        kind = choice(f"{cls._KIND}.load", "codec", own.pop("kind"), _CODECS)
         # By name: `quantize` imports this file.
         codec = getattr(importlib.import_module("polyvec.quantize"), kind)
         return cls(codec.from_state(_files.part(state, "codec")), **own)

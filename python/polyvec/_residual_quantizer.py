@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from polyvec import _backend, _files
-from polyvec._arrays import ArrayT, as_count, as_float32, as_selection, choice, is_array, output, outputs
-from polyvec._codes import Floats, codes_of, vectors_of
-from polyvec._files import State
+from polyvec import _backend
+from polyvec._arrays import ArrayT, as_count, choice
+from polyvec._codec import Floats
 from polyvec._kmeans import lloyd, seed_centroids
-from polyvec._product_quantizer import PackedCodes, pack_codes, searched_codes, tensor_of, training_rows
+from polyvec._product_quantizer import CodebookCodec
 from polyvec._progress import Progress, reporting
 
-_BLOCK_ELEMENTS = 1 << 24  # of vectors that are converted, encoded and decoded at a time: 64 MB
 _WIDTHS = 5
 _NORM_BITS = 24
 _MOST_BEAM = 256
@@ -24,7 +21,7 @@ _MOST_BEAM = 256
 Codes = npt.NDArray[np.uint8]
 
 
-class ResidualQuantizer:
+class ResidualQuantizer(CodebookCodec):
     """Codes of m levels: a vector is the sum of one codeword of each level, which codes what the levels before left.
 
     `fit` finds the 2^bits codewords of a level by k-means on the residuals of the levels before. `encode` looks for the
@@ -84,10 +81,13 @@ class ResidualQuantizer:
     [0, 1]
     """
 
+    _KIND = "quantize.ResidualQuantizer"
+    _PARAMS = ("dim", "levels", "bits", "metric", "beam", "seed")
+
     def __init__(
         self, dim: int, levels: int, *, bits: int = 8, metric: str = "ip", beam: int = 8, seed: int = 0
     ) -> None:
-        op = "quantize.ResidualQuantizer"
+        op = self._KIND
         self.dim = as_count(op, "dim", dim)
         self.levels = as_count(op, "levels", levels)
         self.bits: int = choice(op, "bits", bits, (8, 4))
@@ -96,13 +96,8 @@ class ResidualQuantizer:
         if self.beam > _MOST_BEAM:
             raise ValueError(f"{op}: beam must be at most {_MOST_BEAM}, got {self.beam}")
         self.seed = as_count(op, "seed", seed, least=0)
-        self.codebooks: Floats | None = None
+        self.codebooks = None
         self._products: tuple[Floats, Floats] | None = None  # codebooks, and what _all_products made of them
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what `fit` found."""
-        return 0 if self.codebooks is None else self.codebooks.nbytes
 
     @property
     def code_size(self) -> int:
@@ -113,7 +108,7 @@ class ResidualQuantizer:
     def __repr__(self) -> str:
         return (
             f"ResidualQuantizer({self.dim}, {self.levels}, bits={self.bits}, metric={self.metric!r}, "
-            f"beam={self.beam}, seed={self.seed}){'' if self.codebooks is not None else ', not fitted'}"
+            f"beam={self.beam}, seed={self.seed}){'' if self._is_fitted() else ', not fitted'}"
         )
 
     def fit(
@@ -157,11 +152,11 @@ class ResidualQuantizer:
         the levels before. 2 train_size 2^bits dim flops an iteration in all dimensions, and as many to extend the beams
         by a level. Needs the rows four times as float32.
         """
-        op = "quantize.ResidualQuantizer.fit"
+        op = f"{self._KIND}.fit"
         max_iter = as_count(op, "max_iter", max_iter)
         codewords = 1 << self.bits
         rng = np.random.default_rng(self.seed)
-        rows = training_rows(op, x, self.dim, codewords, train_size, rng, num_threads)
+        rows = self._training_rows(op, x, train_size, rng, num_threads)
         codebooks = np.empty((self.levels, codewords, self.dim), np.float32)
         products = _room_for_products(codebooks)
         beams, scores = _empty_beams(len(rows))
@@ -212,24 +207,7 @@ class ResidualQuantizer:
         inner products of all pairs of codewords are kept from the first call on, 2 (2^bits m)^2 bytes. Codes do not
         depend on num_threads, nor on the other rows.
         """
-        op = "quantize.ResidualQuantizer.encode"
-        codebooks = self._fitted(op)
-        rows = vectors_of(op, "x", x, self.dim)
-        out = output(op, out, x if is_array(x) else rows, (len(rows), self.code_size), "uint8")
-        products = self._all_products(codebooks)
-        codes, size = np.asarray(out), max(1, _BLOCK_ELEMENTS // self.dim)
-        with reporting(op, progress, len(rows), "rows") as report:
-            for begin in range(0, len(rows), size):
-                part = as_float32(rows[begin : begin + size])
-                _backend.require_finite(op, "x", part, num_threads, first_row=begin)
-                beams, _ = self._extend(op, part, codebooks, products, *_empty_beams(len(part)), 1, num_threads)
-                digits = beams[:, 0]
-                if self.metric == "l2":
-                    sums = self._sums(op, digits, codebooks, num_threads)
-                    digits = np.concatenate([digits, self._digits_of_norms(codebooks, sums)], 1)
-                codes[begin : begin + size] = _bytes_of(digits, self.bits)
-                report(len(part))
-        return out
+        return self._encode_blocks(f"{self._KIND}.encode", x, out, progress, num_threads)
 
     def decode(
         self,
@@ -261,36 +239,15 @@ class ResidualQuantizer:
         ValueError
             Codes of another size, levels out of range.
         """
-        op = "quantize.ResidualQuantizer.decode"
-        codebooks = self._fitted(op)
-        table = codes_of(op, codes, self.code_size)
+        op = f"{self._KIND}.decode"
+        table, out = self._decode_arguments(op, codes, out)
         levels = self.levels if levels is None else as_count(op, "levels", levels)
         if levels > self.levels:
             raise ValueError(f"{op}: levels must be at most {self.levels}, got {levels}")
-        out = output(op, out, codes if is_array(codes) else table, (len(table), self.dim), "float32")
         _backend.run(
-            op, "quantize_rq_decode", table, table, codebooks[:levels], np.asarray(out), num_threads=num_threads
+            op, "quantize_rq_decode", table, table, self.codebooks[:levels], np.asarray(out), num_threads=num_threads
         )
         return out
-
-    def pack(self, codes: Any, *, num_threads: int | None = None) -> PackedCodes:
-        """Return a copy of codes in the order in which `search` reads them: for codes that are searched often.
-
-        Parameters
-        ----------
-        codes : array of shape (n, code_size), uint8
-        num_threads : int, optional
-
-        Returns
-        -------
-        PackedCodes
-
-        Raises
-        ------
-        ValueError
-            Codes of another size.
-        """
-        return pack_codes("quantize.ResidualQuantizer.pack", codes, self.code_size, self.bits, num_threads)
 
     def search(
         self,
@@ -339,106 +296,27 @@ class ResidualQuantizer:
         query's result does not depend on the other queries, on packing, nor on num_threads, and one with NaN or Inf
         finds nothing. Reads its arguments only; several threads may call it at once.
         """
-        op = "quantize.ResidualQuantizer.search"
-        codebooks = self._fitted(op)
-        rows = as_float32(vectors_of(op, "queries", queries, self.dim))
-        table, n = searched_codes(op, codes, self.code_size, self.bits), len(codes)
-        k = as_count(op, "k", k)
-        taking_part = as_selection(op, "include", include, n)
-        out = outputs(op, out, queries if is_array(queries) else rows, (len(rows), k), ("float32", "int64"),
-                      ("scores", "ids"))  # fmt: skip
-        step = self._norm_step(codebooks) if self.metric == "l2" else 0.0
+        op = f"{self._KIND}.search"
+        rows, table, taking_part, out = self._search_arguments(op, queries, codes, k, include, out)
+        step = self._norm_step(self.codebooks) if self.metric == "l2" else 0.0
         _backend.run(
             op, "quantize_rq_search", rows,
-            rows, table, n, codebooks, taking_part, *out, self.metric == "l2", step,
+            rows, table, len(codes), self.codebooks, taking_part, *out, self.metric == "l2", step,
             num_threads=num_threads,
         )  # fmt: skip
         return out
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the fitted quantizer to one file, which replaces an existing one only when it is complete.
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"codebooks": (self.levels, 1 << self.bits, self.dim)}
 
-        Parameters
-        ----------
-        path : path
-
-        Raises
-        ------
-        RuntimeError
-            Before `fit`.
-        OSError
-            The system's own: a missing folder, no permission, a full disk. An existing file is untouched then.
-
-        Notes
-        -----
-        A safetensors file with checksums: the tensor `codebooks`.
-        """
-        _files.save(path, "quantize.ResidualQuantizer", self.state())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> ResidualQuantizer:
-        """Read a quantizer that `save` wrote.
-
-        Parameters
-        ----------
-        path : path
-
-        Returns
-        -------
-        ResidualQuantizer
-
-        Raises
-        ------
-        FormatError
-            The file is damaged, truncated, of another kind or of a newer format.
-        OSError
-            The system's own.
-        """
-        return _files.load(path, "quantize.ResidualQuantizer", cls.from_state)
-
-    def state(self) -> State:
-        """Return what `save` writes.
-
-        Returns
-        -------
-        State
-            The tensor, shared with the quantizer, and the parameters.
-
-        Raises
-        ------
-        RuntimeError
-            Before `fit`.
-        """
-        tensors = {"codebooks": self._fitted("quantize.ResidualQuantizer.state")}
-        names = ("dim", "levels", "bits", "metric", "beam", "seed")
-        return State(tensors, {name: getattr(self, name) for name in names})
-
-    @classmethod
-    def from_state(cls, state: State) -> ResidualQuantizer:
-        """Build a quantizer from a state.
-
-        Parameters
-        ----------
-        state : State
-            As `state` returned it. The tensor is used in place.
-
-        Returns
-        -------
-        ResidualQuantizer
-
-        Raises
-        ------
-        ValueError, TypeError, LookupError
-            A state that does not fit together.
-        """
-        self = cls(**state.params)
-        self.codebooks = tensor_of(state, "codebooks", (self.levels, 1 << self.bits, self.dim))
-        return self
-
-    def _fitted(self, op: str) -> Floats:
-        if self.codebooks is None:
-            raise RuntimeError(f"{op}: the quantizer must be fitted before; call fit(x)")
-        return self.codebooks
+    def _encode(self, op: str, rows: Floats, codes: Any, num_threads: int | None) -> None:
+        codebooks, products = self.codebooks, self._all_products(self.codebooks)
+        beams, _ = self._extend(op, rows, codebooks, products, *_empty_beams(len(rows)), 1, num_threads)
+        digits = beams[:, 0]
+        if self.metric == "l2":
+            sums = self._sums(op, digits, codebooks, num_threads)
+            digits = np.concatenate([digits, self._digits_of_norms(codebooks, sums)], 1)
+        codes[:] = _bytes_of(digits, self.bits)
 
     # ---- sums of codewords
 

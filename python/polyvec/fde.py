@@ -7,7 +7,6 @@ arrays, or a padded (n, t, d) array, alone or with its lengths as `(padded, leng
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ _SETS_PER_REPORT = 1024  # a tenth of a second of work
 Floats = npt.NDArray[np.float32]
 
 
-class Encoder:
+class Encoder(_files.Saved):
     """Encodes token sets as vectors whose inner product approximates MaxSim, times `repetitions`.
 
     In each repetition r, hyperplanes cut the space into 2^simhash_bits buckets, by the bits j of a token where
@@ -132,6 +131,8 @@ class Encoder:
     >>> encoder.encode_docs([tokens, tokens[:1]]).shape
     (2, 24)
     """
+
+    _KIND = _KIND
 
     def __init__(
         self,
@@ -475,35 +476,6 @@ class Encoder:
         if encoder.matrices_hash != state.params["matrices"]:
             raise ValueError(f"matrices_hash must be {state.params['matrices']}, got {encoder.matrices_hash}")
         return encoder
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the encoder as one safetensors file, whole or not at all.
-
-        Parameters
-        ----------
-        path : path
-            An existing file is replaced.
-        """
-        _files.save(path, _KIND, self.state())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Encoder:
-        """Read an encoder that `save` wrote; it encodes to the same bits.
-
-        Parameters
-        ----------
-        path : path
-
-        Returns
-        -------
-        Encoder
-
-        Raises
-        ------
-        FormatError
-            A file that is damaged, truncated or something else.
-        """
-        return _files.load(path, _KIND, cls.from_state)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Encoder.from_state, (self.state(),)

@@ -20,7 +20,7 @@ FIRST_STAGES = ("hnsw", "pq", "flat")
 _BLOCK = 256  # documents encoded and indexed at a time: bounds the memory of their encodings
 
 
-class MultiVectorIndex:
+class MultiVectorIndex(_files.Saved):
     """Find the best documents for a query when both are sets of vectors.
 
     Documents are encoded as one vector each (`fde.Encoder`), a first stage finds candidates by inner product, and
@@ -220,25 +220,20 @@ class MultiVectorIndex:
             np.copyto(view, np.where(view >= 0, self._ids[view], -1))
         return rows
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the index as one safetensors file, whole or not at all.
+    def state(self) -> _files.State:
+        """Return what `save` writes.
 
-        Parameters
-        ----------
-        path : path
-
-        Raises
-        ------
-        OSError
-            `path` cannot be written.
+        Returns
+        -------
+        State
+            Tokens, encoder and first stage, which share the index's memory, and the parameters.
         """
         documents = self._documents()
         own = _files.State(
             {"tokens": documents.values, "offsets": documents.offsets, "ids": self._ids},
             {"dim": self.dim, "first_stage": self.first_stage},
         )
-        state = _files.join(documents=own, encoder=self.encoder.state(), stage=self._stage.state())
-        _files.save(path, self._KIND, state)
+        return _files.join(documents=own, encoder=self.encoder.state(), stage=self._stage.state())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, mmap: bool = False) -> MultiVectorIndex:
@@ -260,10 +255,26 @@ class MultiVectorIndex:
         FormatError
             The file is damaged, truncated, something else, or of a newer format.
         """
-        return _files.load(path, cls._KIND, cls._from_state, mmap=mmap, lazy=("documents.tokens",))
+        return _files.load(path, cls._KIND, cls.from_state, mmap=mmap, lazy=("documents.tokens",))
 
     @classmethod
-    def _from_state(cls, state: _files.State) -> MultiVectorIndex:
+    def from_state(cls, state: _files.State) -> MultiVectorIndex:
+        """Build an index from a state.
+
+        Parameters
+        ----------
+        state : State
+            As `state` returned it. The tensors are used in place until the first change.
+
+        Returns
+        -------
+        MultiVectorIndex
+
+        Raises
+        ------
+        ValueError, TypeError, LookupError
+            A state that does not fit together.
+        """
         own = _files.part(state, "documents")
         encoder = fde.Encoder.from_state(_files.part(state, "encoder"))
         index = cls(own.params["dim"], encoder=encoder, first_stage=own.params["first_stage"])
