@@ -44,7 +44,21 @@ def test_it_multiplies_by_what_a_quantizer_decodes(rng, isa, bits):
     codes = pq.encode(weights)
     decoded = np.float64(pq.decode(codes))
     size = np.abs(x) @ np.abs(decoded).T
-    assert_reduction(pv.quantize.vq_linear(x, codes, pq.codebooks), x @ decoded.T, size, length=24)
+    y = pv.quantize.vq_linear(x, codes, pq.codebooks)
+    assert_reduction(y, x @ decoded.T, size, length=24)
+    assert_exact(pv.quantize.vq_linear(x, codes, pq), y)
+
+
+@pytest.mark.parametrize("rotation", ["random", "opq"])
+def test_inputs_are_rotated_as_a_quantizer_rotated_the_weights(rng, cpu_lib, rotation):
+    weights, x = sample(rng, 300, 24), sample(rng, 5, 24)
+    pq = pv.quantize.ProductQuantizer(24, 6, bits=4, rotation=rotation).fit(weights)
+    codes = pq.encode(weights)
+    decoded = np.float64(pq.decode(codes))
+    y = pv.quantize.vq_linear(cpu_lib(x), cpu_lib(codes), pq)
+    assert type(y) is type(cpu_lib(x))
+    size = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(decoded, axis=1)
+    assert_reduction(np.asarray(y), x @ decoded.T, 24**0.5 * size, length=48)
 
 
 def test_an_input_alone_gives_what_it_gives_in_a_batch(rng, isa):
@@ -106,6 +120,10 @@ def zeros(*shape, dtype=np.float32):
     return np.zeros(shape, dtype)
 
 
+def fitted(**options):
+    return pv.quantize.ProductQuantizer(8, 2, **options).fit(np.eye(256, 8, dtype=np.float32))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
@@ -113,6 +131,12 @@ def zeros(*shape, dtype=np.float32):
          f"{OP}: x must have 2 axes, got shape (8,)"),
         (lambda c: pv.quantize.vq_linear(zeros(1, 9), c, zeros(2, 256, 4)), ValueError,
          f"{OP}: x must have the dim of the codebooks (8), got 9"),
+        (lambda c: pv.quantize.vq_linear(zeros(1, 9), c, fitted(rotation="random")), ValueError,
+         f"{OP}: x must have the dim of the codebooks (8), got 9"),
+        (lambda c: pv.quantize.vq_linear(zeros(1, 8), c, pv.quantize.ProductQuantizer(8, 2)), RuntimeError,
+         f"{OP}: the quantizer must be fitted before; call fit(x)"),
+        (lambda c: pv.quantize.vq_linear(zeros(1, 8), c, pv.quantize.ResidualQuantizer(8, 2)), TypeError,
+         f"{OP}: codebooks must be an array of float32, got ResidualQuantizer"),
         (lambda c: pv.quantize.vq_linear(zeros(1, 8), c, zeros(2, 64, 4)), ValueError,
          f"{OP}: codebooks must have 16 or 256 codewords a subspace, got 64"),
         (lambda c: pv.quantize.vq_linear(zeros(1, 8), c, zeros(2, 16, 4)), ValueError,

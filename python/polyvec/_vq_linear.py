@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from polyvec import _backend
 from polyvec._arrays import ArrayT, as_array, empty, output, require_cpu
+from polyvec._product_quantizer import ProductQuantizer
 
 
 def vq_linear(
@@ -23,9 +26,9 @@ def vq_linear(
     ----------
     x : array of shape (n, d), float32
     codes : array of shape (outputs, code_size), uint8
-        The rows of W as `ProductQuantizer.encode` writes them, of a quantizer without rotation.
-    codebooks : array of shape (m, 256 or 16, d / m), float32
-        Its `codebooks`; 16 codewords are codes of 4 bits.
+        The rows of W as `ProductQuantizer.encode` writes them.
+    codebooks : ProductQuantizer, or array of shape (m, 256 or 16, d / m), float32
+        The fitted quantizer; or the `codebooks` of one without rotation, where 16 codewords are codes of 4 bits.
     bias : array of shape (outputs,), float32, optional
     out : array of shape (n, outputs), float32, optional
     num_threads : int, optional
@@ -41,13 +44,16 @@ def vq_linear(
         Shapes that do not fit.
     TypeError
         Other dtypes.
+    RuntimeError
+        A quantizer before `fit`.
 
     Notes
     -----
     Each input becomes tables of its pieces' products with all codewords (2 k d flops), and an output is the sum of m
     entries. It reads m bytes of codes (4 bits: m / 2) for d weights of 4 bytes, but its time grows with n: it is many
     times faster than to decode W for one input, and still for 16; beside W kept in full, for a few inputs only, where
-    pieces are long (16 and more) or codes have 4 bits.
+    pieces are long (16 and more) or codes have 4 bits. With a quantizer that rotates, inputs are rotated first (2 d^2
+    flops each).
 
     References
     ----------
@@ -59,16 +65,23 @@ def vq_linear(
     >>> weights = np.random.default_rng(0).standard_normal((500, 32), np.float32)
     >>> pq = pv.quantize.ProductQuantizer(32, 8).fit(weights)
     >>> codes, x = pq.encode(weights), np.ones((2, 32), np.float32)
-    >>> y = pv.quantize.vq_linear(x, codes, pq.codebooks)
+    >>> y = pv.quantize.vq_linear(x, codes, pq)
     >>> y.shape, bool(np.allclose(y, x @ pq.decode(codes).T, atol=1e-4))
     ((2, 500), True)
     """
     op = "quantize.vq_linear"
+    quantizer = codebooks if isinstance(codebooks, ProductQuantizer) else None
+    if quantizer is not None:
+        quantizer._require_fitted(op)
+        codebooks = quantizer.codebooks
     x, codes, codebooks = _inputs(op, x, codes, codebooks)
     if bias is not None:
         bias = as_array(op, "bias", bias, ndim=1)
     out = output(op, out, x, (int(x.shape[0]), int(codes.shape[0])), "float32")
-    _backend.run(op, "vq_linear", x, x, codes, codebooks, bias, out, num_threads=num_threads)
+    rows: Any = x
+    if quantizer is not None and int(x.shape[1]) == quantizer.dim:  # another width is refused below
+        rows = quantizer._rotated(np.asarray(x))
+    _backend.run(op, "vq_linear", x, rows, codes, codebooks, bias, out, num_threads=num_threads)
     return out
 
 
