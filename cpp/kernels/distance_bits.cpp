@@ -28,7 +28,7 @@ POLYVEC_INLINE Sums multiply(Bytes::type codes, Bytes::type query) noexcept {
     return multiply_byte_pairs(codes, query);
 }
 POLYVEC_INLINE Words widen(Sums sums) noexcept {
-    return add_pairs(sums);
+    return multiply_pairs(sums, Sums{} + int16_t{1});
 }
 #else
 constexpr size_t chunks_together = 1;

@@ -86,38 +86,30 @@ POLYVEC_INLINE void store_first(T* p, Vec<T> v, size_t n) noexcept {
 
 // ---- products of narrow numbers, several to a 32-bit lane
 
-// a0 * b0 + a1 * b1 of the 16-bit halves of each lane.
-POLYVEC_INLINE Vec<int32_t> multiply_pairs(Vec<uint32_t> a, Vec<uint32_t> b) noexcept {
+// a0 * b0 + a1 * b1 of the 16-bit halves of each lane, in registers of any width that the level has.
+template <class V>
+POLYVEC_INLINE typename VecOf<int32_t, sizeof(V)>::type multiply_pairs(V a, V b) noexcept {
+    using Out = typename VecOf<int32_t, sizeof(V)>::type;
 #if POLYVEC_VECTOR_BYTES == 64
-    return (Vec<int32_t>)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif POLYVEC_VECTOR_BYTES == 32
-    return (Vec<int32_t>)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#else
-    return (Vec<int32_t>)_mm_madd_epi16((__m128i)a, (__m128i)b);
+    if constexpr (sizeof(V) == 64) return (Out)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #endif
+#if POLYVEC_VECTOR_BYTES >= 32
+    if constexpr (sizeof(V) == 32) return (Out)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#endif
+    if constexpr (sizeof(V) == 16) return (Out)_mm_madd_epi16((__m128i)a, (__m128i)b);
 }
 
 #if defined(__AVX2__)
 #define POLYVEC_BYTE_PAIRS 1
 
-// a0 * b0 + a1 * b1 of the bytes of each 16-bit lane, those of a unsigned and those of b signed; at most 32767.
-POLYVEC_INLINE VecOf<int16_t, 32>::type multiply_byte_pairs(VecOf<uint8_t, 32>::type a,
-                                                            VecOf<uint8_t, 32>::type b) noexcept {
-    return (VecOf<int16_t, 32>::type)_mm256_maddubs_epi16((__m256i)a, (__m256i)b);
-}
-
-// The sums of the two 16-bit halves of each 32-bit lane.
-POLYVEC_INLINE VecOf<int32_t, 32>::type add_pairs(VecOf<int16_t, 32>::type a) noexcept {
-    return (VecOf<int32_t, 32>::type)_mm256_madd_epi16((__m256i)a, _mm256_set1_epi16(1));
-}
-
 // a0 * b0 + a1 * b1 of the bytes of each 16 bits, those of a unsigned and those of b signed; saturates.
-POLYVEC_INLINE Vec<int16_t> multiply_byte_pairs(Vec<uint32_t> a, Vec<uint32_t> b) noexcept {
+template <class V>
+POLYVEC_INLINE typename VecOf<int16_t, sizeof(V)>::type multiply_byte_pairs(V a, V b) noexcept {
+    using Out = typename VecOf<int16_t, sizeof(V)>::type;
 #if POLYVEC_VECTOR_BYTES == 64
-    return (Vec<int16_t>)_mm512_maddubs_epi16((__m512i)a, (__m512i)b);
-#else
-    return (Vec<int16_t>)_mm256_maddubs_epi16((__m256i)a, (__m256i)b);
+    if constexpr (sizeof(V) == 64) return (Out)_mm512_maddubs_epi16((__m512i)a, (__m512i)b);
 #endif
+    if constexpr (sizeof(V) == 32) return (Out)_mm256_maddubs_epi16((__m256i)a, (__m256i)b);
 }
 #endif
 
