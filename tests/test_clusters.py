@@ -30,7 +30,7 @@ def check_means(sets, result):
 @pytest.mark.parametrize("k", [1, 3, 16, 40])
 def test_kmeans_is_lloyds_from_evenly_spaced_rows(rng, isa, k):
     sets = sample(rng)
-    for iterations in (1, 4):
+    for iterations in (1, 4, 25):
         result = pv.quantize.kmeans_sets(sets, k, max_iter=iterations)
         check_means(sets, result)
         for s, x in enumerate(sets):
@@ -50,6 +50,51 @@ def test_it_stops_when_nothing_moves(rng):
     assert result.iterations.max() < 100
     assert_exact(pv.quantize.kmeans_sets(sets, 4, max_iter=100).labels, result.labels)
     assert (pv.quantize.kmeans_sets(sets, 4, tolerance=0.5).iterations <= result.iterations).all()
+
+
+@pytest.mark.parametrize("d", [1, 6])
+def test_means_that_stay_are_not_forgotten(rng, isa, d):
+    """Bundles that are found at once, and loose rows that go on from mean to mean: most means stay most of the time."""
+    bundles = 10 * rng.standard_normal((12, 1, d)) + 0.1 * rng.standard_normal((12, 6, d))
+    loose = rng.standard_normal((300, d))
+    x = np.concatenate([np.concatenate([bundles[:, j] for j in range(6)]), loose]).astype(np.float32)
+    for k in (20, 33):
+        labels, inertia = ref.kmeans(x, k, 40)
+        result = pv.quantize.kmeans_sets([x], k, max_iter=40)
+        assert result.iterations[0] > 3
+        assert_exact(result.labels, labels)
+        np.testing.assert_allclose(result.inertia[0], inertia, rtol=1e-5)
+
+
+def test_empty_clusters_take_the_farthest_rows(rng, isa):
+    """Some clusters start from one row: all but the first of them are empty."""
+    n, k = 48, 8
+    for _ in range(100):
+        x = rng.standard_normal((n, 2)).astype(np.float32)
+        starts = np.arange(k) * n // k
+        x[starts[rng.integers(0, k, 4)]] = x[0]
+        for iterations in (2, 4, 9):
+            assert_exact(pv.quantize.kmeans_sets([x], k, max_iter=iterations).labels, ref.kmeans(x, k, iterations)[0])
+
+
+@pytest.mark.parametrize("k", [3, 20, 45])
+def test_rows_that_repeat(rng, isa, k):
+    """Equal means, and clusters that lose their last row again and again."""
+    sets = pv.Ragged(rng.integers(0, 2, (1000, 4)).astype(np.float32), np.arange(0, 1001, 50))
+    check_means(sets, pv.quantize.kmeans_sets(sets, k, max_iter=30))
+
+
+@pytest.mark.parametrize("method", ["kmeans", "ward"])
+def test_nonfinite_rows_are_refused_and_large_ones_are_not(rng, isa, method):
+    x = rng.standard_normal((70, 9)).astype(np.float32)
+    for row, bad in ((0, np.nan), (39, np.inf), (69, -np.inf)):
+        wrong = x.copy()
+        wrong[row, row % 9] = bad
+        for size in (2, 35, 70):  # 2: rows that are their own means
+            with pytest.raises(ValueError, match=rf"docs must be finite, got NaN or Inf in row {row}$"):
+                pv.maxsim.pool(wrong.reshape(-1, size, 9), 3, method=method)
+    large = x[:4].reshape(1, 4, 9) * np.float32(1e30)
+    assert np.isfinite(pv.maxsim.pool(large, 2, method=method).values).all()
 
 
 def test_equal_rows_fill_all_clusters():

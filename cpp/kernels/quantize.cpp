@@ -137,9 +137,34 @@ void nearest_short(const ShortRows& rows, int32_t* ids) noexcept {
     }
 }
 
+void nearest_two(const MeansBlock& block, float* best, float* second, int32_t* id) noexcept {
+    constexpr int R = panel_registers;
+    const GatheredRows<float, int32_t> means{block.means, block.ids, block.n, block.d};
+    const auto update = [&]<int J>(size_t first, const Vec<float>(&acc)[J][R]) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            Vec<float> top = load(best + r * L), next = load(second + r * L);
+            Vec<int32_t> at = load(id + r * L);
+#pragma GCC unroll 12
+            for (int j = 0; j < J; ++j) {
+                const int32_t mean = block.ids[first + j];
+                const Vec<float> score = acc[j][r] + broadcast(block.offsets[mean]);
+                const Mask<float> better = score > top;
+                next = max(next, min(score, top));
+                top = select(better, score, top);
+                at = select(better, broadcast(mean), at);
+            }
+            store(best + r * L, top);
+            store(second + r * L, next);
+            store(id + r * L, at);
+        }
+    };
+    for_each_tile<R>(block.panel, means, block.d, update);
+}
+
 }  // namespace
 
 extern const QuantizeKernels quantize_kernels;
-const QuantizeKernels quantize_kernels{sum_rows, nearest_short};
+const QuantizeKernels quantize_kernels{sum_rows, nearest_short, nearest_two};
 
 }  // namespace polyvec::POLYVEC_ISA

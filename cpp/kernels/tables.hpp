@@ -387,12 +387,22 @@ struct ShortRows {
     std::size_t k, width;
 };
 
+/// A panel of rows (ScanKernel::pack) and `n` of the means (., d), by their ids; offsets are those of all means.
+struct MeansBlock {
+    const float *panel, *means, *offsets;
+    const std::int32_t* ids;
+    std::size_t n, d;
+};
+
 struct QuantizeKernels {
     /// The sum of n rows of x (., d), each times scale[row] unless scale is null, in this order and in float64.
     void (*sum_rows)(const float* x, const std::int64_t* rows, std::size_t n, std::size_t d, const float* scale,
                      double* sum) noexcept;
     /// ids[i] = the codeword c of greatest <row i, c> + offsets[c], the first of equals.
     void (*nearest_short)(const ShortRows&, std::int32_t* ids) noexcept;
+    /// Updates, for each row of the panel, the best <row, mean> + offset and its id, and the second best. Of equals
+    /// what was there before, then the first, is the best.
+    void (*nearest_two)(const MeansBlock&, float* best, float* second, std::int32_t* id) noexcept;
 };
 
 /// Rows of integer codes, `stride` bytes apart: d numbers below 2^bits, then the float32 factors that there are, in

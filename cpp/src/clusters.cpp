@@ -14,6 +14,8 @@ namespace polyvec {
 namespace {
 
 constexpr double infinity = std::numeric_limits<double>::infinity();
+constexpr float below_all = -std::numeric_limits<float>::infinity();
+constexpr float unknown = -below_all;  // a second best that must be found anew
 
 /// One thread's scratch, for one set after another.
 class Clusterer {
@@ -29,6 +31,12 @@ public:
         k_ = kept[s + 1] - kept[s];
         std::int64_t& iterations = op_.iterations.as<std::int64_t>()[s];
         iterations = 0;
+        squares_.resize(n_);
+        kernels().scan->f32.squares(x_, n_, d_, squares_.data());
+        if (!finite()) {
+            op_.inertia.as<double>()[s] = std::numeric_limits<double>::quiet_NaN();
+            return;
+        }
         if (k_ == n_) {
             std::copy_n(x_, n_ * d_, means_);
             std::iota(labels_, labels_ + n_, 0);
@@ -43,6 +51,15 @@ public:
     }
 
 private:
+    /// Whether the rows are: a square that is not may have overflowed.
+    bool finite() const {
+        for (std::int64_t i = 0; i < n_; ++i) {
+            if (std::isfinite(squares_[i])) continue;
+            if (!std::all_of(x_ + i * d_, x_ + (i + 1) * d_, [](float x) { return std::isfinite(x); })) return false;
+        }
+        return true;
+    }
+
     // ---- k-means
 
     std::int64_t lloyd() {
@@ -50,6 +67,7 @@ private:
         for (std::int64_t c = 0; c < k_; ++c) std::copy_n(x_ + c * n_ / k_ * d_, d_, means_ + c * d_);
         double previous = infinity;
         std::fill_n(labels_, n_, -1);
+        moved_.assign(k_, 1);
         for (std::int64_t iteration = 0;; ++iteration) {
             const double loss = assign();
             if (!set_means()) return iteration;
@@ -59,35 +77,42 @@ private:
         }
     }
 
-    /// Transposes the rows into panels, and takes their squared norms.
+    /// Transposes the rows into panels.
     void pack() {
         const std::int64_t panels = (n_ + width_ - 1) / width_;
         if (panels * width_ > capacity_) {
             capacity_ = panels * width_;
             packed_ = aligned<float>(capacity_ * d_);
             best_ = aligned<float>(capacity_);
+            second_ = aligned<float>(capacity_);
             nearest_ = aligned<std::int32_t>(capacity_);
         }
-        squares_.resize(n_);
-        kernels().scan->f32.squares(x_, n_, d_, squares_.data());
         for (std::int64_t first = 0; first < n_; first += width_)
             kernels().scan->f32.pack(x_ + first * d_, std::min(width_, n_ - first), d_, d_, packed_.get() + first * d_);
     }
 
     /// Labels the rows with their nearest mean, and returns the sum of their squared distances, as rounded.
+    ///
+    /// Rows are compared with the means that moved. Those that stayed are compared with again only where they may have
+    /// become the nearest: a row whose mean moved needs a better one among the moved than the second best was before.
+    /// Scores of equal operands are equal, so that labels are those of comparing with all.
     double assign() {
-        scale_.assign(k_, 1.0f);
+        mobile_.clear();
+        stable_.clear();
         offset_.resize(k_);
-        kernels().scan->f32.squares(means_, k_, d_, offset_.data());
-        for (float& square : offset_) square *= -0.5f;
-        std::fill_n(best_.get(), capacity_, -std::numeric_limits<float>::infinity());
-        std::fill_n(nearest_.get(), capacity_, 0);
+        for (std::int64_t c = 0; c < k_; ++c) {
+            (moved_[c] ? mobile_ : stable_).push_back(static_cast<std::int32_t>(c));
+            if (!moved_[c]) continue;
+            kernels().scan->f32.squares(means_ + c * d_, 1, d_, &offset_[c]);
+            offset_[c] *= -0.5f;
+        }
         for (std::int64_t first = 0; first < n_; first += width_) {
-            ScanBlock block{packed_.get() + first * d_, means_, static_cast<std::size_t>(k_),
-                            static_cast<std::size_t>(d_)};
-            block.scale = scale_.data();
-            block.offset = offset_.data();
-            kernels().scan->f32.nearest(block, best_.get() + first, nearest_.get() + first);
+            if (stable_.empty()) {
+                forget(first);
+                compare(first, mobile_, best_.get() + first, second_.get() + first, nearest_.get() + first);
+            } else {
+                compare_some(first);
+            }
         }
         double loss = 0;
         before_.assign(labels_, labels_ + n_);
@@ -97,6 +122,49 @@ private:
         }
         repair();
         return loss;
+    }
+
+    void forget(std::int64_t first) {
+        std::fill_n(best_.get() + first, width_, below_all);
+        std::fill_n(second_.get() + first, width_, below_all);
+        std::fill_n(nearest_.get() + first, width_, 0);
+    }
+
+    void compare(std::int64_t first, const std::vector<std::int32_t>& means, float* best, float* second,
+                 std::int32_t* id) const {
+        kernels().quantize->nearest_two({packed_.get() + first * d_, means_, offset_.data(), means.data(), means.size(),
+                                         static_cast<std::size_t>(d_)},
+                                        best, second, id);
+    }
+
+    /// A panel, when some means stayed.
+    void compare_some(std::int64_t first) {
+        best_moved_.assign(width_, below_all);
+        second_moved_.assign(width_, below_all);
+        nearest_moved_.assign(width_, 0);
+        compare(first, mobile_, best_moved_.data(), second_moved_.data(), nearest_moved_.data());
+        float *best = best_.get() + first, *second = second_.get() + first;
+        std::int32_t* nearest = nearest_.get() + first;
+        const std::int64_t count = std::min(width_, n_ - first);
+        bool open = false;
+        for (std::int64_t i = 0; i < count; ++i) {
+            if (!moved_[nearest[i]] && second[i] < unknown) continue;
+            best[i] = second[i];  // no mean that stayed is better
+            open |= !(best_moved_[i] > best[i]);
+        }
+        if (open) {
+            forget(first);
+            compare(first, stable_, best, second, nearest);
+        }
+        for (std::int64_t i = 0; i < count; ++i) {
+            if (best_moved_[i] > best[i] || (best_moved_[i] == best[i] && nearest_moved_[i] < nearest[i])) {
+                second[i] = std::max(best[i], second_moved_[i]);
+                best[i] = best_moved_[i];
+                nearest[i] = nearest_moved_[i];
+            } else {
+                second[i] = std::max(second[i], best_moved_[i]);
+            }
+        }
     }
 
     /// Gives a cluster without rows the row farthest from its mean, of those whose cluster has others.
@@ -118,18 +186,21 @@ private:
             labels_[farthest] = c;
             counts_[c] = 1;
             best_[farthest] = squares_[farthest] / 2;  // it is its own mean
+            nearest_[farthest] = static_cast<std::int32_t>(c);
+            second_[farthest] = unknown;
         }
     }
 
     /// The means of the rows of each label, where they are not those of the labels before. No label is without rows.
     /// Returns whether any label changed.
     bool set_means() {
-        moved_.assign(k_, false);
+        moved_.assign(k_, 0);
         bool any = false;
         for (std::int64_t i = 0; i < n_; ++i) {
             if (labels_[i] == before_[i]) continue;
-            any = moved_[labels_[i]] = true;
-            if (before_[i] >= 0) moved_[before_[i]] = true;
+            any = true;
+            moved_[labels_[i]] = 1;
+            if (before_[i] >= 0) moved_[before_[i]] = 1;
         }
         if (!any) return false;
         begin_.assign(k_ + 1, 0);
@@ -247,10 +318,12 @@ private:
     float* means_ = nullptr;
     std::int64_t n_ = 0, k_ = 0, capacity_ = 0;
     Aligned<float> packed_, best_;  // best: max over the means of <x, c> - |c|^2 / 2
+    Aligned<float> second_;         // no less than that of all means but the best one
     Aligned<std::int32_t> nearest_;
-    std::vector<float> squares_, scale_, offset_;
+    std::vector<float> squares_, offset_, best_moved_, second_moved_;
+    std::vector<std::int32_t> nearest_moved_, mobile_, stable_;        // means that moved, and that did not
     std::vector<std::int64_t> before_, counts_, begin_, next_, rows_;  // before: the labels of the last iteration
-    std::vector<bool> moved_;                                          // clusters that gained or lost rows
+    std::vector<unsigned char> moved_;                                 // whether clusters gained or lost rows
     std::vector<double> sum_, gaps_;
 };
 

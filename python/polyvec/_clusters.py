@@ -83,7 +83,8 @@ def kmeans_sets(
 
     Notes
     -----
-    2 n k d flops an iteration and set of n rows; one thread works on a set, whose rows stay in its caches.
+    2 n k d flops an iteration and set of n rows, at most: rows are compared with the means that moved, and with others
+    only where these may have become the nearest. One thread works on a set, whose rows stay in its caches.
 
     References
     ----------
@@ -140,7 +141,7 @@ def pool(
 
     Notes
     -----
-    2 n k d flops an iteration and document of n tokens; "ward" 2 n^2 d flops and 4 n^2 bytes.
+    At most 2 n k d flops an iteration and document of n tokens; "ward" 2 n^2 d flops and 4 n^2 bytes.
 
     References
     ----------
@@ -199,7 +200,6 @@ def _cluster_into(
     num_threads: int | None,
 ) -> KMeansSetsResult:
     """Cluster sets into as many means each as `offsets` say."""
-    _backend.require_finite(op, name, ragged.values, num_threads)
     means = empty(ragged.values, (int(offsets[-1]), ragged.dim), "float32")
     labels = empty(ragged.values, (int(ragged.values.shape[0]),), "int64")
     inertia, iterations = np.empty(len(ragged)), np.empty(len(ragged), np.int64)
@@ -208,6 +208,8 @@ def _cluster_into(
         ragged.values, ragged.offsets, offsets, means, labels, inertia, iterations, max_iter, tolerance,
         method == "ward", num_threads=num_threads,
     )  # fmt: skip
+    if np.isnan(inertia).any():
+        _backend.require_finite(op, name, ragged.values, num_threads)
     return KMeansSetsResult(Ragged(means, offsets), labels, inertia, iterations)
 
 

@@ -4,11 +4,16 @@ import numpy as np
 
 
 def kmeans(x, k, iterations):
-    """Return labels and inertia of Lloyd's iterations, for data that leaves no cluster empty."""
+    """Return labels and inertia of Lloyd's iterations; an empty cluster takes the farthest row of a larger one."""
     x = np.float64(x)
     means = x[np.arange(k) * len(x) // k]
     for _ in range(iterations + 1):
-        labels = np.square(x[:, None] - means).sum(2).argmin(1)
+        losses = np.square(x[:, None] - means).sum(2)
+        labels, losses = losses.argmin(1), losses.min(1)
+        for c in range(k):
+            if c not in labels:
+                farthest = np.where(np.bincount(labels)[labels] > 1, losses, -1).argmax()
+                labels[farthest], losses[farthest] = c, 0
         means = np.stack([x[labels == c].mean(0) for c in range(k)])
     return labels, np.square(x - means[labels]).sum()
 

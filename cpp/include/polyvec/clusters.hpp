@@ -13,7 +13,7 @@ namespace polyvec {
 
 /// labels[i] = the cluster of row i within its set, centroids = the means of the clusters, inertia = the sum over a
 /// set's rows of |x - centroid|^2. Set s has as many clusters as mean_offsets says, at most as many as it has rows;
-/// where it has as many, its rows are its means.
+/// where it has as many, its rows are its means. A set with NaN or Inf is left out: its inertia is NaN.
 ///
 /// k-means (Lloyd) starts from evenly spaced rows; a cluster without rows takes the row farthest from its mean. Ward's
 /// method joins, again and again, the two clusters whose union raises the inertia least.
