@@ -1,5 +1,8 @@
 // Sums of clusters for k-means, and the nearest codewords of short rows.
 //
+// Sums and losses of short rows are taken row by row, in the order of the rows: what they are added to, or compared
+// with, lies in the level-1 cache, and to go cluster by cluster would cost more than to add.
+//
 // Rows of up to 16 elements stay in registers while all codewords pass by: the register tile of a scan would reload its
 // panel, its best scores and its ids for every few codewords. Which codeword is nearest is decided by fused
 // multiply-adds at every level: one without them (base) keeps the second best score, too, and decides anew where it is
@@ -162,9 +165,77 @@ void nearest_two(const MeansBlock& block, float* best, float* second, int32_t* i
     for_each_tile<R>(block.panel, means, block.d, update);
 }
 
+/// Register v of a row of d elements, zeros behind them.
+POLYVEC_INLINE Vec<float> load_part(const float* row, size_t v, size_t d) noexcept {
+    const size_t begin = v * L;
+    if (d >= begin + L) return load(row + begin);
+    return d > begin ? load_first(row + begin, d - begin) : Vec<float>{};
+}
+
+/// Calls f(at, x) with the elements of rows of at most W from `at` on, half a register of float64 at a time.
+template <size_t W, class F>
+POLYVEC_INLINE void widen_short(Vec<float> x, size_t v, F&& f) noexcept {
+    constexpr size_t half = L / 2;
+    f(v * L, widen(lower_half(x)));
+    if (W > half) f(v * L + half, widen(upper_half(x)));
+}
+
+template <size_t W>
+double loss_of_width(const ShortRows& rows, const int32_t* ids) noexcept {
+    constexpr size_t together = 4;  // sums, so that one need not wait for another
+    Vec<double> sum[together] = {};
+    const auto add = [&](size_t i, Vec<double>& total) __attribute__((always_inline)) {
+        const float* row = rows.first + i * rows.stride;
+        const float* codeword = rows.codewords + static_cast<size_t>(ids[i]) * W;
+        for (size_t v = 0; v * L < W; ++v) {
+            const Vec<float> gap = load_part(row, v, rows.d) - load_part(codeword, v, W);
+            widen_short<W>(gap, v, [&](size_t, Vec<double> x) { total = fma(x, x, total); });
+        }
+    };
+    size_t i = 0;
+    for (; i + together <= rows.n; i += together) {
+#pragma GCC unroll 4
+        for (size_t j = 0; j < together; ++j) add(i + j, sum[j]);
+    }
+    for (; i < rows.n; ++i) add(i, sum[0]);
+    const Vec<double> total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    double loss = 0;
+    for (size_t k = 0; k < L / 2; ++k) loss += total[k];
+    return loss;
+}
+
+double loss_short(const ShortRows& rows, const int32_t* ids) noexcept {
+    return rows.width == 4   ? loss_of_width<4>(rows, ids)
+           : rows.width == 8 ? loss_of_width<8>(rows, ids)
+                             : loss_of_width<16>(rows, ids);
+}
+
+template <size_t W>
+void sum_of_width(const ShortRows& rows, const int64_t* labels, int64_t first, int64_t last, double* sums) noexcept {
+    constexpr size_t stride = short_sum(W);
+    for (size_t i = 0; i < rows.n; ++i) {
+        if (labels[i] < first || labels[i] >= last) continue;
+        double* const sum = sums + static_cast<size_t>(labels[i] - first) * stride;
+        for (size_t v = 0; v * L < W; ++v) {
+            widen_short<W>(load_part(rows.first + i * rows.stride, v, rows.d), v,
+                           [&](size_t at, Vec<double> x) { store(sum + at, load(sum + at) + x); });
+        }
+    }
+}
+
+void sum_short(const ShortRows& rows, const int64_t* labels, int64_t first, int64_t last, double* sums) noexcept {
+    if (rows.width == 4) {
+        sum_of_width<4>(rows, labels, first, last, sums);
+    } else if (rows.width == 8) {
+        sum_of_width<8>(rows, labels, first, last, sums);
+    } else {
+        sum_of_width<16>(rows, labels, first, last, sums);
+    }
+}
+
 }  // namespace
 
 extern const QuantizeKernels quantize_kernels;
-const QuantizeKernels quantize_kernels{sum_rows, nearest_short, nearest_two};
+const QuantizeKernels quantize_kernels{sum_rows, nearest_short, nearest_two, loss_short, sum_short};
 
 }  // namespace polyvec::POLYVEC_ISA

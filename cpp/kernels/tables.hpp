@@ -403,7 +403,18 @@ struct QuantizeKernels {
     /// Updates, for each row of the panel, the best <row, mean> + offset and its id, and the second best. Of equals
     /// what was there before, then the first, is the best.
     void (*nearest_two)(const MeansBlock&, float* best, float* second, std::int32_t* id) noexcept;
+    /// The sum of |row i - codeword ids[i]|^2, in float64.
+    double (*loss_short)(const ShortRows&, const std::int32_t* ids) noexcept;
+    /// Adds the rows with labels c in [first, last), in their order and in float64, to sums (last - first,
+    /// short_sum(width)). Codewords play no part.
+    void (*sum_short)(const ShortRows&, const std::int64_t* labels, std::int64_t first, std::int64_t last,
+                      double* sums) noexcept;
 };
+
+/// Numbers that the sum of short rows takes: half a register of float32 is widened at a time.
+constexpr std::size_t short_sum(std::size_t width) {
+    return width < 8 ? 8 : width;
+}
 
 /// Rows of integer codes, `stride` bytes apart: d numbers below 2^bits, then the float32 factors that there are, in
 /// this order. The numbers lie in planes, one a binary digit of `bits`, the highest first: 6 bits are 4 and then 2. A

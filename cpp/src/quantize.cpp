@@ -251,13 +251,10 @@ public:
 
     /// Returns the inertia.
     double run() {
+        if (!spherical() && d() > 0 && d() <= ShortCodebook::widest) return run_short();
         // Spherical: the cosine ranks centroids as the inner product with their unit vectors does.
         const Metric metric = spherical() ? Metric::cosine : Metric::l2;
-        if (metric == Metric::l2 && d() > 0 && d() <= ShortCodebook::widest) {
-            label_short_rows();
-        } else {
-            polyvec::run(ScanNearest{x_, {centroids_, {}}, labels_, {}, metric}, Cpu{num_threads_});
-        }
+        polyvec::run(ScanNearest{x_, {centroids_, {}}, labels_, {}, metric}, Cpu{num_threads_});
         const std::int64_t n = x_.dim(0), k = centroids_.dim(0);
         const Clusters clusters(labels_.as<const std::int64_t>(), n, k);
         if (spherical()) {
@@ -288,18 +285,62 @@ private:
     const float* x() const { return x_.as<const float>(); }
     const float* centroid(std::int64_t c) const { return centroids_.as<const float>() + c * d(); }
 
-    void label_short_rows() const {
-        const ShortCodebook codebook(centroids_.as<const float>(), centroids_.dim(0), d());
-        const std::int64_t grain = rows_per_piece(centroids_.dim(0));
-        parallel_for(x_.dim(0), grain, num_threads_, [&](std::int64_t begin, std::int64_t end, int) {
-            std::vector<std::int32_t> ids(end - begin);
-            kernels().quantize->nearest_short(
-                {x() + begin * d(), ids.size(), static_cast<std::size_t>(d()), static_cast<std::size_t>(d()),
-                 codebook.codewords.data(), codebook.offsets.data(), codebook.offsets.size(),
-                 static_cast<std::size_t>(codebook.width)},
-                ids.data());
-            std::copy(ids.begin(), ids.end(), labels_.as<std::int64_t>() + begin);
+    /// The same for rows of few elements, in passes over the rows instead of the clusters.
+    double run_short() {
+        const std::int64_t n = x_.dim(0), k = centroids_.dim(0), piece = rows_per_piece(k);
+        const ShortCodebook codebook(centroids_.as<const float>(), k, d());
+        const auto rows = [&](std::int64_t first, std::int64_t count) {
+            return ShortRows{x() + first * d(),
+                             static_cast<std::size_t>(count),
+                             static_cast<std::size_t>(d()),
+                             static_cast<std::size_t>(d()),
+                             codebook.codewords.data(),
+                             codebook.offsets.data(),
+                             codebook.offsets.size(),
+                             static_cast<std::size_t>(codebook.width)};
+        };
+        const QuantizeKernels& kernel = *kernels().quantize;
+        auto* labels = labels_.as<std::int64_t>();
+        std::vector<double> inertia((n + piece - 1) / piece), sums(updated_ ? k * short_sum(codebook.width) : 0);
+        const bool alone = workers_for(n, piece, num_threads_) == 1;
+        parallel_for(n, piece, num_threads_, [&](std::int64_t begin, std::int64_t end, int) {
+            std::vector<std::int32_t> ids(piece);
+            for (; begin < end; begin += piece) {
+                const std::int64_t count = std::min(piece, end - begin);
+                kernel.nearest_short(rows(begin, count), ids.data());
+                inertia[begin / piece] = kernel.loss_short(rows(begin, count), ids.data());
+                std::copy_n(ids.begin(), count, labels + begin);
+                // While the rows are in the cache; several threads would wait for each other.
+                if (updated_ && alone) kernel.sum_short(rows(begin, count), labels + begin, 0, k, sums.data());
+            }
         });
+        if (updated_ && !alone) {  // each thread those of some clusters, in a pass over all rows
+            const std::int64_t threads = workers_for(k, 1, num_threads_), stride = short_sum(codebook.width);
+            parallel_for(k, (k + threads - 1) / threads, num_threads_, [&](std::int64_t begin, std::int64_t end, int) {
+                kernel.sum_short(rows(0, n), labels, begin, end, sums.data() + begin * stride);
+            });
+        }
+        if (updated_) move_short(sums, codebook.width, labels);
+        return std::accumulate(inertia.begin(), inertia.end(), 0.0);
+    }
+
+    void move_short(const std::vector<double>& sums, std::int64_t width, const std::int64_t* labels) {
+        const std::int64_t n = x_.dim(0), k = centroids_.dim(0), stride = short_sum(width);
+        std::vector<std::int64_t> sizes(k);
+        for (std::int64_t i = 0; i < n; ++i) ++sizes[labels[i]];
+        for (std::int64_t c = 0; c < k; ++c) {
+            for (std::int64_t i = 0; i < d(); ++i) {
+                updated_[c * d() + i] = sizes[c] > 0
+                                            ? static_cast<float>(sums[c * stride + i] / static_cast<double>(sizes[c]))
+                                            : centroid(c)[i];
+            }
+        }
+        if (std::find(sizes.begin(), sizes.end(), 0) == sizes.end()) return;
+        const Clusters clusters(labels, n, k);
+        losses_.resize(n);
+        for (std::int64_t c = 0; c < k; ++c)
+            measure(c, clusters.rows.data() + clusters.begin[c], clusters.size(c), losses_.data() + clusters.begin[c]);
+        fill_empty(clusters);
     }
 
     void measure(std::int64_t c, const std::int64_t* rows, std::int64_t n, float* losses) const {
