@@ -23,6 +23,7 @@ Every library runs on one thread; `--threads 2` gives all of them two.
 
 from __future__ import annotations
 
+import lzma
 import os
 import re
 import statistics
@@ -63,6 +64,23 @@ def best(call, rounds=7):
 @pytest.fixture(scope="session")
 def threads(request):
     return request.config.getoption("--threads")
+
+
+@pytest.fixture(scope="module")
+def faiss(threads):
+    module = pytest.importorskip("faiss")
+    module.omp_set_num_threads(threads)
+    return module
+
+
+@pytest.fixture(scope="module")
+def glosses(data):  # noqa: F811
+    """117,659 x 384, normalised."""
+    import numpy as np
+
+    with lzma.open(data / "wordnet-glosses-minilm" / "vectors_i8.npy.xz") as file:
+        x = np.load(file).astype(np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """Scans of integer codes beside faiss and turbovec: as many bytes a vector, and recall of the 10 nearest compared."""
 
-import lzma
-
 import numpy as np
 import pytest
 
@@ -11,20 +9,10 @@ NQ = 200
 
 
 @pytest.fixture(scope="module")
-def faiss(threads):
-    module = pytest.importorskip("faiss")
-    module.omp_set_num_threads(threads)
-    return module
-
-
-@pytest.fixture(scope="module")
-def glosses(data):
+def glosses(glosses):
     """115,659 x 384, normalised, 200 other ones as queries, and the exact 10 nearest of each."""
-    with lzma.open(data / "wordnet-glosses-minilm" / "vectors_i8.npy.xz") as file:
-        x = np.load(file).astype(np.float32)
-    x /= np.linalg.norm(x, axis=1, keepdims=True)
-    held_out = np.sort(np.random.default_rng(0).choice(len(x), 2000, replace=False))
-    queries, items = x[held_out[::10]].copy(), np.delete(x, held_out, 0)
+    held_out = np.sort(np.random.default_rng(0).choice(len(glosses), 2000, replace=False))
+    queries, items = glosses[held_out[::10]].copy(), np.delete(glosses, held_out, 0)
     return items, queries, pv.scan.topk(queries, items, 10)[1]
 
 

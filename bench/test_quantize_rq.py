@@ -1,26 +1,9 @@
 """Residual quantisation against faiss, on real vectors."""
 
-import lzma
-
 import numpy as np
 import pytest
 
 import polyvec as pv
-
-
-@pytest.fixture(scope="module")
-def faiss(threads):
-    module = pytest.importorskip("faiss")
-    module.omp_set_num_threads(threads)
-    return module
-
-
-@pytest.fixture(scope="module")
-def glosses(data):
-    """117,659 x 384, normalised."""
-    with lzma.open(data / "wordnet-glosses-minilm" / "vectors_i8.npy.xz") as file:
-        x = np.load(file).astype(np.float32)
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
 def error(x, decoded):
