@@ -261,7 +261,7 @@ POLYVEC_INLINE void for_each_dots(size_t first, const Word* panel, Rows<Word> ro
                 Vec<typename Product::Sum> acc[J][R];
                 for (int j = 0; j < J; ++j)
                     for (int r = 0; r < R; ++r) acc[j][r] = Product::start(part, r - R);
-                multiply_tile<Product>(part, row, ahead, words - i < chunk ? words - i : chunk, acc);
+                multiply_tile<Product>(part, row, ahead, words - i < chunk ? words - i : chunk, acc, [] {});
                 for (int j = 0; j < J; ++j) {
                     for (int r = 0; r < R; ++r) {
                         int32_t* at = dots + (j * R + r) * L;

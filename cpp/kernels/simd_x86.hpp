@@ -175,10 +175,14 @@ POLYVEC_INLINE Vec<uint32_t> look_up_codes(const unsigned char* p, size_t n, con
     const auto loaded = static_cast<__mmask32>((uint64_t{1} << (n * Bits / 8)) - 1);
     __m512i codes, windows;
     if constexpr (Bits == 4) {
-        codes = _mm512_maskz_cvtepu32_epi64(0xff, _mm256_maskz_loadu_epi8(loaded, p));
+        const __m256i bytes =
+            n == 64 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)) : _mm256_maskz_loadu_epi8(loaded, p);
+        codes = _mm512_maskz_cvtepu32_epi64(0xff, bytes);
         windows = _mm512_set1_epi64(0x181c1014080c0004);
     } else {
-        codes = _mm512_maskz_cvtepu16_epi64(0xff, _mm_maskz_loadu_epi8(static_cast<__mmask16>(loaded), p));
+        const __m128i bytes = n == 64 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))
+                                      : _mm_maskz_loadu_epi8(static_cast<__mmask16>(loaded), p);
+        codes = _mm512_maskz_cvtepu16_epi64(0xff, bytes);
         windows = _mm512_set1_epi64(0x080a0c0e00020406);
     }
     codes = _mm512_maskz_multishift_epi64_epi8(~__mmask64{}, windows, codes);

@@ -74,19 +74,6 @@ struct Rows {
     }
 };
 
-// Rows of a table named by their ids, in the order of the ids.
-template <class T, class Id>
-struct GatheredRows {
-    const T* table;
-    const Id* ids;
-    size_t count;
-    size_t stride;
-
-    POLYVEC_INLINE const T* operator[](size_t k) const noexcept {
-        return table + static_cast<size_t>(ids[k < count ? k : 0]) * stride;
-    }
-};
-
 // What a step in d does with one element of a row and R vectors of the panel. Other products take T to be a word of
 // several narrow numbers (tile_narrow.hpp).
 template <class T>
@@ -128,10 +115,10 @@ POLYVEC_INLINE void multiply_step(const T* panel, const T* const (&row)[J], size
     }
 }
 
-// Adds to acc.
-template <class Product, int J, int R, class T>
+// Adds to acc. `meanwhile` is called before every quarter of a line, for work that the products can hide.
+template <class Product, int J, int R, class T, class Meanwhile>
 POLYVEC_INLINE void multiply_tile(const T* panel, const T* const (&row)[J], const T* const (&ahead)[J], size_t d,
-                                  Vec<typename Product::Sum> (&acc)[J][R]) noexcept {
+                                  Vec<typename Product::Sum> (&acc)[J][R], Meanwhile meanwhile) noexcept {
     constexpr size_t line = 64 / sizeof(T);
     constexpr size_t quarter = line / 4;
     constexpr int fetched = (J + 3) / 4;  // rows whose line is prefetched in each quarter
@@ -144,6 +131,7 @@ POLYVEC_INLINE void multiply_tile(const T* panel, const T* const (&row)[J], cons
             for (int k = 0; k < fetched; ++k) {
                 if (J % 4 == 0 || j + k < J) prefetch(ahead[j + k] + start);
             }
+            meanwhile();
 #pragma GCC unroll tile_unroll
             for (size_t u = 0; u < quarter; ++u) multiply_step<Product>(panel, row, i + u, acc);
             i += quarter;
@@ -177,7 +165,7 @@ POLYVEC_INLINE void tiles_from(size_t first, const T* panel, RowSource rows, siz
         Vec<typename Product::Sum> acc[J][R];
         for (int j = 0; j < J; ++j)
             for (int r = 0; r < R; ++r) acc[j][r] = Product::start(panel, r - R);
-        multiply_tile<Product>(panel, row, ahead, d, acc);
+        multiply_tile<Product>(panel, row, ahead, d, acc, [] {});
         epilogue(first, acc);
     }
     if constexpr (J > 1) {

@@ -48,13 +48,15 @@ using Word = uint32_t;
 // Zen4, one tile prefetched, of 237 possible in pairs of bfloat16 and 473 in bytes:
 //   pairs   12 x 2: 216 218 214   6 x 2: 230 230 209   4 x 2: 228 231 228   12 x 1: 177 179 183   8 x 1: 199 183 184
 //   bytes   12 x 2: 366 406 413   6 x 2: 415 446 419   4 x 2: 400 441 462   12 x 1: 279 343 300   8 x 1: 334 394 355
-// Zen5, four tiles prefetched, of about 512 and 1024; 8 sums are fewer than two products a cycle keep in flight:
+// Zen5, four tiles prefetched, of about 530 and 1060. A sum of pairs takes 6 cycles there and one of bytes 4, of two
+// products each: 12 sums of pairs just fill them, 16 do.
 //   pairs   6 x 2: 475 463 475    4 x 2: 372 350 350    with one tile prefetched   6 x 2: 414 395 466
 //   bytes   6 x 2: 864 938 1050   4 x 2: 819 841 876                               6 x 2: 815 679 1039
+//   pairs   8 x 2, beside 6 x 2 in the same run: 489 of 437    12 x 2: 481
 struct Bfloat16Pairs {
     using Sum = float;
     template <int R>
-    static constexpr int rows = R == 1 ? 8 : 6;
+    static constexpr int rows = 8;
 
     POLYVEC_INLINE static Vec<float> start(const Word*, int) noexcept { return Vec<float>{}; }
     POLYVEC_INLINE static Vec<float> add(Vec<Word> x, Vec<Word> query, Vec<float> sum) noexcept {
@@ -220,8 +222,9 @@ struct Residual {
     static constexpr size_t table_bytes = 64;
 
     POLYVEC_INLINE static void expand(const unsigned char* row, size_t n, const void* table, Word* out) noexcept {
-        for (size_t i = 0; i < n; i += 64)
-            store(out + i / 4, look_up_codes<Bits>(row + i * Bits / 8, n - i < 64 ? n - i : 64, table));
+        size_t i = 0;
+        for (; i + 64 <= n; i += 64) store(out + i / 4, look_up_codes<Bits>(row + i * Bits / 8, 64, table));
+        if (i < n) store(out + i / 4, look_up_codes<Bits>(row + i * Bits / 8, n - i, table));
     }
 #elif defined(POLYVEC_BYTE_SHUFFLE)
     // The weights of the first and of the second code of 4 bits: at 4 bits of codes one after the other, at 2 bits of
@@ -388,17 +391,30 @@ POLYVEC_INLINE Vec<float> lane_scale(const Word* panel, size_t d, int r) noexcep
 
 // ---- tiles
 
-constexpr size_t chunk = 256;  // words of a row that are expanded at a time
+// Words of a row that are expanded at a time. Two pieces of a tile stay well below 4096 bytes, where stores and loads
+// would be taken for one another.
+constexpr size_t chunk = 64;
 
-// Like tiles_from, of rows that are expanded.
+// Like tiles_from, of rows that are expanded, a piece of the tile at a time. A row of the next piece is expanded beside
+// each part of the products of this one: their first words would wait for what was just stored, and the products for
+// the shuffles. Residual codes, Zen5, of 1024 possible: 665, and 725 so.
 template <class Format, int J, int R, class Epilogue>
 POLYVEC_INLINE void expanded_tiles_from(size_t first, const typename Format::Element* panel, const NarrowTokens& tokens,
                                         size_t d, Epilogue& epilogue) noexcept {
     using Element = typename Format::Element;
     using Product = typename Format::Product;
     const size_t row_bytes = padded<Format>(d) * Format::bits / 8, end = row_words<Format>(d);
+    const auto words_from = [&](size_t i) { return end - i < chunk ? end - i : chunk; };
+    const auto bytes_before = [](size_t i) { return i * Format::elements * Format::bits / 8; };
+    alignas(64) Element pieces[2][J * chunk];
+    Element *here = pieces[0], *other = pieces[1];
+    if (first + J <= tokens.count) {
+#pragma GCC unroll 1
+        for (size_t j = 0; j < J; ++j)
+            Format::expand(tokens.first + (first + j) * row_bytes, words_from(0) * Format::elements, tokens.weights,
+                           here + j * chunk);
+    }
     for (; first + J <= tokens.count; first += J) {
-        alignas(64) Element scratch[J][chunk];
         if constexpr (Format::residual) {
 #pragma GCC unroll 1
             for (int j = 0; j < J; ++j) {
@@ -410,20 +426,33 @@ POLYVEC_INLINE void expanded_tiles_from(size_t first, const typename Format::Ele
         for (int j = 0; j < J; ++j)
             for (int r = 0; r < R; ++r) acc[j][r] = Product::start(panel, r - R);
         for (size_t i = 0; i < end; i += chunk) {
-            const size_t n = end - i < chunk ? end - i : chunk, byte = i * Format::elements * Format::bits / 8;
-            const unsigned char* here = tokens.first + first * row_bytes + byte;
-            const unsigned char* there = first + J < tokens.count ? here + J * row_bytes : tokens.next + byte;
+            const bool last = i + chunk >= end;
+            const size_t next = last ? first + J : first, next_i = last ? 0 : i + chunk;
+            const unsigned char* from = tokens.first + next * row_bytes + bytes_before(next_i);
+            Element* to = other;
+            Element* const to_end = next + J <= tokens.count ? to + J * chunk : to;
+            const auto expand_next = [&]() __attribute__((always_inline)) {
+                if (to == to_end) return;
+                Format::expand(from, words_from(next_i) * Format::elements, tokens.weights, to);
+                to += chunk;
+                from += row_bytes;
+            };
+            const size_t far = first + rows_ahead<Product, R>;
+            const unsigned char* there =
+                (far < tokens.count ? tokens.first + far * row_bytes : tokens.next + (far - tokens.count) * row_bytes) +
+                bytes_before(i);
             const Element *row[J], *ahead[J];
-#pragma GCC unroll 1
-            for (int j = 0; j < J; ++j, here += row_bytes)
-                Format::expand(here, n * Format::elements, tokens.weights, scratch[j]);
 #pragma GCC unroll 1
             for (int j = 0; j < J; ++j, there += row_bytes) {
                 ahead[j] = reinterpret_cast<const Element*>(there);
                 asm("" : "+m"(ahead[j]));
             }
-            for (int j = 0; j < J; ++j) row[j] = scratch[j];
-            multiply_tile<Product>(panel + i * R * lanes<Element>, row, ahead, n, acc);
+            for (int j = 0; j < J; ++j) row[j] = here + j * chunk;
+            multiply_tile<Product>(panel + i * R * lanes<Element>, row, ahead, words_from(i), acc, expand_next);
+            while (to != to_end) expand_next();
+            Element* const done = here;
+            here = other;
+            other = done;
         }
         epilogue(first, acc);
     }
