@@ -190,8 +190,11 @@ void nearest(const ScanBlock& block, float* best, int32_t* id) noexcept {
     });
 }
 
-/// Q queries with each row in turn: a single stream, which the hardware prefetches to the full rate of the memory; four
-/// rows side by side get half of it.
+/// How far ahead of a single stream a line is asked for. Zen5, 115,659 x 384 float32, GB/s at best: 29 without, 33 at 2
+/// KB, 36 at 8 KB, 37 at 32 KB.
+constexpr size_t stream_ahead = 8192;
+
+/// Q queries with each row in turn: a single stream; four rows side by side get half of its rate.
 template <class Elements, size_t Q>
 void products_by_row(const float* queries, const unsigned char* row, size_t n, size_t d, float* out) noexcept {
     constexpr size_t bytes = Elements::bits / 8;
@@ -199,6 +202,7 @@ void products_by_row(const float* queries, const unsigned char* row, size_t n, s
         Vec<float> sum[Q][2] = {};
         size_t i = 0;
         for (; i + 2 * L <= d; i += 2 * L) {
+            for (size_t at = 0; at < 2 * L * bytes; at += 64) prefetch(row + i * bytes + at + stream_ahead);
             for (size_t u = 0; u < 2; ++u) {
                 const Vec<float> x = Elements::load(row + (i + u * L) * bytes);
                 for (size_t q = 0; q < Q; ++q) sum[q][u] = fma(x, load(queries + q * d + i + u * L), sum[q][u]);
