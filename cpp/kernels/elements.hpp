@@ -2,6 +2,7 @@
 //
 //     Elements::load(p)            a vector's worth
 //     load_elements<Elements>(p, n)   the first n of them, zeros after them
+//     Elements::in_words   two are a word of 32 bits that holds them as floats, but for a shift and a mask
 #pragma once
 
 #include "simd.hpp"
@@ -19,6 +20,7 @@ POLYVEC_INLINE Vec<uint32_t> load_halves(const unsigned char* p) noexcept {
 
 struct Float32Elements {
     static constexpr size_t bits = 32;
+    static constexpr bool in_words = false;
     POLYVEC_INLINE static Vec<float> load(const unsigned char* p) noexcept {
         return (Vec<float>)*reinterpret_cast<const Some<float, lanes<float>>*>(p);
     }
@@ -26,6 +28,7 @@ struct Float32Elements {
 
 struct Bfloat16Elements {
     static constexpr size_t bits = 16;
+    static constexpr bool in_words = true;
     POLYVEC_INLINE static Vec<float> load(const unsigned char* p) noexcept {
         return (Vec<float>)(load_halves(p) << 16);
     }
@@ -33,6 +36,7 @@ struct Bfloat16Elements {
 
 struct Float16Elements {
     static constexpr size_t bits = 16;
+    static constexpr bool in_words = false;
 #if defined(POLYVEC_FLOAT16_CONVERSION)
     POLYVEC_INLINE static Vec<float> load(const unsigned char* p) noexcept { return load_float16(p); }
 #else
@@ -47,6 +51,7 @@ struct Float16Elements {
 
 struct Int8Elements {
     static constexpr size_t bits = 8;
+    static constexpr bool in_words = false;
     POLYVEC_INLINE static Vec<float> load(const unsigned char* p) noexcept { return load_int8(p); }
 };
 

@@ -70,6 +70,12 @@ POLYVEC_INLINE auto upper_half(V v) noexcept {
     return shuffle(v, v, typename LaneRange<lanes_of<V> / 2, lanes_of<V> / 2>::type{});
 }
 
+// Every second lane of two vectors one after the other, from the first or the second on.
+template <class V, int... K>
+POLYVEC_INLINE V every_second(V a, V b, int from, Lanes<K...>) noexcept {
+    return from == 0 ? shuffle(a, b, Lanes<2 * K...>{}) : shuffle(a, b, Lanes<2 * K + 1 ...>{});
+}
+
 // ---- memory
 
 template <class T>

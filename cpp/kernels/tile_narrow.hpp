@@ -296,11 +296,6 @@ constexpr size_t panel_words(size_t d) {
 
 // ---- queries
 
-template <class V, int... K>
-POLYVEC_INLINE V every_second(V a, V b, int from, Lanes<K...>) noexcept {
-    return from == 0 ? shuffle(a, b, Lanes<2 * K...>{}) : shuffle(a, b, Lanes<2 * K + 1 ...>{});
-}
-
 // Words i, i + 1, ... of a row of d, a vector for each of their N elements; zeros behind d.
 template <size_t N>
 POLYVEC_INLINE void load_words(const float* row, size_t d, size_t i, Vec<float> (&x)[N]) noexcept {
