@@ -3,8 +3,10 @@
 import gzip
 import lzma
 import pickle
+import re
 import threading
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,7 +18,8 @@ from polyvec._files import State
 from reference import hnsw as ref
 
 METRICS = ["cosine", "ip", "l2"]
-STORAGES = ["float32", "int8"]
+HALVES = ["float16", "bfloat16"]
+STORAGES = ["float32", *HALVES, "int8"]
 
 
 def sample(rng, n, d):
@@ -38,8 +41,22 @@ def scale(queries, vectors, metric):
     return np.abs(queries).astype(np.float64) @ np.abs(vectors).astype(np.float64).T
 
 
-def assert_scores(scores, ids, queries, vectors, metric):
-    """Every score is that of its id, and they are sorted."""
+def rounded(x, dtype):
+    """As float32, after the nearest numbers of the dtype."""
+    return np.asarray(x).astype(dtype).astype(np.float32)
+
+
+def assert_scores(scores, ids, queries, index, x):
+    """Every score is that of its id among the vectors x, rounded to what they are kept in, and they are sorted."""
+    vectors, metric, params = x, index.metric, index.state().params
+    kept = params.get("rerank", params["storage"])
+    if kept in HALVES:
+        vectors = index.get(np.arange(len(x)))
+        unrounded = ref.unit(x).astype(np.float32) if metric == "cosine" else x
+        steps = np.abs(vectors - unrounded) / np.maximum(np.abs(unrounded), 1e-4)
+        assert steps.max() <= float(ml_dtypes.finfo(kept).eps)
+        if metric == "cosine":  # rounded vectors are not quite of norm 1
+            queries, metric = ref.unit(queries), "ip"
     exact = np.take_along_axis(ref.score(queries, vectors, metric), ids, 1)
     size = np.take_along_axis(scale(queries, vectors, metric), ids, 1)
     assert_reduction(scores, exact, size, length=vectors.shape[1])
@@ -55,9 +72,10 @@ def assert_scores(scores, ids, queries, vectors, metric):
 @pytest.mark.parametrize("d", [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 19, 31, 32, 33, 35, 64, 100, 130, 784])
 def test_search_with_all_candidates_equals_the_definition(rng, isa, metric, storage, d):
     x, queries = sample(rng, 37, d), sample(rng, 5, d)
-    scores, ids = build(x, metric, storage=storage).search(queries, 37)
+    index = build(x, metric, storage=storage)
+    scores, ids = index.search(queries, 37)
     assert (scores.dtype, ids.dtype) == (np.float32, np.int64)
-    assert_scores(scores, ids, queries, x, metric)
+    assert_scores(scores, ids, queries, index, x)
     assert_exact(np.sort(ids, 1), np.tile(np.arange(37), (5, 1)))
 
 
@@ -82,8 +100,9 @@ def test_zero_vectors_and_extreme_lengths(rng):
     x[2] *= np.float32(1e-30)
     x[3] *= np.float32(1e30)
     queries = np.concatenate([x[:4], sample(rng, 2, 4)])
-    scores, ids = build(x, "cosine").search(queries, 6)
-    assert_scores(scores, ids, queries, x, "cosine")
+    index = build(x, "cosine")
+    scores, ids = index.search(queries, 6)
+    assert_scores(scores, ids, queries, index, x)
     assert_exact(scores[1], np.zeros(6, np.float32))
     assert not np.signbit(scores[1]).any()
 
@@ -109,7 +128,7 @@ def test_graph_search_returns_true_scores(rng, isa, metric, storage, m):
     x, queries = sample(rng, 700, 17), sample(rng, 40, 17)
     index = build(x, metric, m=m, ef_construction=60, storage=storage)
     scores, ids = index.search(queries, 10, ef=40)
-    assert_scores(scores, ids, queries, x, metric)
+    assert_scores(scores, ids, queries, index, x)
     assert all(len(set(row)) == 10 for row in ids.tolist())
     assert ref.recall(ids, ref.search(queries, x, 10, metric)[1]) > (0.4 if m == 2 else 0.9)
 
@@ -178,6 +197,7 @@ def test_many_copies_of_a_vector_do_not_cut_the_graph(rng, storage):
     x[100:400] = x[100]
     x = x[rng.permutation(900)]
     index = build(x, storage=storage)
+    x = index.get(np.arange(900))
     queries = sample(rng, 50, 12)
     scores, _ = index.search(queries, 10)
     assert np.mean(scores <= ref.search(queries, x, 10, "l2")[0] * (1 + 1e-5)) > 0.95
@@ -253,6 +273,8 @@ def test_more_threads_build_a_graph_as_good(rng):
 @pytest.mark.parametrize("storage", STORAGES)
 def test_knn_graph(rng, isa, metric, storage):
     x = sample(rng, 1500, 12)
+    if storage in HALVES:
+        x = rounded(x if metric == "l2" else ref.unit(x), storage)
     indptr, indices, distances = pv.hnsw.knn_graph(x, 9, metric=metric, storage=storage)
     assert (indptr.dtype, indices.dtype, distances.dtype) == (np.int64, np.int64, np.float32)
     assert_exact(indptr, np.arange(0, 1500 * 9 + 1, 9))
@@ -262,7 +284,8 @@ def test_knn_graph(rng, isa, metric, storage):
     assert ref.recall(found, ref.neighbors(x, 9, metric)[1]) > 0.98
     exact = np.take_along_axis(ref.score(x, x, metric), found, 1)
     size = np.take_along_axis(scale(x, x, metric), found, 1) + 1
-    assert_reduction(distances, exact if metric == "l2" else 1 - exact, size, length=12)
+    if metric == "l2" or storage not in HALVES:  # rounded vectors are not quite of norm 1
+        assert_reduction(distances, exact if metric == "l2" else 1 - exact, size, length=12)
     again = pv.hnsw.knn_graph(x, 9, metric=metric, storage=storage, num_threads=7)
     assert_exact(again[1], indices)
 
@@ -283,6 +306,94 @@ def test_knn_graph_counts_copies_as_neighbours(rng):
     copies = indices // 3 == np.repeat(np.arange(300) // 3, 2)
     assert copies.mean() > 0.98
     assert_exact(distances == 0, copies)
+
+
+# Vectors kept in 16 bits
+
+
+def arrays_of(x, dtype):
+    """The same numbers as numpy and as torch hold them."""
+    torch = pytest.importorskip("torch")
+    return np.asarray(x).astype(dtype), torch.from_numpy(np.asarray(x, np.float32)).to(getattr(torch, dtype))
+
+
+@pytest.mark.parametrize("given", ["float32", *HALVES])
+@pytest.mark.parametrize("kept", ["float32", *HALVES])
+@pytest.mark.parametrize("coded", [False, True])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("d", [1, 7, 16, 33, 48])
+def test_vectors_are_kept_as_the_nearest_numbers(rng, isa, given, kept, coded, metric, d):
+    x = rounded(sample(rng, 25, d) * np.float32(10) ** rng.integers(-6, 3, (25, d)), given)
+    x[3] = 0
+    for vectors in arrays_of(x, given):
+        index = pv.hnsw.Index(d, metric=metric, **({"storage": "int8", "rerank": kept} if coded else {"storage": kept}))
+        index.add(vectors)
+        tensor = index.state().tensors["vectors"]
+        assert tensor.dtype == {"bfloat16": np.uint16}.get(kept, kept)
+        if metric == "cosine":
+            exact = ref.unit(x)
+            assert np.all(
+                np.abs(index.get(index.ids) - exact) <= float(ml_dtypes.finfo(kept).eps) * np.abs(exact) + 6e-8
+            )
+        else:
+            assert_exact(index.get(index.ids), rounded(x, kept))
+            assert_exact(tensor.view(kept).astype(np.float32), rounded(x, kept))
+        if coded:
+            codes, scales = ref.encode(index.get(index.ids))
+            assert_exact(index.state().tensors["factors"][:, 0], scales)
+            steps = np.divide(index.get(index.ids), scales[:, None], where=scales[:, None] > 0, out=np.zeros_like(x))
+            ties = np.abs(steps % 1 - 0.5) < 1e-4  # of numbers with few bits some lie between two codes
+            assert_exact(index.state().tensors["codes"][:, :d][~ties], codes[:, :d][~ties])
+            assert ties.mean() < 0.1
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("metric", METRICS)
+def test_queries_in_16_bits_are_those_numbers(rng, dtype, storage, metric):
+    index = build(sample(rng, 300, 19), metric, storage=storage)
+    queries = rounded(sample(rng, 20, 19), dtype)
+    expected = index.search(queries, 5)
+    for halves in arrays_of(queries, dtype):
+        found = index.search(halves, 5)
+        assert type(found[0]) is type(halves)
+        for part, other in zip(found, expected, strict=True):
+            assert_exact(part, other)
+
+
+@pytest.mark.parametrize("storage", HALVES)
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_numbers_that_would_be_infinite_are_refused(storage, metric):
+    index = pv.hnsw.Index(3, metric=metric, storage=storage)
+    largest = float(ml_dtypes.finfo(storage).max)
+    step = {"float16": 16, "bfloat16": 2.0**119}[storage]  # half of what the next number would be away
+    index.add(np.float32([[0, -largest, 0], [largest + step * 0.99, 0, 0]]))
+    assert_exact(index.get([0, 1]), np.float32([[0, -largest, 0], [largest, 0, 0]]))
+    text = {"float16": "65504 in float16, got 65520", "bfloat16": "3.38953e+38 in bfloat16, got 3.39618e+38"}[storage]
+    with pytest.raises(ValueError, match=f"^hnsw.Index.add: vectors must be at most {re.escape(text)} in row 1$"):
+        index.add(np.float32([[1, 0, 0], [0, -(largest + step), 0]]))
+    assert len(index) == 2
+
+
+def test_codes_beside_vectors_in_16_bits(rng, tmp_path):
+    x, queries = sample(rng, 900, 40), sample(rng, 50, 40)
+    index = build(x, "ip", storage="int8", rerank="float16")
+    assert repr(index) == (
+        "hnsw.Index(dim=40, metric='ip', storage='int8', m=16, ef_construction=200, seed=0, rerank='float16', "
+        "900 vectors)"
+    )
+    assert index.nbytes < build(x, "ip", storage="int8").nbytes - 900 * 40 * 2 + 1
+    index.save(tmp_path / "index.pv")
+    for each in (index, index.freeze(), pv.hnsw.Index.load(tmp_path / "index.pv", mmap=True)):
+        scores, ids = each.search(queries, 10, ef=100)
+        assert_scores(scores, ids, queries, each, x)
+        assert ref.recall(ids, ref.search(queries, x, 10, "ip")[1]) > 0.95
+
+
+def test_float32_beside_codes_is_the_default(rng):
+    index = pv.hnsw.Index(4, storage="int8", rerank="float32")
+    assert repr(index) == repr(pv.hnsw.Index(4, storage="int8"))
+    assert "rerank" not in index.state().params
 
 
 # Ids, removal, growth
@@ -510,12 +621,13 @@ def test_mapped_tensors_are_used_in_place(saved):
     _, path = saved
     mapped = pv.hnsw.Index.load(path, mmap=True)
     vectors = mapped.state().tensors["vectors"]
+    queries = mapped.get(mapped.ids)
     with open("/proc/self/maps") as maps:
         areas = [line.split() for line in maps if line.rstrip().endswith(str(path))]
     begin, end = (int(address, 16) for address in areas[0][0].split("-"))
     assert begin <= vectors.ctypes.data < end
     path.unlink()
-    assert len(mapped.search(vectors, 1)[1]) == 60
+    assert_exact(mapped.search(queries, 1)[1][:, 0], mapped.ids)
 
 
 def test_an_empty_index_is_a_file_too(tmp_path):
@@ -553,8 +665,8 @@ def test_a_damaged_file_is_refused(saved):
         path.write_bytes(whole[:length])
         with pytest.raises(pv.FormatError, match=r"^hnsw.Index.load: .*index.pv "):
             pv.hnsw.Index.load(path)
-    coded = saved[0].state().params["storage"] == "int8"
-    lazy = range(data, data + 60 * (7 * 4 + 64 * coded))
+    tensors = saved[0].state().tensors
+    lazy = range(data, data + sum(tensors[name].nbytes for name in ("vectors", "codes") if name in tensors))
     for position in [*range(8), *range(8, data, 31), *range(data, len(whole), 29)]:
         flipped = bytearray(whole)
         flipped[position] ^= 1 << position % 8
@@ -574,6 +686,14 @@ def with_entry(name, position, value):
         state.tensors[name] = tensor
 
     return change
+
+
+@pytest.fixture
+def state(rng):
+    """A state with vectors in float32."""
+    index = pv.hnsw.Index(7, metric="cosine", m=3, ef_construction=20, seed=9)
+    index.add(sample(rng, 60, 7), np.arange(60) * 3)
+    return index.state()
 
 
 CODES = {"codes": np.zeros((60, 7), np.uint8), "factors": np.zeros((60, 2), np.float32)}
@@ -600,6 +720,14 @@ def with_tensor(name, make):
             "is damaged: vectors must be float32 with 60 rows, got float32 of shape (59, 7)",
         ),
         (
+            lambda state: state.params.update(storage="float16"),
+            "is damaged: vectors must be float16 with 60 rows, got float32 of shape (60, 7)",
+        ),
+        (
+            lambda state: state.params.update(storage="bfloat16"),
+            "is damaged: vectors must be uint16 with 60 rows, got float32 of shape (60, 7)",
+        ),
+        (
             with_tensor("links", lambda x: x[:, :-1].copy()),
             "is damaged: links must be uint32 with 60 rows, got uint32 of shape (60, 5)",
         ),
@@ -623,8 +751,7 @@ def with_tensor(name, make):
         ),
     ],
 )
-def test_a_state_that_does_not_fit_together(saved, change, text):
-    state = saved[0].state()
+def test_a_state_that_does_not_fit_together(state, change, text):
     change(state)
     with pytest.raises(pv.FormatError) as caught:
         pv.hnsw.Index.from_state(state)
@@ -712,11 +839,11 @@ def test_frozen_search_returns_true_scores(rng, isa, metric, storage):
     assert_exact(frozen.get([5, 600]), index.get([5, 600]))
     for k in (1, 10, 100):
         scores, ids = frozen.search(queries, k, ef=200)
-        assert_scores(scores, ids, queries, x, metric)
+        assert_scores(scores, ids, queries, frozen, x)
         assert all(len(set(row)) == k for row in ids.tolist())
         assert ref.recall(ids, ref.search(queries, x, k, metric)[1]) > 0.9
     scores, ids = frozen.search(queries, 700)
-    assert_scores(scores, ids, queries, x, metric)
+    assert_scores(scores, ids, queries, frozen, x)
     assert_exact(np.sort(ids, 1), np.tile(np.arange(700), (40, 1)))
 
 
@@ -911,7 +1038,17 @@ def index():
         (
             lambda _: pv.hnsw.Index(4, storage="int4"),
             ValueError,
-            "hnsw.Index: storage must be one of 'float32', 'int8', got 'int4'",
+            "hnsw.Index: storage must be one of 'float32', 'float16', 'bfloat16', 'int8', got 'int4'",
+        ),
+        (
+            lambda _: pv.hnsw.Index(4, storage="float16", rerank="float16"),
+            ValueError,
+            "hnsw.Index: rerank must be None unless storage is 'int8', got 'float16'",
+        ),
+        (
+            lambda _: pv.hnsw.Index(4, storage="int8", rerank="int8"),
+            ValueError,
+            "hnsw.Index: rerank must be one of 'float32', 'float16', 'bfloat16', got 'int8'",
         ),
         (
             lambda _: pv.hnsw.Index(131073, storage="int8"),
@@ -923,7 +1060,8 @@ def index():
         (
             lambda i: i.add(zeros(2, 4, dtype=np.float64)),
             TypeError,
-            "hnsw.Index.add: vectors must be float32, got float64; cast it with .astype('float32')",
+            "hnsw.Index.add: vectors must be float32 or float16 or bfloat16, got float64; cast it with "
+            ".astype('float32')",
         ),
         (
             lambda i: i.add(bad_row()),

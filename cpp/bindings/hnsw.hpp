@@ -33,18 +33,19 @@ inline std::shared_ptr<const void> keep_alive(py::object object) {
 /// The index takes its locks without the GIL: its holder may be waiting for the GIL to look for Ctrl-C.
 inline void bind_hnsw(py::module_& m) {
     using Unlocked = py::call_guard<py::gil_scoped_release>;
-    const auto params = [](std::int64_t dim, const std::string& metric, const std::string& storage, std::int64_t m,
-                           std::int64_t ef_construction, std::uint64_t seed, bool frozen = false) {
+    const auto params = [](std::int64_t dim, const std::string& metric, bool coded, const std::string& kept,
+                           std::int64_t m, std::int64_t ef_construction, std::uint64_t seed, bool frozen = false) {
         constexpr const char* op = "hnsw.Index";
-        return HnswParams{dim, metric_from(op, metric), storage_from(op, storage), m, ef_construction, seed, frozen};
+        const HnswStorage storage = coded ? HnswStorage::int8 : HnswStorage::vectors;
+        return HnswParams{dim, metric_from(op, metric), storage, kept_from(op, kept), m, ef_construction, seed, frozen};
     };
     py::class_<HnswIndex>(m, "HnswIndex")
-        .def(py::init([params](std::int64_t dim, const std::string& metric, const std::string& storage, std::int64_t m,
-                               std::int64_t ef_construction, std::uint64_t seed) {
-                 return std::make_unique<HnswIndex>(params(dim, metric, storage, m, ef_construction, seed));
+        .def(py::init([params](std::int64_t dim, const std::string& metric, bool coded, const std::string& kept,
+                               std::int64_t m, std::int64_t ef_construction, std::uint64_t seed) {
+                 return std::make_unique<HnswIndex>(params(dim, metric, coded, kept, m, ef_construction, seed));
              }),
-             py::arg("dim"), py::arg("metric"), py::arg("storage"), py::arg("m"), py::arg("ef_construction"),
-             py::arg("seed"))
+             py::arg("dim"), py::arg("metric"), py::arg("coded"), py::arg("kept"), py::arg("m"),
+             py::arg("ef_construction"), py::arg("seed"))
         .def("size", &HnswIndex::size, Unlocked())
         .def("bytes", &HnswIndex::bytes, Unlocked())
         .def("contains", &HnswIndex::contains, py::arg("id"), Unlocked())
@@ -52,10 +53,10 @@ inline void bind_hnsw(py::module_& m) {
         .def("frozen", [](const HnswIndex& index) { return index.params().frozen; });
     m.def(
         "hnsw_load",
-        [params](std::int64_t dim, const std::string& metric, const std::string& storage, std::int64_t m,
+        [params](std::int64_t dim, const std::string& metric, bool coded, const std::string& kept, std::int64_t m,
                  std::int64_t ef_construction, std::uint64_t seed, bool frozen, std::int64_t entry,
                  const Tensors& tensors) {
-            const HnswParams p = params(dim, metric, storage, m, ef_construction, seed, frozen);
+            const HnswParams p = params(dim, metric, coded, kept, m, ef_construction, seed, frozen);
             Args args = args_for<Cpu>(HnswIndex::load_op, 0);
             const auto in = [&](const char* name) { return args.in(name, tensors[name]); };
             const auto in_if = [&](bool there, const char* name) { return there ? in(name) : Array{}; };
@@ -73,7 +74,7 @@ inline void bind_hnsw(py::module_& m) {
             const py::gil_scoped_release nogil;
             return std::make_unique<HnswIndex>(p, state);
         },
-        py::arg("dim"), py::arg("metric"), py::arg("storage"), py::arg("m"), py::arg("ef_construction"),
+        py::arg("dim"), py::arg("metric"), py::arg("coded"), py::arg("kept"), py::arg("m"), py::arg("ef_construction"),
         py::arg("seed"), py::arg("frozen"), py::arg("entry"), py::arg("tensors"));
     m.def(
         "hnsw_freeze",
@@ -108,7 +109,6 @@ inline void bind_hnsw(py::module_& m) {
             py::arg("index"), py::arg("ids"), py::arg("where"));
     };
     bind("hnsw_ids", HnswIndex::ids_op, &HnswIndex::ids);
-    bind("hnsw_reserve", HnswIndex::add_op, &HnswIndex::reserve);
     bind("hnsw_remove", HnswIndex::remove_op, &HnswIndex::remove);
     m.def(
         "hnsw_get",
@@ -119,6 +119,15 @@ inline void bind_hnsw(py::module_& m) {
             index.get(a, to);
         },
         py::arg("index"), py::arg("ids"), py::arg("out"), py::arg("where"));
+    m.def(
+        "hnsw_reserve",
+        [](HnswIndex& index, const py::object& vectors, const py::object& ids, std::intptr_t where) {
+            Args args = args_for<Cpu>(HnswIndex::add_op, where);
+            const Array x = args.in("vectors", vectors), a = args.in("ids", ids);
+            const py::gil_scoped_release nogil;
+            index.reserve(x, a);
+        },
+        py::arg("index"), py::arg("vectors"), py::arg("ids"), py::arg("where"));
     m.def(
         "hnsw_add",
         [](HnswIndex& index, const py::object& vectors, const py::object& ids, std::intptr_t where) {

@@ -131,15 +131,34 @@ constexpr DistanceKernel<Id> make() {
     return {float_distances<Dot, Id>, float_distances<SquaredL2, Id>};
 }
 
+template <class Elements, class Id>
+constexpr NarrowDistanceKernel<Id> make_narrow() {
+    return {distances<Dot, Elements, Id>, distances<SquaredL2, Elements, Id>};
+}
+
 template <class Elements>
-constexpr NarrowDistanceKernel make_narrow() {
-    return {distances<Dot, Elements, std::int64_t>, distances<SquaredL2, Elements, std::int64_t>};
+void widen(const void* row, size_t d, float* out) noexcept {
+    constexpr size_t width = lanes<float>;
+    const auto* from = static_cast<const unsigned char*>(row);
+    size_t i = 0;
+    for (; i + width <= d; i += width) store(out + i, Elements::load(from + i * Elements::bits / 8));
+    if (i < d) store_first(out + i, load_elements<Elements>(from + i * Elements::bits / 8, d - i), d - i);
+}
+
+template <class Elements>
+constexpr HalfKernels make_half() {
+    return {make_narrow<Elements, std::uint32_t>(), widen<Elements>};
 }
 
 }  // namespace
 
 extern const DistanceKernels distance_kernels;
-const DistanceKernels distance_kernels{make<std::uint32_t>(), make<std::int64_t>(), make_narrow<Bfloat16Elements>(),
-                                       make_narrow<Float16Elements>(), make_narrow<Int8Elements>()};
+const DistanceKernels distance_kernels{make<std::uint32_t>(),
+                                       make<std::int64_t>(),
+                                       make_narrow<Bfloat16Elements, std::int64_t>(),
+                                       make_narrow<Float16Elements, std::int64_t>(),
+                                       make_narrow<Int8Elements, std::int64_t>(),
+                                       make_half<Bfloat16Elements>(),
+                                       make_half<Float16Elements>()};
 
 }  // namespace polyvec::POLYVEC_ISA

@@ -70,17 +70,25 @@ struct DistanceKernel {
 };
 
 /// The same of rows in fewer bits. `scales`: what the elements of each row of int8 are multiplied by; null: 1.
+template <class Id>
 struct NarrowDistanceKernel {
-    using Function = void (*)(const float* query, const void* rows, const float* scales, const std::int64_t* ids,
-                              std::size_t n, std::size_t d, float* out) noexcept;
+    using Function = void (*)(const float* query, const void* rows, const float* scales, const Id* ids, std::size_t n,
+                              std::size_t d, float* out) noexcept;
     Function dot;
     Function l2;
+};
+
+/// Elements of 16 bits in rows that slots of a graph name.
+struct HalfKernels {
+    NarrowDistanceKernel<std::uint32_t> u32;
+    void (*widen)(const void* row, std::size_t d, float* out) noexcept;
 };
 
 struct DistanceKernels {
     DistanceKernel<std::uint32_t> u32;
     DistanceKernel<std::int64_t> i64;
-    NarrowDistanceKernel bf16, f16, i8;
+    NarrowDistanceKernel<std::int64_t> bf16, f16, i8;
+    HalfKernels bf16_by_slot, f16_by_slot;
 };
 
 /// Rows of one byte an element: value i of a row is (byte i - 128) * scale. Rows are padded with 128 to a multiple of

@@ -42,7 +42,7 @@ std::int64_t HnswIndex::size() const {
 std::int64_t HnswIndex::bytes() const {
     const auto lock = reading();
     const Graph& g = *graph_;
-    const std::int64_t row = (g.vectors.width() + g.factors.width()) * sizeof(float) + g.codes.width() +
+    const std::int64_t row = g.vectors.width() + g.factors.width() * sizeof(float) + g.codes.width() +
                              g.links.width() * sizeof(std::uint32_t);
     const std::int64_t words = g.upper_links.size() + g.first_upper.size() + g.table.size();
     const std::int64_t frame = g.params.frozen ? frame_rows * g.params.dim * sizeof(float) : 0;
@@ -87,9 +87,30 @@ void require_distinct(const char* op, const Array& ids) {
 
 void require_vectors(const char* op, const Array& x, std::int64_t dim) {
     require_ndim(op, x, 2);
-    require_dtype(op, x, DType::f32);
+    if (x.dtype != DType::f16 && x.dtype != DType::bf16) require_dtype(op, x, DType::f32);
     require_contiguous(op, x);
     require_dim(op, x, 1, dim, "the index's dim");
+}
+
+const char* row_of(const Array& x, std::int64_t i) {
+    return x.as<const char>() + i * x.dim(1) * static_cast<std::int64_t>(size_of(x.dtype));
+}
+
+/// Numbers that would round to infinity where vectors are kept.
+void require_small(const char* op, const Array& x, DType kept) {
+    const bool half = kept == DType::f16;
+    const float limit = half ? 65520.0f : 0x1.ffp127f;
+    if (kept == DType::f32 || kept == x.dtype) return;
+    const HalfKernels* const given = half_kernels(x.dtype);
+    const std::int64_t d = x.dim(1);
+    std::vector<float> scratch(d);
+    for (std::int64_t i = 0; i < x.dim(0); ++i) {
+        const float* const row = as_floats(row_of(x, i), given, d, scratch.data());
+        float largest = 0;
+        for (std::int64_t k = 0; k < d; ++k) largest = std::max(largest, std::fabs(row[k]));
+        require(largest < limit, op, "vectors must be at most ", half ? "65504" : "3.38953e+38", " in ", name_of(kept),
+                ", got ", largest, " in row ", i);
+    }
 }
 
 }  // namespace
@@ -100,12 +121,13 @@ void HnswIndex::get(const Array& ids, const Array& out) const {
     require_id_list(op, ids);
     require_vectors(op, out, params_.dim);
     require_out(op, out, DType::f32);
+    std::vector<float> scratch(params_.dim);
     require_dim(op, out, 0, ids.dim(0), "one row an id");
     for (std::int64_t i = 0; i < ids.dim(0); ++i) {
         const std::int64_t id = ids.as<const std::int64_t>()[i];
         const std::uint32_t slot = graph_->find(id);
         require<std::out_of_range>(slot != no_link, op, "ids must be in the index, got ", id);
-        std::copy_n(graph_->vectors[slot], params_.dim, out.as<float>() + i * params_.dim);
+        std::copy_n(graph_->vector(slot, scratch.data()), params_.dim, out.as<float>() + i * params_.dim);
     }
 }
 
@@ -135,27 +157,36 @@ void HnswIndex::make_writable(std::int64_t more) {
     graph_ = std::make_shared<Graph>(g, needed <= g.capacity ? g.capacity : std::max(needed, 2 * g.n));
 }
 
-void HnswIndex::reserve(const Array& ids) {
+void HnswIndex::reserve(const Array& vectors, const Array& ids) {
     const auto lock = writing();
     require_not_frozen(add_op);
+    require_vectors(add_op, vectors, params_.dim);
+    if (params_.metric != Metric::cosine) require_small(add_op, vectors, params_.kept);
     check_new(add_op, ids);
     if (ids.dim(0) > 0) make_writable(ids.dim(0));
 }
 
 namespace {
 
-/// Fills the rows of the `count` slots after the last with the vectors x.
-void store(Graph& graph, const float* x, std::int64_t count, int num_threads) {
+/// Fills the rows of the slots after the last with the vectors x.
+void store(Graph& graph, const Array& x, int num_threads) {
     const HnswParams& p = graph.params;
     const auto encode = kernels().byte_distance->encode;
+    const HalfKernels* const given = half_kernels(x.dtype);
     const std::int64_t rows = std::max<std::int64_t>(1, (1 << 16) / p.dim);
-    parallel_for(count, rows, num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+    parallel_for(x.dim(0), rows, num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+        std::vector<float> unit(p.dim);
         for (std::int64_t i = begin; i < end; ++i) {
             const std::int64_t slot = graph.n + i;
-            float* const vector = graph.vectors[slot];
-            std::copy_n(x + i * p.dim, p.dim, vector);
-            if (p.metric == Metric::cosine) unit_vector(vector, p.dim);
+            const float* vector = as_floats(row_of(x, i), given, p.dim, unit.data());
+            if (p.metric == Metric::cosine) {
+                if (vector != unit.data()) std::copy_n(vector, p.dim, unit.data());
+                unit_vector(unit.data(), p.dim);
+                vector = unit.data();
+            }
+            graph.keep(slot, vector);
             if (p.storage != HnswStorage::int8) continue;
+            vector = graph.vector(slot, unit.data());
             const ByteCode code = encode(vector, p.dim, p.code_width(), 128, graph.codes[slot]);
             graph.factors[slot][0] = code.scale;
             graph.factors[slot][1] = p.metric == Metric::l2 ? code.squares : 0;
@@ -178,7 +209,7 @@ void HnswIndex::add(const Array& vectors, const Array& ids, Cpu cpu) {
     Graph& graph = *graph_;
     try {
         graph.append(count, ids.as<const std::int64_t>());
-        store(graph, vectors.as<const float>(), count, cpu.num_threads);
+        store(graph, vectors, cpu.num_threads);
         Builder(graph, idle_, cpu.num_threads).link(count);
     } catch (...) {
         graph.drop_rest();
@@ -277,7 +308,7 @@ void HnswIndex::search(const Array& queries, std::int64_t ef, const Array& score
     require_vectors(search_op, queries, params_.dim);
     const std::int64_t k = require_results(search_op, scores, ids, queries.dim(0), ef);
     ef = std::min(std::max(ef, k), graph.live);
-    const auto aim = [&](Walk& walk, std::int64_t i) { walk.target.set(queries.as<const float>() + i * params_.dim); };
+    const auto aim = [&](Walk& walk, std::int64_t i) { walk.target.set(row_of(queries, i), queries.dtype); };
     const auto start = [&](Walk& walk, std::int64_t) { walk.start(ef, 0, graph.live < graph.n); };
     answer(graph, idle_, ef, scores, ids, cpu, aim, start, [](std::int64_t) { return no_link; });
 }

@@ -6,6 +6,15 @@ namespace polyvec {
 
 using namespace hnsw;
 
+namespace {
+
+/// Files and numpy hold bfloat16 as its bits.
+DType file_dtype(DType kept) {
+    return kept == DType::bf16 ? DType::u16 : kept;
+}
+
+}  // namespace
+
 HnswState HnswIndex::state() const {
     const auto lock = reading();
     const Graph& g = *graph_;
@@ -22,7 +31,7 @@ HnswState HnswIndex::state() const {
     };
     const std::int64_t upper_rows = g.first_upper.back();
     return {
-        array("vectors", g.vectors.data(), DType::f32, g.n, g.params.dim),
+        array("vectors", g.vectors.data(), file_dtype(g.params.kept), g.n, g.params.dim),
         g.codes.width() ? array("codes", g.codes.data(), DType::u8, g.n, g.codes.width()) : Array{},
         g.factors.width() ? array("factors", g.factors.data(), DType::f32, g.n, g.factors.width()) : Array{},
         g.params.frozen ? array("frame", g.frame.data(), DType::f32, frame_rows, g.params.dim) : Array{},
@@ -56,13 +65,13 @@ HnswIndex::HnswIndex(const HnswParams& params, const HnswState& state) : HnswInd
     const std::int64_t n = state.ids.ndim > 0 ? state.ids.dim(0) : 0;
     check_array(state.ids, DType::i64, n);
     check(n <= std::int64_t(1) << 31, "it must have at most 2^31 vectors, got ", n);
-    check_array(state.vectors, DType::f32, n, params.dim);
+    check_array(state.vectors, file_dtype(params.kept), n, params.dim);
     check_array(state.links, DType::u32, n, 2 * params.m);
     check_array(state.levels, DType::u8, n);
     check_array(state.removed, DType::boolean, n);
     Graph& g = *graph_;
     g.n = g.capacity = n;
-    g.vectors = Rows<float>(state.vectors.as<float>(), params.dim);
+    g.vectors = Rows<unsigned char>(state.vectors.as<unsigned char>(), params.vector_bytes());
     g.links = Rows<std::uint32_t>(state.links.as<std::uint32_t>(), 2 * params.m);
     if (params.code_width() > 0) {
         check_array(state.codes, DType::u8, n, params.code_width());

@@ -15,8 +15,11 @@ namespace {
 void fill_frame(const Graph& graph, const Rows<float>& frame) {
     const std::int64_t d = graph.params.dim;
     std::vector<double> sum(d, 0.0);
-    for (std::int64_t slot = 0; slot < graph.n; ++slot)
-        for (std::int64_t i = 0; i < d; ++i) sum[i] += graph.vectors[slot][i];
+    std::vector<float> scratch(d);
+    for (std::int64_t slot = 0; slot < graph.n; ++slot) {
+        const float* const vector = graph.vector(slot, scratch.data());
+        for (std::int64_t i = 0; i < d; ++i) sum[i] += vector[i];
+    }
     for (std::int64_t i = 0; i < d; ++i) frame[0][i] = static_cast<float>(sum[i] / std::max<std::int64_t>(graph.n, 1));
 
     const auto power = static_cast<std::int64_t>(std::bit_floor(static_cast<std::uint64_t>(d)));
@@ -37,7 +40,7 @@ double dot(const float* x, const float* y, std::int64_t d) {
     return sum;
 }
 
-/// The code of a vector. Scratch: `residual` (dim,).
+/// The code of a vector, which may lie in `residual`. Scratch: `residual` (dim,).
 void encode(const Graph& graph, const float* vector, float* residual, std::uint8_t* code) {
     constexpr double normal_step = 0.9957;  // loses the least of a normal element of variance 1 in four levels
     const std::int64_t d = graph.params.dim, chunks = graph.params.chunks();
@@ -115,7 +118,7 @@ std::unique_ptr<HnswIndex> HnswIndex::freeze(Cpu cpu) const {
     to.n = to.capacity = from.n;
     to.live = from.live;
     to.largest_id = from.largest_id;
-    to.vectors = Rows<float>(to.n, params.dim);
+    to.vectors = Rows<unsigned char>(to.n, params.vector_bytes());
     to.codes = Rows<std::uint8_t>(to.n, params.code_width());
     to.frame = Rows<float>(frame_rows, params.dim);
     to.links = Rows<std::uint32_t>(to.n, from.links.width());
@@ -142,8 +145,8 @@ std::unique_ptr<HnswIndex> HnswIndex::freeze(Cpu cpu) const {
                  [&](std::int64_t begin, std::int64_t end, int) {
                      std::vector<float> residual(params.dim);
                      for (std::int64_t slot = begin; slot < end; ++slot) {
-                         std::copy_n(from.vectors[order[slot]], params.dim, to.vectors[slot]);
-                         encode(to, to.vectors[slot], residual.data(), to.codes[slot]);
+                         std::copy_n(from.vectors[order[slot]], params.vector_bytes(), to.vectors[slot]);
+                         encode(to, to.vector(slot, residual.data()), residual.data(), to.codes[slot]);
                          copy_row(slot, 0);
                      }
                  });

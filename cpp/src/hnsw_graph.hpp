@@ -14,6 +14,7 @@
 
 #include "polyvec/aligned.hpp"
 #include "polyvec/hnsw.hpp"
+#include "polyvec/narrow.hpp"
 #include "polyvec/random.hpp"
 #include "tables.hpp"
 
@@ -55,6 +56,19 @@ private:
     std::int64_t width_ = 0;
 };
 
+/// Null: float32.
+inline const HalfKernels* half_kernels(DType dtype) {
+    const DistanceKernels& kernel = *kernels().distance;
+    return dtype == DType::f16 ? &kernel.f16_by_slot : dtype == DType::bf16 ? &kernel.bf16_by_slot : nullptr;
+}
+
+/// A row of `d` elements as floats, in place or in `scratch`.
+inline const float* as_floats(const void* row, const HalfKernels* half, std::int64_t d, float* scratch) {
+    if (!half) return static_cast<const float*>(row);
+    half->widen(row, static_cast<std::size_t>(d), scratch);
+    return scratch;
+}
+
 constexpr std::uint32_t no_link = 0xffffffff;
 constexpr int max_level = 63;
 constexpr std::int64_t frame_rows = 5;
@@ -64,8 +78,8 @@ struct Graph {
     std::int64_t n = 0, live = 0, capacity = 0;
     std::int64_t largest_id = -1;
     std::uint32_t entry = no_link;
-    Rows<float> vectors;
-    Rows<std::uint8_t> codes;  // int8: see ByteRows; frozen: see BitRows; else width 0
+    Rows<unsigned char> vectors;  // of params.kept
+    Rows<std::uint8_t> codes;     // int8: see ByteRows; frozen: see BitRows; else width 0
     Rows<float> factors;
     Rows<float> frame;  // frozen: see HnswState
     Rows<std::uint32_t> links;
@@ -78,7 +92,7 @@ struct Graph {
 
     explicit Graph(const HnswParams& params)
         : params(params),
-          vectors(params.dim),
+          vectors(params.vector_bytes()),
           codes(params.code_width()),
           factors(params.factor_count()),
           frame(params.dim),
@@ -103,6 +117,18 @@ struct Graph {
           removed(other.removed),
           ids(other.ids) {
         build_table();
+    }
+
+    const float* vector(std::int64_t slot, float* scratch) const {
+        return as_floats(vectors[slot], half_kernels(params.kept), params.dim, scratch);
+    }
+    void keep(std::int64_t slot, const float* x) const {
+        if (params.kept == DType::f32) {
+            std::copy_n(x, params.dim, reinterpret_cast<float*>(vectors[slot]));
+        } else {
+            const auto round = params.kept == DType::f16 ? to_float16 : to_bfloat16;
+            std::transform(x, x + params.dim, reinterpret_cast<std::uint16_t*>(vectors[slot]), round);
+        }
     }
 
     std::int64_t width(int level) const { return level ? params.m : 2 * params.m; }

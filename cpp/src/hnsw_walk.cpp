@@ -16,8 +16,11 @@ void unit_vector(float* x, std::int64_t d) {
 void Target::prepare(const Graph& graph) {
     graph_ = &graph;
     const auto& kernel = kernels().distance->u32;
-    floats_ = graph.params.metric == Metric::l2 ? kernel.l2 : kernel.dot;
-    unit_.resize(graph.params.dim);
+    const bool l2 = graph.params.metric == Metric::l2;
+    floats_ = l2 ? kernel.l2 : kernel.dot;
+    half_ = half_kernels(graph.params.kept);
+    halves_ = !half_ ? nullptr : l2 ? half_->u32.l2 : half_->u32.dot;
+    own_.resize(graph.params.dim);
     const bool frozen = graph.params.frozen;
     bytes_ = graph.params.storage == HnswStorage::int8 && !frozen ? kernels().byte_distance : nullptr;
     bits_ = frozen ? kernels().bit_distance : nullptr;
@@ -26,13 +29,13 @@ void Target::prepare(const Graph& graph) {
     if (room_ < codes) values_ = aligned<std::uint8_t>(room_ = codes);
 }
 
-void Target::set(const float* query) {
+void Target::set(const void* query, DType dtype) {
     const HnswParams& p = graph_->params;
-    query_ = query;
+    query_ = as_floats(query, half_kernels(dtype), p.dim, own_.data());
     if (p.metric == Metric::cosine) {
-        std::copy_n(query, p.dim, unit_.data());
-        unit_vector(unit_.data(), p.dim);
-        query_ = unit_.data();
+        if (query_ != own_.data()) std::copy_n(query_, p.dim, own_.data());
+        unit_vector(own_.data(), p.dim);
+        query_ = own_.data();
     }
     set_code();
 }
@@ -47,7 +50,7 @@ void Target::set_code() {
 }
 
 void Target::set(std::uint32_t slot) {
-    query_ = graph_->vectors[slot];
+    query_ = as_floats(graph_->vectors[slot], half_, graph_->params.dim, own_.data());
     if (!bytes_) return set_code();
     const std::int32_t sum = bytes_->query_of_row(graph_->codes[slot], graph_->params.code_width(), values_.get());
     const float* factors = graph_->factors[slot];
@@ -67,7 +70,12 @@ void Target::measure(const std::uint32_t* slots, std::size_t count, float* dista
 }
 
 void Target::measure_exactly(const std::uint32_t* slots, std::size_t count, float* distances) const {
-    floats_(query_, graph_->vectors.data(), slots, count, graph_->params.dim, distances);
+    const void* const rows = graph_->vectors.data();
+    if (halves_) {
+        halves_(query_, rows, nullptr, slots, count, graph_->params.dim, distances);
+    } else {
+        floats_(query_, static_cast<const float*>(rows), slots, count, graph_->params.dim, distances);
+    }
     if (graph_->params.metric == Metric::l2) return;
     for (std::size_t i = 0; i < count; ++i) distances[i] = 0.0f - distances[i];  // never -0
 }
@@ -81,8 +89,8 @@ void Target::fetch(std::uint32_t slot) const {
         if (bytes_) __builtin_prefetch(graph_->factors[slot]);
         lines(graph_->codes[slot], std::min(most, graph_->codes.width()));
     } else {
-        constexpr std::int64_t first = 4 * line;  // the hardware follows a row from there
-        lines(graph_->vectors[slot], std::min<std::int64_t>(first, graph_->params.dim * sizeof(float)));
+        constexpr std::int64_t first = 4 * line;  // `measure` asks for the others, or the hardware follows
+        lines(graph_->vectors[slot], std::min(first, graph_->vectors.width()));
     }
 }
 

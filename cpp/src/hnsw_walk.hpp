@@ -79,13 +79,13 @@ private:
 class Target {
 public:
     void prepare(const Graph& graph);
-    /// A copy is scaled to norm 1 where the metric says so.
-    void set(const float* query);
+    /// A row of float32, float16 or bfloat16. A copy is scaled to norm 1 where the metric says so.
+    void set(const void* query, DType dtype);
     void set(std::uint32_t slot);
 
     /// In the stored form that walks compare.
     void measure(const std::uint32_t* slots, std::size_t count, float* distances) const;
-    /// In float32.
+    /// By the kept vectors, in float32.
     void measure_exactly(const std::uint32_t* slots, std::size_t count, float* distances) const;
     /// Asks for a slot's row in that form.
     void fetch(std::uint32_t slot) const;
@@ -95,12 +95,14 @@ private:
 
     const Graph* graph_ = nullptr;
     DistanceKernel<std::uint32_t>::Function floats_ = nullptr;
+    NarrowDistanceKernel<std::uint32_t>::Function halves_ = nullptr;
+    const HalfKernels* half_ = nullptr;
     const ByteDistanceKernels* bytes_ = nullptr;
     const BitDistanceKernels* bits_ = nullptr;
     const float* query_ = nullptr;
     ByteQuery code_{};
     BitQuery bit_code_{};
-    std::vector<float> unit_, rotated_;
+    std::vector<float> own_, rotated_;
     Aligned<std::uint8_t> values_;
     std::int64_t room_ = 0;
 };

@@ -156,9 +156,9 @@ inline void compare(bool l2, const float* query, const ScanItems& items, const s
         (l2 ? distance.i64.l2 : distance.i64.dot)(query, items.rows.as<const float>(), ids, n, d, out);
         return;
     }
-    const NarrowDistanceKernel& kernel = items.rows.dtype == DType::f16  ? distance.f16
-                                         : items.rows.dtype == DType::i8 ? distance.i8
-                                                                         : distance.bf16;
+    const auto& kernel = items.rows.dtype == DType::f16  ? distance.f16
+                         : items.rows.dtype == DType::i8 ? distance.i8
+                                                         : distance.bf16;
     (l2 ? kernel.l2 : kernel.dot)(query, items.rows.data, items.scales ? items.scales.as<const float>() : nullptr, ids,
                                   n, d, out);
 }

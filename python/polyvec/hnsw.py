@@ -17,7 +17,10 @@ from polyvec._progress import Progress, reporting
 __all__ = ["Index", "knn_graph"]
 
 Metric = Literal["cosine", "ip", "l2"]
-Storage = Literal["float32", "int8"]
+Storage = Literal["float32", "float16", "bfloat16", "int8"]
+Kept = Literal["float32", "float16", "bfloat16"]
+
+_FLOATS = ("float32", "float16", "bfloat16")
 
 _CHUNK = 1024  # vectors linked between two reports of progress; searches may run in between
 
@@ -35,12 +38,17 @@ class Index:
     metric : {"cosine", "ip", "l2"}
         "cosine": inner product of unit vectors; vectors are stored scaled to norm 1, and a zero vector has cosine 0
         with everything. "ip": inner product, higher is better. "l2": *squared* distance, lower is better.
-    storage : {"float32", "int8"}
-        What searches compare on their way. "int8": codes of one byte an element, each vector with a scale of its own
-        (its largest element is 127); the best candidates are compared again by their float32 vectors, which are kept.
-        It fetches a quarter of the bytes and is twice as fast at the same recall where elements are of one size, as in
-        embeddings; not where a few of them, or an offset common to all vectors, are far larger than what tells vectors
-        apart. `freeze` replaces them by codes of two bits an element.
+    storage : {"float32", "float16", "bfloat16", "int8"}
+        What searches compare on their way: vectors as they are kept, or codes beside them. "float16" rounds elements to
+        11 significant bits (up to 65,504), "bfloat16" to 8 (up to 3.4e38): half the memory, at most half the time to
+        wait for it, and scores that are exact for the rounded vectors. "int8": codes of one byte an element, each
+        vector with a scale of its own (its largest element is 127); the best candidates are compared again by the kept
+        vectors. It fetches a quarter of the bytes of float32 and is twice as fast at the same recall where elements are
+        of one size, as in embeddings; not where a few of them, or an offset common to all vectors, are far larger than
+        what tells vectors apart. `freeze` replaces all of these on the way by codes of two bits an element.
+    rerank : {"float32", "float16", "bfloat16"}, optional
+        What vectors are kept in beside "int8" codes; float32 when None. "float16" makes an index of 3 d bytes a vector
+        out of one of 5 d.
     m : int
         Links of a vector, in [2, 1024]; 2 m at the ground level. More serve high recall and many dimensions.
     ef_construction : int
@@ -50,8 +58,8 @@ class Index:
 
     Notes
     -----
-    Memory: 4 d + 8 m bytes a vector ("int8": d, rounded up to a multiple of 64, and 8 more), and about
-    26 + 4 m / (m - 1) beside; room doubles as it fills up.
+    Memory: 4 d + 8 m bytes a vector (kept in 16 bits: 2 d + 8 m; with "int8" codes: d, rounded up to a multiple of 64,
+    and 8 more), and about 26 + 4 m / (m - 1) beside; room doubles as it fills up.
 
     Threads: any number of searches may run at once, from any threads. A call that changes the index waits for them and
     they for it; `add` lets searches pass now and then.
@@ -86,6 +94,7 @@ class Index:
         *,
         metric: Metric = "cosine",
         storage: Storage = "float32",
+        rerank: Kept | None = None,
         m: int = 16,
         ef_construction: int = 200,
         seed: int = 0,
@@ -94,13 +103,24 @@ class Index:
         self._params: dict[str, Any] = {
             "dim": as_count(op, "dim", dim),
             "metric": choice(op, "metric", metric, ("cosine", "ip", "l2")),
-            "storage": choice(op, "storage", storage, ("float32", "int8")),
+            "storage": choice(op, "storage", storage, (*_FLOATS, "int8")),
             "m": as_count(op, "m", m, least=2),
             "ef_construction": as_count(op, "ef_construction", ef_construction),
             "seed": as_count(op, "seed", seed, least=0),
         }
-        self._core = _core.HnswIndex(**self._params)
+        if rerank is not None:
+            if storage != "int8":
+                raise ValueError(f"{op}: rerank must be None unless storage is 'int8', got {rerank!r}")
+            if choice(op, "rerank", rerank, _FLOATS) != "float32":
+                self._params["rerank"] = rerank
+        self._core = _core.HnswIndex(**self._core_params())
         self._changing = threading.RLock()  # one change at a time; `progress` may look at the index
+
+    def _core_params(self) -> dict[str, Any]:
+        params = dict(self._params)
+        storage, rerank = params.pop("storage"), params.pop("rerank", "float32")
+        coded = storage == "int8"
+        return {**params, "coded": coded, "kept": rerank if coded else storage}
 
     @property
     def dim(self) -> int:
@@ -147,8 +167,8 @@ class Index:
 
         Parameters
         ----------
-        vectors : array of shape (n, d), float32
-            Copied.
+        vectors : array of shape (n, d), float32 | float16 | bfloat16
+            Copied, and rounded where `storage` or `rerank` says so.
         ids : integer array of shape (n,), optional
             Names that `search` returns: any distinct 64-bit integers but -1 that are not in the index. By default
             running numbers after the largest id so far, from 0.
@@ -160,10 +180,10 @@ class Index:
         Raises
         ------
         ValueError
-            Another shape, NaN or Inf, an id twice or in the index already, a frozen index. The index is as it was
-            before.
+            Another shape, NaN or Inf, numbers too large for what vectors are kept in, an id twice or in the index
+            already, a frozen index. The index is as it was before.
         TypeError
-            Vectors that are not float32, ids that are not integers.
+            Vectors of another dtype, ids that are not integers.
         KeyboardInterrupt
             Ctrl-C, or what `progress` raises, ends the call within a second: the vectors before some row are in the
             index then, those after it are not, as `len` tells.
@@ -173,7 +193,7 @@ class Index:
         About ef_construction * m comparisons a vector: O(n log n) in all.
         """
         op = "hnsw.Index.add"
-        x: Any = as_array(op, "vectors", vectors, ndim=2)
+        x: Any = as_array(op, "vectors", vectors, dtypes=_FLOATS, ndim=2)
         n = int(x.shape[0])
         if x.shape[1] != self.dim:
             raise ValueError(f"{op}: vectors must have d = {self.dim}, got {x.shape[1]}")
@@ -187,7 +207,7 @@ class Index:
                 if first + n > 2**63:
                     raise ValueError(f"{op}: ids must be given, no numbers are left after {first - 1}")
                 names = np.arange(first, first + n, dtype=np.int64)
-            _backend.run(op, "hnsw_reserve", x, self._core, names, num_threads=num_threads)
+            _backend.run(op, "hnsw_reserve", x, self._core, x, names, num_threads=num_threads)
             for begin in range(0, n, _CHUNK):
                 chunk = slice(begin, begin + _CHUNK)
                 _backend.run(op, "hnsw_add", x, self._core, x[chunk], names[chunk], num_threads=num_threads)
@@ -206,7 +226,7 @@ class Index:
 
         Parameters
         ----------
-        queries : array of shape (nq, d), float32
+        queries : array of shape (nq, d), float32 | float16 | bfloat16
         k : int
         ef : int, optional
             Candidates kept on the way, at least k; max(k, 64) by default. More give better recall and take longer,
@@ -228,18 +248,18 @@ class Index:
         ValueError
             Another shape, k or ef below 1.
         TypeError
-            Queries that are not float32.
+            Queries of another dtype.
 
         Notes
         -----
-        About ef * m comparisons a query, 2 d flops and 4 d bytes each. With "int8" they are of d bytes, and the best
-        2 k + 16 candidates are then scored in float32; with a frozen index of d / 4 bytes, and the best
-        4 k + 32. Same result for any number of threads, and for a query alone or among others. A query with NaN finds
-        nothing. Removed vectors are passed through without counting as candidates: after removing most of an index,
-        searches are faster in a new one.
+        About ef * m comparisons a query, 2 d flops and 4 d bytes each (kept in 16 bits: 2 d). With "int8" they are of d
+        bytes, and the best 2 k + 16 candidates are then scored by the kept vectors; with a frozen index of d / 4 bytes,
+        and the best 4 k + 32. Products are summed in float32, whatever the dtypes. Same result for any number of
+        threads, and for a query alone or among others. A query with NaN finds nothing. Removed vectors are passed
+        through without counting as candidates: after removing most of an index, searches are faster in a new one.
         """
         op = "hnsw.Index.search"
-        x: Any = as_array(op, "queries", queries, ndim=2)
+        x: Any = as_array(op, "queries", queries, dtypes=_FLOATS, ndim=2)
         if x.shape[1] != self.dim:
             raise ValueError(f"{op}: queries must have d = {self.dim}, got {x.shape[1]}")
         k = as_count(op, "k", k)
@@ -259,7 +279,7 @@ class Index:
         Returns
         -------
         array of shape (n, d), float32, in ids' library
-            As they were added, scaled to norm 1 where the metric is "cosine".
+            As they are kept: as they were added, scaled to norm 1 where the metric is "cosine", and rounded.
 
         Raises
         ------
@@ -300,7 +320,7 @@ class Index:
 
         Each vector x has a code of two bits an element, which stands for R (x - c): c is the mean of all vectors, R a
         random rotation that makes elements about normal, whatever the data. Walks compare codes, two cache lines where
-        d = 384; the best candidates are then scored by their float32 vectors, so that scores are as exact as ever.
+        d = 384; the best candidates are then scored by the kept vectors, so that scores are as exact as ever.
         Vectors that near ones link to lie near each other.
 
         Parameters
@@ -321,7 +341,8 @@ class Index:
 
         Notes
         -----
-        Memory: 4 d + d / 4 + 8 m bytes a vector and up to 71 more; with d = 384 and m = 16 1.2 times the vectors alone.
+        Memory: 4 d (kept in 16 bits: 2 d) + d / 4 + 8 m bytes a vector and up to 71 more; with d = 384 and m = 16 1.2
+        times the vectors alone.
         This index keeps its own until it is dropped.
 
         It pays where an index is larger than the CPU's caches: what is saved is memory to wait for. A small one is
@@ -362,7 +383,8 @@ class Index:
         Notes
         -----
         A safetensors file with checksums: tensors `vectors`, `links`, `levels`, `upper_links`, `ids`, `removed`, with
-        "int8" `codes` and `factors`, and frozen `codes` and `frame` (c, and the signs that make R).
+        "int8" `codes` and `factors`, and frozen `codes` and `frame` (c, and the signs that make R). bfloat16 is written
+        as its bits (U16).
         """
         _files.save(path, "hnsw.Index", self.state())
 
@@ -427,7 +449,7 @@ class Index:
         params = dict(state.params)
         entry, frozen = params.pop("entry"), params.pop("frozen", False)
         index = cls(**params)
-        index._core = _core.hnsw_load(**index._params, frozen=frozen, entry=entry, tensors=dict(state.tensors))
+        index._core = _core.hnsw_load(**index._core_params(), frozen=frozen, entry=entry, tensors=dict(state.tensors))
         return index
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -440,6 +462,7 @@ def knn_graph(
     *,
     metric: Literal["cosine", "l2"] = "l2",
     storage: Storage = "float32",
+    rerank: Kept | None = None,
     m: int = 16,
     ef_construction: int = 64,
     seed: int = 0,
@@ -451,12 +474,12 @@ def knn_graph(
 
     Parameters
     ----------
-    x : array of shape (n, d), float32
+    x : array of shape (n, d), float32 | float16 | bfloat16
     k : int
         Neighbours of a row; the row itself is not among them, its copies are.
     metric : {"l2", "cosine"}
         "l2": *squared* distances; take the root for tools that expect Euclidean ones. "cosine": 1 - cosine.
-    storage, m, ef_construction, seed
+    storage, rerank, m, ef_construction, seed
         Of the `Index` that is built on the way.
     ef : int, optional
         Candidates kept for a row; k + 16 by default. More give better recall and take longer.
@@ -478,7 +501,7 @@ def knn_graph(
     ValueError
         Another number of axes, NaN or Inf, k or ef below 1.
     TypeError
-        x that is not float32.
+        x of another dtype.
 
     Notes
     -----
@@ -492,13 +515,13 @@ def knn_graph(
     (array([0, 1, 2, 3]), array([1, 0, 1]), array([1., 1., 4.], dtype=float32))
     """
     op = "hnsw.knn_graph"
-    rows: Any = as_array(op, "x", x, ndim=2)
+    rows: Any = as_array(op, "x", x, dtypes=_FLOATS, ndim=2)
     k = as_count(op, "k", k)
     ef = k + 16 if ef is None else as_count(op, "ef", ef)
     choice(op, "metric", metric, ("l2", "cosine"))
     _backend.require_finite(op, "x", rows, num_threads)
     n, d = (int(length) for length in rows.shape)
-    index = Index(d, metric=metric, storage=storage, m=m, ef_construction=ef_construction, seed=seed)
+    index = Index(d, metric=metric, storage=storage, rerank=rerank, m=m, ef_construction=ef_construction, seed=seed)
     index.add(rows, progress=progress, num_threads=num_threads)
     distances, indices = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
     _backend.run(op, "hnsw_neighbors", indices, index._core, ef, distances, indices, num_threads=num_threads)

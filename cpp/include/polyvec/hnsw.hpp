@@ -21,22 +21,24 @@
 
 namespace polyvec {
 
-/// What walks compare. The float32 vectors are kept beside it, for the scores.
+/// What walks compare.
 enum class HnswStorage : std::uint8_t {
-    float32,
-    int8,  // one scale a vector: 127 over its largest element
+    vectors,  // as they are kept
+    int8,     // codes beside them, one scale a vector: 127 over its largest element
 };
 
-inline HnswStorage storage_from(const char* op, const std::string& name) {
-    if (name == "float32") return HnswStorage::float32;
-    if (name == "int8") return HnswStorage::int8;
-    fail(op, "storage must be one of 'float32', 'int8', got '", name, "'");
+/// What vectors are kept in.
+inline DType kept_from(const char* op, const std::string& name) {
+    for (const DType dtype : {DType::f32, DType::f16, DType::bf16})
+        if (name == name_of(dtype)) return dtype;
+    fail(op, "vectors must be kept in one of 'float32', 'float16', 'bfloat16', got '", name, "'");
 }
 
 struct HnswParams {
     std::int64_t dim = 0;
     Metric metric = Metric::cosine;
-    HnswStorage storage = HnswStorage::float32;
+    HnswStorage storage = HnswStorage::vectors;
+    DType kept = DType::f32;  // or f16, bf16
     std::int64_t m = 16;
     std::int64_t ef_construction = 200;
     std::uint64_t seed = 0;
@@ -51,6 +53,8 @@ struct HnswParams {
 
     static constexpr std::int64_t most_coded = 1 << 17;  // elements of a vector with codes
 
+    std::int64_t vector_bytes() const { return dim * static_cast<std::int64_t>(size_of(kept)); }
+
     /// Bytes of a code, rounded up to cache lines: one an element, or chunks of 32 for 128 elements and two floats.
     std::int64_t code_width() const {
         if (frozen) return (chunks() * 32 + 8 + 63) / 64 * 64;
@@ -62,7 +66,7 @@ struct HnswParams {
 
 /// All of an index: what a file holds.
 struct HnswState {
-    Array vectors;            // (n, dim) float32: unit vectors where the metric is cosine
+    Array vectors;            // (n, dim) float32, float16 or uint16 (bits of bfloat16): unit where metric is cosine
     Array codes;              // (n, code_width()) uint8, where that is not 0; else absent
     Array factors;            // (n, 2) float32, where codes are of int8: their scale, and 0 or (l2) their squared norm
     Array frame;              // (5, dim) float32, of frozen ones: the centre of all vectors, and what rotates them
@@ -119,12 +123,12 @@ public:
     /// Fills `out` (n, dim) with the stored vectors of `ids` (n,).
     void get(const Array& ids, const Array& out) const;
 
-    /// Makes room for `ids` (n,) after checking that they can be added.
-    void reserve(const Array& ids);
-    /// Interrupted: the vectors before some row are in the index, those after it are not.
+    /// Makes room for `vectors` (n, dim) and `ids` (n,) after checking that they can be added.
+    void reserve(const Array& vectors, const Array& ids);
+    /// Vectors are float32, float16 or bfloat16, as queries are. Interrupted: the vectors before some row are in the
+    /// index, those after it are not.
     void add(const Array& vectors, const Array& ids, Cpu cpu);
     void remove(const Array& ids);
-
     /// A copy that cannot be changed, with slots in the order of the walk and codes of two bits an element.
     std::unique_ptr<HnswIndex> freeze(Cpu cpu) const;
 
