@@ -151,6 +151,38 @@ def test_search_frozen(curve, frozen_glosses, k, settings):
     assert points["polyvec"][-1]["recall"] > 0.98
 
 
+@pytest.mark.parametrize(("k", "settings"), [(10, [10, 20, 40, 80]), (100, [100, 200, 400, 800])])
+def test_search_fitted(curve, data, threads, k, settings):
+    """16,980 articles for 1,111 users, inner products of a factorisation; links for the other 4,440 users."""
+    hnswlib = pytest.importorskip("hnswlib")
+    x, users = (read(data / "citeulike-a" / f"als64_{name}.npy.xz").astype(np.float32) for name in ("items", "users"))
+    held_out = read(data / "citeulike-a" / "als64_queries_users.npy.xz")
+    queries, sample = users[held_out], np.delete(users, held_out, axis=0)
+    truth = pv.scan.topk(queries, x, k, metric="ip")[1]
+    fitted, plain = (pv.hnsw.Index(64, metric="ip", m=M, ef_construction=EF_CONSTRUCTION) for _ in range(2))
+    rival = hnswlib.Index("ip", 64)
+    rival.init_index(len(x), ef_construction=EF_CONSTRUCTION, M=M)
+    for add in (fitted.add, plain.add, rival.add_items):
+        add(x, num_threads=threads)
+    fitted.fit_queries(sample, num_threads=threads)
+
+    def search_hnswlib(ef):
+        rival.set_ef(ef)
+        return rival.knn_query(queries, k, num_threads=threads)[0].astype(np.int64)
+
+    points = curve(
+        lambda ef: fitted.search(queries, k, ef=ef, num_threads=threads)[1],
+        {
+            "polyvec, not fitted": lambda ef: plain.search(queries, k, ef=ef, num_threads=threads)[1],
+            "hnswlib": search_hnswlib,
+        },
+        settings=settings,
+        recall=lambda ids: np.mean([len(np.intersect1d(a, b)) for a, b in zip(ids, truth, strict=True)]) / k,
+        queries=len(queries),
+    )
+    assert points["polyvec"][1]["recall"] > points["polyvec, not fitted"][1]["recall"] + 0.01
+
+
 def test_search_encodings(curve, data, threads):
     """Inner products of 300 query encodings with those of 5,183 documents, 10,240 wide; one query a call."""
     tokens = np.load(data / "scifact" / "tokens.npz")
@@ -159,12 +191,15 @@ def test_search_encodings(curve, data, threads):
         for side in ("query", "doc")
     )
     encoder = pv.fde.Encoder(128)
-    x, queries = encoder.encode_docs(docs), encoder.encode_queries(queries)[:300]
+    x, sample = encoder.encode_docs(docs), encoder.encode_queries(queries)
+    queries, sample = sample[:300], sample[300:]
     truth = pv.scan.topk(queries, x, 100, metric="ip")[1]
 
-    def build(storage):
+    def build(storage, fit=False):
         index = pv.hnsw.Index(x.shape[1], metric="ip", storage=storage)
         index.add(x, num_threads=threads)
+        if fit:
+            index.fit_queries(sample, num_threads=threads)
         return lambda ef: one_by_one(lambda query: index.search(query, 100, ef=ef, num_threads=threads)[1])
 
     def one_by_one(search):
@@ -175,7 +210,7 @@ def test_search_encodings(curve, data, threads):
 
     points = curve(
         build("int8"),
-        {"polyvec, float32": build("float32"), "exact scan": scan},
+        {"polyvec, fitted": build("int8", fit=True), "polyvec, float32": build("float32"), "exact scan": scan},
         settings=[100, 150, 200],
         recall=lambda ids: np.mean([len(np.intersect1d(a, b)) for a, b in zip(ids, truth, strict=True)]) / 100,
         queries=len(queries),

@@ -396,6 +396,124 @@ def test_float32_beside_codes_is_the_default(rng):
     assert "rerank" not in index.state().params
 
 
+# Links for queries
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_links_for_queries_are_those_of_the_definition(rng, isa, metric, storage):
+    x = sample(rng, 400, 10)
+    queries = rounded(sample(rng, 30, 10) + 1, "bfloat16")
+    index = build(x, metric, storage=storage, m=4)
+    before, vectors = tensors_of(index), index.get(np.arange(400))
+    index.fit_queries(queries, k=20)
+    ranks = ref.search(queries, vectors, 20, "ip" if metric == "cosine" else metric)[1]
+    after = tensors_of(index)
+    assert_exact(after["links"], ref.link_ranks(before["links"], ranks))
+    assert not np.array_equal(after["links"], before["links"])
+    for name in after.keys() - {"links"}:
+        assert_exact(after[name], before[name])
+    again = pv.hnsw.Index.from_state(index.state())  # checks every link
+    assert_exact(again.search(queries, 5), index.search(queries, 5))
+
+
+def test_links_for_queries_do_not_depend_on_threads(rng):
+    x, queries = sample(rng, 700, 12), sample(rng, 1100, 12) + 1
+    links = []
+    for num_threads in (1, 2, 7):
+        index = build(x, "ip")
+        index.fit_queries(queries.astype(np.float16), k=30, num_threads=num_threads)
+        links.append(tensors_of(index)["links"])
+    for other in links[1:]:
+        assert_exact(other, links[0])
+
+
+def test_links_for_queries_leave_removed_vectors_out(rng):
+    x, queries = sample(rng, 300, 5), sample(rng, 40, 5)
+    index = build(x, "l2", m=3)
+    gone = rng.permutation(300)[:290]
+    index.remove(gone)
+    before = tensors_of(index)["links"]
+    index.fit_queries(queries, k=100)  # more than there are
+    after = tensors_of(index)["links"]
+    added = after[after != before]
+    assert len(added) > 0
+    assert not np.isin(added, gone).any()
+    index.remove(index.ids)
+    index.fit_queries(queries)
+    pv.hnsw.Index(5).fit_queries(queries)
+    assert_exact(tensors_of(index)["links"], after)
+
+
+def test_links_for_queries_in_an_index_that_is_a_file(rng, tmp_path):
+    x, queries = sample(rng, 300, 6), sample(rng, 40, 6) + 1
+    index = build(x, "ip", storage="bfloat16")
+    index.save(tmp_path / "index.pv")
+    mapped, before = pv.hnsw.Index.load(tmp_path / "index.pv", mmap=True), (tmp_path / "index.pv").read_bytes()
+    for each in (index, mapped):
+        each.fit_queries(queries, k=9)
+    assert_exact(tensors_of(mapped)["links"], tensors_of(index)["links"])
+    assert (tmp_path / "index.pv").read_bytes() == before
+
+
+def test_progress_of_links_for_queries(rng, monkeypatch):
+    monkeypatch.setattr(pv.hnsw, "_QUERIES", 40)
+    index, calls = build(sample(rng, 200, 4), "ip"), []
+    index.fit_queries(sample(rng, 100, 4), progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(40, 100), (80, 100), (100, 100)]
+
+    def stop(done, total):
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        index.fit_queries(sample(rng, 100, 4), progress=stop)
+    index.add(sample(rng, 1, 4))
+    assert len(index) == 201
+
+
+@pytest.fixture(scope="module")
+def factors(data):
+    """Articles as items, users as queries, split into those to fit and those to search; inner products."""
+    items, users = (
+        read(data / "citeulike-a" / f"als64_{name}.npy.xz").astype(np.float32) for name in ("items", "users")
+    )
+    held_out = read(data / "citeulike-a" / "als64_queries_users.npy.xz")
+    truth = read(data / "citeulike-a" / "als64_neighbors_ip_top100.npy.xz")
+    return items, np.delete(users, held_out, axis=0), users[held_out], truth
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_fitted_queries_raise_the_recall_of_others(factors, storage):
+    items, sample, queries, truth = factors
+    index = build(items, "ip", storage=storage, num_threads=2)
+
+    def recalls():
+        return [ref.recall(index.search(queries, k, ef=ef)[1], truth[:, :k]) for k, ef in ((10, 16), (100, 100))]
+
+    before = recalls()
+    index.fit_queries(sample, num_threads=2)
+    after = recalls()
+    assert after[0] > max(0.975, before[0] + 0.015)
+    assert before[1] < 0.89 < 0.97 < after[1]
+    frozen = index.freeze(num_threads=2)
+    assert ref.recall(frozen.search(queries, 100, ef=150)[1], truth) > 0.97
+
+
+def test_fitted_queries_raise_the_recall_of_encodings(data):
+    tokens = np.load(data / "cranfield" / "tokens.npz")
+    queries, docs = (
+        pv.Ragged(tokens[f"{side}_tokens"].astype(np.float32), tokens[f"{side}_offsets"].astype(np.int64))
+        for side in ("query", "doc")
+    )
+    encoder = pv.fde.Encoder(128, repetitions=5)
+    x, queries = encoder.encode_docs(docs), encoder.encode_queries(queries)
+    index = build(x, "ip", storage="float16", num_threads=2)
+    truth = pv.scan.topk(queries[::3], x, 10, metric="ip")[1]
+    before = ref.recall(index.search(queries[::3], 10, ef=10)[1], truth)
+    index.fit_queries(np.delete(queries, np.s_[::3], axis=0), num_threads=2)
+    assert ref.recall(index.search(queries[::3], 10, ef=10)[1], truth) > before + 0.02
+
+
 # Ids, removal, growth
 
 
@@ -978,6 +1096,11 @@ def test_a_frozen_state_that_does_not_fit_together(rng, change, text):
             "hnsw.Index.remove: index must not be frozen, got one that freeze returned",
         ),
         (
+            lambda i: i.fit_queries(zeros(1, 3)),
+            ValueError,
+            "hnsw.Index.fit_queries: index must not be frozen, got one that freeze returned",
+        ),
+        (
             lambda i: i.freeze(),
             ValueError,
             "hnsw.Index.freeze: index must not be frozen, got one that freeze returned",
@@ -1100,6 +1223,13 @@ def index():
             lambda i: i.search(zeros(2, 4), 1, out=(zeros(2, 1), zeros(2, 2, dtype=np.int64))),
             ValueError,
             "hnsw.Index.search: out ids must have shape (2, 1), got (2, 2)",
+        ),
+        (lambda i: i.fit_queries(zeros(2, 3)), ValueError, "hnsw.Index.fit_queries: queries must have d = 4, got 3"),
+        (lambda i: i.fit_queries(zeros(2, 4), k=0), ValueError, "hnsw.Index.fit_queries: k must be at least 1, got 0"),
+        (
+            lambda i: i.fit_queries(bad_row()),
+            ValueError,
+            "hnsw.Index.fit_queries: queries must be finite, got NaN or Inf in row 1",
         ),
         (lambda _: pv.hnsw.knn_graph(zeros(3, 4), 0), ValueError, "hnsw.knn_graph: k must be at least 1, got 0"),
         (

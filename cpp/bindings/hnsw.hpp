@@ -111,6 +111,15 @@ inline void bind_hnsw(py::module_& m) {
     bind("hnsw_ids", HnswIndex::ids_op, &HnswIndex::ids);
     bind("hnsw_remove", HnswIndex::remove_op, &HnswIndex::remove);
     m.def(
+        "hnsw_link",
+        [](HnswIndex& index, const py::object& from, const py::object& to, std::intptr_t where) {
+            Args args = args_for<Cpu>(HnswIndex::fit_op, where);
+            const Array a = args.in("from", from), b = args.in("to", to);
+            const py::gil_scoped_release nogil;
+            index.link(a, b);
+        },
+        py::arg("index"), py::arg("from_slots"), py::arg("to_slots"), py::arg("where"));
+    m.def(
         "hnsw_get",
         [](const HnswIndex& index, const py::object& ids, const py::object& out, std::intptr_t where) {
             Args args = args_for<Cpu>(HnswIndex::get_op, where);

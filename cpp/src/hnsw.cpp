@@ -233,6 +233,34 @@ void HnswIndex::remove(const Array& ids) {
     graph_->live -= count;
 }
 
+void HnswIndex::link(const Array& from, const Array& to) {
+    constexpr const char* op = fit_op;
+    const auto lock = writing();
+    require_not_frozen(op);
+    require_id_list(op, from);
+    require_id_list(op, to);
+    const std::int64_t count = from.dim(0);
+    require_dim(op, to, 0, count, "as many as from");
+    const auto *a = from.as<const std::int64_t>(), *b = to.as<const std::int64_t>();
+    for (const auto* slots : {a, b})
+        for (std::int64_t i = 0; i < count; ++i)
+            require<std::out_of_range>(slots[i] >= -1 && slots[i] < graph_->n, op, "slots must be in the graph, got ",
+                                       slots[i]);
+    if (count == 0) return;
+    make_writable(0);
+    const auto add = [&](std::int64_t slot, std::int64_t link) {
+        std::uint32_t* const row = graph_->links[slot];
+        std::uint32_t* const end = row + graph_->links.width();
+        std::uint32_t* const at = std::find_if(row, end, [&](std::uint32_t s) { return s == no_link || s == link; });
+        if (at < end) *at = static_cast<std::uint32_t>(link);
+    };
+    for (std::int64_t i = 0; i < count; ++i) {
+        if (a[i] < 0 || b[i] < 0 || a[i] == b[i]) continue;
+        add(a[i], b[i]);
+        add(b[i], a[i]);
+    }
+}
+
 namespace {
 
 /// Returns k.

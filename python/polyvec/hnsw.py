@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from typing import Any, Literal
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from polyvec import _backend, _core, _files
-from polyvec._arrays import Array, ArrayT, as_array, as_count, as_ids, choice, output, outputs
+from polyvec._arrays import Array, ArrayT, as_array, as_count, as_float32, as_ids, choice, output, outputs, require_cpu
 from polyvec._files import State
 from polyvec._progress import Progress, reporting
 
@@ -22,6 +23,7 @@ Kept = Literal["float32", "float16", "bfloat16"]
 
 _FLOATS = ("float32", "float16", "bfloat16")
 
+_QUERIES = 512  # compared with all vectors between two reports of progress
 _CHUNK = 1024  # vectors linked between two reports of progress; searches may run in between
 
 
@@ -70,8 +72,8 @@ class Index:
     single queries.
 
     "ip" finds true inner products as long as the norms are alike. Where they are not, or where queries come from
-    elsewhere than the vectors, such a graph can miss the best (no triangle inequality holds): measure recall against
-    `polyvec.scan.topk`, raise `ef`, or use that.
+    elsewhere than the vectors, such a graph can miss the best (no triangle inequality holds): `fit_queries` links the
+    vectors that a sample of such queries wants together. Measure recall against `polyvec.scan.topk`, or use that.
 
     References
     ----------
@@ -315,6 +317,94 @@ class Index:
         with self._changing:
             _backend.run(op, "hnsw_remove", names, self._core, names)
 
+    def fit_queries(
+        self, queries: Array, *, k: int = 100, progress: Progress = None, num_threads: int | None = None
+    ) -> None:
+        """Add links for queries like these: what they look for is not always near each other, but found together.
+
+        The k best vectors of each query are found by comparing all; each of them and the next are linked, both ways,
+        where their 2 m links leave room, those of the first ranks before others. So a walk that has come to one of the
+        best goes on to the rest, vectors that no others had linked to among them.
+
+        Parameters
+        ----------
+        queries : array of shape (nq, d), float32 | float16 | bfloat16
+            A sample of what will be searched, thousands if possible; those that are searched later need not be in it.
+        k : int
+            As many as searches will ask for, or more.
+        progress : bool or callable, optional
+            As for `add`, in queries.
+        num_threads : int, optional
+            CPU threads; the process setting when None.
+
+        Raises
+        ------
+        ValueError
+            Another shape, NaN or Inf, k below 1, a frozen index.
+        TypeError
+            Queries of another dtype.
+        KeyboardInterrupt
+            Ctrl-C, or what `progress` raises, ends the call within a second; the index is sound, with some of the links
+            or none.
+
+        Notes
+        -----
+        2 nq n d flops for the comparison with all, and 8 nq k bytes meanwhile. Searches may run at once. The same calls
+        give the same links with any number of threads. Vectors that are added later can take the place of such links:
+        fit after adding.
+
+        Steps of a walk then compare more vectors, so that it pays where queries differ from the vectors: users and
+        items of a factorisation, encodings of queries and of documents. Sentences that are searched by sentences gain
+        little.
+
+        References
+        ----------
+        Chen et al. 2024: RoarGraph, sections 4.1 and 4.2 (links between vectors that the same query is close to);
+        Jaiswal et al. 2022: OOD-DiskANN, section 4.1. Here consecutive ranks are linked, not all pairs of them.
+
+        Examples
+        --------
+        >>> import numpy as np, polyvec as pv
+        >>> rng = np.random.default_rng(0)
+        >>> index = pv.hnsw.Index(8, metric="ip")
+        >>> index.add(rng.standard_normal((500, 8), np.float32))
+        >>> index.fit_queries(rng.standard_normal((200, 8), np.float32) + 1, k=20)
+        """
+        op = "hnsw.Index.fit_queries"
+        x: Any = as_array(op, "queries", queries, dtypes=_FLOATS, ndim=2)
+        n = int(x.shape[0])
+        if x.shape[1] != self.dim:
+            raise ValueError(f"{op}: queries must have d = {self.dim}, got {x.shape[1]}")
+        k = as_count(op, "k", k)
+        require_cpu(op, "queries", x)
+        _backend.require_finite(op, "queries", x, num_threads)
+        if self.frozen:
+            raise ValueError(f"{op}: index must not be frozen, got one that freeze returned")
+        with self._changing, reporting(op, progress, n, "queries") as count:
+            ranks = self._nearest(op, as_float32(x), k, count, num_threads)
+            for one, next_one in itertools.pairwise(ranks):
+                _backend.run(op, "hnsw_link", one, self._core, one, next_one, num_threads=num_threads)
+
+    def _nearest(
+        self, op: str, queries: npt.NDArray[np.float32], k: int, count: Any, num_threads: int | None
+    ) -> npt.NDArray[np.int64]:
+        """Slots of the k best of all vectors, shape (k, nq), -1 where there are fewer; `count` is told of progress."""
+        tensors = self.state().tensors
+        bias = np.where(tensors["removed"], np.float32(-np.inf), np.float32(0))
+        k, metric = min(k, len(self)), "l2" if self.metric == "l2" else "ip"  # of vectors as they are kept
+        ranks = np.empty((k, len(queries)), np.int64)
+        for begin in range(0, len(queries) if k else 0, _QUERIES):
+            block = queries[begin : begin + _QUERIES]
+            scores, slots = np.empty((len(block), k), np.float32), np.empty((len(block), k), np.int64)
+            _backend.run(
+                op, "scan_topk", block,
+                block, None, None, tensors["vectors"], None, bias, None, None, scores, slots, metric,
+                num_threads=num_threads,
+            )  # fmt: skip
+            ranks[:, begin : begin + _QUERIES] = slots.T
+            count(len(block))
+        return ranks
+
     def freeze(self, *, num_threads: int | None = None) -> Index:
         """Return a read-only copy that searches faster: less memory to read on the way, in a better order.
 
@@ -396,8 +486,8 @@ class Index:
         ----------
         path : path
         mmap : bool
-            Leave vectors, codes and ground-level links in the file and read what a search touches. The first `add` or
-            `remove` copies them into memory.
+            Leave vectors, codes and ground-level links in the file and read what a search touches. The first
+            change copies them into memory.
 
         Returns
         -------

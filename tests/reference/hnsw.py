@@ -40,6 +40,22 @@ def neighbors(x, k, metric):
     return np.take_along_axis(distances, order, 1), order
 
 
+def link_ranks(links, ranks):
+    """Links (n, width) after linking ranks (nq, k) of each query with the next, both ways, where there is room.
+
+    The first ranks of all queries come first. No link is 2^32 - 1.
+    """
+    links = links.copy()
+    for one, other in zip(ranks.T[:-1], ranks.T[1:], strict=True):
+        for pair in zip(one, other, strict=True):
+            for a, b in (pair, pair[::-1]):
+                row = links[a]
+                free = np.flatnonzero(row == 2**32 - 1)
+                if len(free) and b not in row:
+                    row[free[0]] = b
+    return links
+
+
 def recall(found, truth):
     """Share of the true ids that were found."""
     return np.mean([len(np.intersect1d(a, b)) for a, b in zip(found, truth, strict=True)]) / truth.shape[1]

@@ -99,7 +99,8 @@ public:
     static constexpr const char *add_op = "hnsw.Index.add", *search_op = "hnsw.Index.search",
                                 *get_op = "hnsw.Index.get", *remove_op = "hnsw.Index.remove",
                                 *ids_op = "hnsw.Index.ids", *load_op = "hnsw.Index.load",
-                                *freeze_op = "hnsw.Index.freeze", *neighbors_op = "hnsw.knn_graph";
+                                *freeze_op = "hnsw.Index.freeze", *neighbors_op = "hnsw.knn_graph",
+                                *fit_op = "hnsw.Index.fit_queries";
 
     explicit HnswIndex(const HnswParams& params);
 
@@ -129,6 +130,9 @@ public:
     /// index, those after it are not.
     void add(const Array& vectors, const Array& ids, Cpu cpu);
     void remove(const Array& ids);
+    /// Links slots from[i] and to[i] (n,) both ways at level 0, in this order, where rows have room. -1: none.
+    void link(const Array& from, const Array& to);
+
     /// A copy that cannot be changed, with slots in the order of the walk and codes of two bits an element.
     std::unique_ptr<HnswIndex> freeze(Cpu cpu) const;
 
