@@ -18,7 +18,8 @@ a ratio compares the same moments of a noisy machine; it is the median over roun
 fixture `curve` does the same for recall against queries per second. Both keep their figures in the JSON's `extra_info`
 and in the summary at the end of the run.
 
-Every library runs on one thread; `--threads 2` gives all of them two.
+Every library runs on one thread; `--threads 2` gives all of them two. `--large folder` runs the cases that take minutes
+to build what they time, and keeps that in the folder for the next run.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ summary = []
 
 def pytest_addoption(parser):
     parser.addoption("--threads", type=int, default=1, help="threads of polyvec and of every rival")
+    parser.addoption(
+        "--large", metavar="FOLDER", help="run cases of a million vectors, which keep what they build here"
+    )
 
 
 def pytest_configure(config):
@@ -81,6 +85,12 @@ def glosses(data):  # noqa: F811
     with lzma.open(data / "wordnet-glosses-minilm" / "vectors_i8.npy.xz") as file:
         x = np.load(file).astype(np.float32)
     return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+@pytest.fixture
+def note():
+    """`note(line)`: one more line in the summary."""
+    return summary.append
 
 
 @pytest.fixture

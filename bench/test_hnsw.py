@@ -1,7 +1,10 @@
 """The graph index against hnswlib and faiss at the same m and ef_construction: build time, recall against speed."""
 
 import gzip
+import json
 import lzma
+import pathlib
+import time
 
 import numpy as np
 import pytest
@@ -101,6 +104,12 @@ def recall_of(truth):
     return lambda ids: np.mean([len(np.intersect1d(a, b)) for a, b in zip(ids, truth, strict=True)]) / K
 
 
+def contenders_of(searches, queries):
+    """The first, and the others by name, as calls of ef."""
+    calls = {name: lambda ef, search=search: search(queries, ef) for name, search in searches.items()}
+    return calls.pop(next(iter(calls))), calls
+
+
 @pytest.mark.parametrize("load", [sift, sentences, images, glosses])
 def test_search(curve, data, threads, load):
     x, queries, metric = load(data)
@@ -149,6 +158,19 @@ def test_search_frozen(curve, frozen_glosses, k, settings):
         queries=len(queries),
     )
     assert points["polyvec"][-1]["recall"] > 0.98
+
+
+def test_search_storage(curve, data, threads):
+    """40,000 of the sentences, 61 MB of float32: the bytes of a comparison are what storage changes."""
+    x, queries, metric = glosses(data)
+    x, queries = x[:40_000], queries[:1000]
+    truth = pv.scan.topk(queries, x, K, metric=metric)[1]
+    storages = ("float16", "bfloat16", "float32")
+    searches = {f"polyvec, {storage}": build_polyvec(x, metric, threads, storage) for storage in storages}
+    ours, others = contenders_of(searches, queries)
+    points = curve(ours, others, settings=[16, 32, 64, 128], recall=recall_of(truth), queries=len(queries))
+    halves, floats = points["polyvec"], points["polyvec, float32"]
+    assert all(abs(a["recall"] - b["recall"]) < 0.01 for a, b in zip(halves, floats, strict=True))
 
 
 @pytest.mark.parametrize(("k", "settings"), [(10, [10, 20, 40, 80]), (100, [100, 200, 400, 800])])
@@ -286,4 +308,108 @@ def test_load(compare, data, tmp_path):
         {"polyvec, mmap": lambda: pv.hnsw.Index.load(tmp_path / "index.pv", mmap=True), "hnswlib": load_hnswlib},
         check=check,
         bytes=index.nbytes,
+    )
+
+
+MILLION, FEW_CANDIDATES = 1_000_000, 100  # of ef_construction, for all
+
+
+def clustered(n):
+    """128-d vectors around 2,000 centres, the last 1,000 of them as queries; squared distances."""
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((2000, 128), np.float32)
+    x = rng.standard_normal((n + 1000, 128), np.float32)
+    x *= np.float32(0.6)
+    x += centres[rng.integers(0, len(centres), len(x))]
+    return x[:n], x[n:]
+
+
+def million_polyvec(storage):
+    def build(x, path, threads):
+        index = pv.hnsw.Index(x.shape[1], metric="l2", storage=storage, m=M, ef_construction=FEW_CANDIDATES)
+        index.add(x, num_threads=threads)
+        index.save(path)
+
+    def load(path, threads, dim, *, mmap=False):
+        index = pv.hnsw.Index.load(path, mmap=mmap)
+        return index, lambda queries, ef: index.search(queries, K, ef=ef, num_threads=threads)[1]
+
+    return build, load
+
+
+def million_hnswlib():
+    def build(x, path, threads):
+        hnswlib = pytest.importorskip("hnswlib")
+        index = hnswlib.Index("l2", x.shape[1])
+        index.init_index(len(x), ef_construction=FEW_CANDIDATES, M=M)
+        index.add_items(x, num_threads=threads)
+        index.save_index(str(path))
+
+    def load(path, threads, dim):
+        index = pytest.importorskip("hnswlib").Index("l2", dim)
+        index.load_index(str(path))
+
+        def search(queries, ef):
+            index.set_ef(ef)
+            return index.knn_query(queries, K, num_threads=threads)[0].astype(np.int64)
+
+        return index, search
+
+    return build, load
+
+
+MILLIONS = {
+    "polyvec": million_polyvec("int8"),
+    "polyvec, float32": million_polyvec("float32"),
+    "polyvec, float16": million_polyvec("float16"),
+    "hnswlib": million_hnswlib(),
+}
+
+
+@pytest.fixture(scope="module")
+def million(request, threads):
+    """Files of the contenders' graphs of a million vectors, queries, and the ids of the nearest."""
+    if not request.config.getoption("--large"):
+        pytest.skip("takes minutes to build: needs --large FOLDER")
+    folder = pathlib.Path(request.config.getoption("--large"))
+    x, queries = clustered(MILLION)
+    files = {name: folder / f"{name.replace(', ', '-')}.graph" for name in MILLIONS}
+    for name, (build, _) in MILLIONS.items():
+        if files[name].exists():
+            continue
+        wall, cpu = time.perf_counter(), time.process_time()
+        build(x, files[name], threads)
+        took = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "threads": threads}
+        files[name].with_suffix(".json").write_text(json.dumps(took))
+    took = {name: json.loads(path.with_suffix(".json").read_text()) for name, path in files.items()}
+    return files, queries, pv.scan.topk(queries, x, K, metric="l2")[1], took
+
+
+def test_search_million(curve, note, benchmark, million, threads):
+    """Built with `threads`, on whatever else the machine did: compare seconds of CPU."""
+    files, queries, truth, took = million
+    searches = {name: MILLIONS[name][1](files[name], threads, queries.shape[1])[1] for name in files}
+    ours, rivals = contenders_of(searches, queries)
+    points = curve(ours, rivals, settings=[16, 32, 64, 128, 256, 512], recall=recall_of(truth), queries=len(queries))
+    benchmark.extra_info["build"] = took
+    note("built: " + ", ".join(f"{name} {t['cpu']:.0f} s of CPU ({t['wall']:.0f} s)" for name, t in took.items()))
+    assert points["polyvec"][-1]["recall"] > 0.98
+
+
+def test_open_million(compare, million):
+    files, queries, _, _ = million
+    dim = queries.shape[1]
+    load, load_hnswlib = MILLIONS["polyvec"][1], MILLIONS["hnswlib"][1]
+
+    def check(opened):
+        _, search = opened
+        assert search(queries[:1], 16).shape == (1, K)
+
+    compare(
+        lambda: load(files["polyvec"], 1, dim, mmap=True),
+        {
+            "polyvec, read": lambda: load(files["polyvec"], 1, dim),
+            "hnswlib": lambda: load_hnswlib(files["hnswlib"], 1, dim),
+        },
+        check=check,
     )

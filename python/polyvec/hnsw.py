@@ -353,9 +353,9 @@ class Index:
         give the same links with any number of threads. Vectors that are added later can take the place of such links:
         fit after adding.
 
-        Steps of a walk then compare more vectors, so that it pays where queries differ from the vectors: users and
-        items of a factorisation, encodings of queries and of documents. Sentences that are searched by sentences gain
-        little.
+        Steps of a walk then compare more vectors, so that it pays where the graph lacks links that queries need: for
+        users and items of a factorisation, with norms of all sizes, nothing else brings the last of the best within
+        reach. Encodings by `polyvec.fde` have norms alike, and gain what a larger `ef` gives for the same time.
 
         References
         ----------
