@@ -20,7 +20,8 @@
 
 namespace polyvec::hnsw {
 
-/// Rows come from all over memory: with pages of 2 MB the translation of their addresses stays cached.
+/// Rows come from all over memory: with pages of 2 MB the translation of their addresses stays cached. Searches of 177
+/// MB gain 0 to 6 % (Zen 5, virtual machine).
 template <class T>
 Aligned<T> huge_pages(std::int64_t n) {
     Aligned<T> memory = aligned<T>(n);
