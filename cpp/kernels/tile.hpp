@@ -74,6 +74,19 @@ struct Rows {
     }
 };
 
+// Rows of a table named by their ids, in the order of the ids.
+template <class T, class Id>
+struct GatheredRows {
+    const T* table;
+    const Id* ids;
+    size_t count;
+    size_t stride;
+
+    POLYVEC_INLINE const T* operator[](size_t k) const noexcept {
+        return table + static_cast<size_t>(ids[k < count ? k : 0]) * stride;
+    }
+};
+
 // What a step in d does with one element of a row and R vectors of the panel. Other products take T to be a word of
 // several narrow numbers (tile_narrow.hpp).
 template <class T>
