@@ -361,6 +361,26 @@ def test_packed_codes_and_some_of_them(rng, isa, bits, m, metric):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("k", [1, 100, 600])
+def test_the_best_lie_side_by_side(rng, isa, bits, k):
+    """Every 32nd block of 16 codes, the first ones or the last hold the best: a sample of the codes misleads."""
+    pq, n = quantizer(rng, 12, 2, bits), 20_000
+    queries = sample(rng, 9, 24)
+    for good in (np.arange(n) // 16 % 32 == 0, np.arange(n) < 50, np.arange(n) >= n - 700):
+        rows = sample(rng, n, 24) / 10
+        rows[good] += queries[0] + queries[1]
+        codes = pq.encode(rows)
+        packed, blocks = pq.pack(codes), [pq.search(queries, codes[i : i + 500], k) for i in range(0, n, 500)]
+        scores = np.concatenate([s for s, _ in blocks], 1)
+        ids = np.concatenate([np.where(i < 0, n, i + 500 * b) for b, (_, i) in enumerate(blocks)], 1)
+        order = [np.lexsort((i, -s))[:k] for s, i in zip(scores, ids, strict=True)]
+        expected = np.take_along_axis(scores, np.array(order), 1), np.take_along_axis(ids, np.array(order), 1)
+        for table in (codes, packed):
+            assert_same(pq.search(queries, table, k), expected)
+            assert_same(pq.search(queries, table, k, num_threads=2), expected)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
 def test_equal_scores(rng, isa, bits):
     """More codes than are kept for rescoring at a time, and all but one are the same; a query that tells none apart."""
     pq = quantizer(rng, 6, 3, bits)
@@ -369,9 +389,10 @@ def test_equal_scores(rng, isa, bits):
     queries = sample(rng, 3, 18)
     queries[1] = 0
     queries[2] = pq.decode(codes[17_000:17_001])[0] - pq.decode(codes[:1])[0]
-    _, ids = pq.search(queries, codes, 5)
-    assert_exact(ids[1:], [[0, 1, 2, 3, 4], [17_000, 0, 1, 2, 3]])
-    assert_exact(np.sort(ids[0])[:4], [0, 1, 2, 3])
+    for table in (codes, pq.pack(codes)):
+        _, ids = pq.search(queries, table, 5)
+        assert_exact(ids[1:], [[0, 1, 2, 3, 4], [17_000, 0, 1, 2, 3]])
+        assert_exact(np.sort(ids[0])[:4], [0, 1, 2, 3])
 
 
 @pytest.mark.parametrize("metric", ["ip", "l2"])

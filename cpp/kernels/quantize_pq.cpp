@@ -157,7 +157,8 @@ struct Interleave<First, 0, Distance, K...> {
     using type = Lanes<K...>;
 };
 
-// ---- 4 bits: sums[q][g * 16 + v] of code v of block g, for Q queries and G blocks
+// ---- 4 bits: sums[q][g * 16 + v] of code v of block g, for Q queries and G blocks. Codes `ahead` bytes behind these
+// are fetched.
 
 constexpr size_t nibble_block = 16;
 
@@ -165,12 +166,11 @@ constexpr size_t nibble_block = 16;
 
 constexpr size_t most_queries = 8;
 template <size_t Q>
-constexpr size_t blocks_at_once = Q == 1   ? 8
-                                  : Q == 8 ? 2
-                                           : 4;  // 8 to 16 sums in registers
+constexpr size_t blocks_at_once = Q == 8 ? 2 : 4;  // up to 16 sums in registers
 
 template <size_t Q, size_t G>
-POLYVEC_INLINE void sum_nibbles(const PqScan& scan, const uint8_t* codes, int32_t* sums) noexcept {
+POLYVEC_INLINE void sum_nibbles(const PqScan& scan, const uint8_t* codes, [[maybe_unused]] size_t ahead,
+                                int32_t* sums) noexcept {
     const auto quads = byte_transposition_4x16();
     const Vec<uint32_t> place_in_lane = broadcast(0x30201000u), ones = broadcast(0x01010101u);
     const Vec<uint32_t> nibble = broadcast(0x0f0f0f0fu);
@@ -181,7 +181,7 @@ POLYVEC_INLINE void sum_nibbles(const PqScan& scan, const uint8_t* codes, int32_
         Vec<uint32_t> low[G], high[G];
         for (size_t g = 0; g < G; ++g) {
             const uint8_t* at = codes + g * block + step * 64;
-            prefetch(at + G * block);
+            prefetch(at + ahead);
             const Vec<uint32_t> code = permute_bytes(load(reinterpret_cast<const uint32_t*>(at)), quads);
             low[g] = and_or(code, nibble, place_in_lane);
             high[g] = and_or(code >> 4, nibble, place_in_lane);
@@ -231,7 +231,8 @@ POLYVEC_INLINE void add_lanes(Vec<uint16_t> all, Vec<uint16_t> high, bool add, i
 }
 
 template <size_t Q, size_t G>
-POLYVEC_INLINE void sum_nibbles(const PqScan& scan, const uint8_t* codes, int32_t* sums) noexcept {
+POLYVEC_INLINE void sum_nibbles(const PqScan& scan, const uint8_t* codes, [[maybe_unused]] size_t ahead,
+                                int32_t* sums) noexcept {
     static_assert(G == 1);
     constexpr size_t B = sizeof(Vec<uint8_t>), parts = 64 / B, steps_at_once = 256;  // 255 a step: 65,280 at most
     const Vec<uint8_t> nibble = broadcast(uint8_t{15});
@@ -272,7 +273,8 @@ template <size_t Q>
 constexpr size_t blocks_at_once = 1;
 
 template <size_t Q, size_t G>
-POLYVEC_INLINE void sum_nibbles(const PqScan& scan, const uint8_t* codes, int32_t* sums) noexcept {
+POLYVEC_INLINE void sum_nibbles(const PqScan& scan, const uint8_t* codes, [[maybe_unused]] size_t ahead,
+                                int32_t* sums) noexcept {
     for (size_t v = 0; v < nibble_block; ++v) sums[v] = 0;
     for (size_t k = 0; k < scan.n_steps; ++k) {
         const size_t step = static_cast<size_t>(scan.steps[k]);
@@ -334,16 +336,25 @@ POLYVEC_INLINE void sum_bytes(const PqScan& scan, const uint8_t* codes, int32_t*
 template <size_t Block, size_t Q, size_t G>
 POLYVEC_INLINE PqHit* emit(const PqScan& scan, const int32_t* sums, const uint8_t* allowed, size_t first,
                            PqHit* hit) noexcept {
+    constexpr size_t n = G * Block, W = n < 64 ? n : 64;  // codes, and those of one word of bits
+    uint64_t set[Q][n / W] = {}, all = 0;
     for (size_t q = 0; q < Q; ++q) {
         const Vec<int32_t> floor = broadcast(scan.floor[q]);
-        for (size_t k = 0; k < G * Block; k += L) {
-            const int32_t* at = sums + q * G * Block + k;
-            uint32_t set = bits(load(at) >= floor);
-            if (!set) continue;
-            if (allowed) set &= static_cast<uint32_t>(allowed[k / 8] >> k % 8 | (L > 8 ? allowed[k / 8 + 1] << 8 : 0));
-            for (; set; set &= set - 1) {
-                const auto j = static_cast<size_t>(__builtin_ctz(set));
-                *hit++ = {at[j], static_cast<uint32_t>((first + k + j) * most_queries + q)};
+        for (size_t k = 0; k < n; k += L) set[q][k / W] |= uint64_t{bits(load(sums + q * n + k) >= floor)} << k % W;
+        for (const uint64_t word : set[q]) all |= word;
+    }
+    if (!all) return hit;  // one branch for all queries
+    for (size_t q = 0; q < Q; ++q) {
+        for (size_t k = 0; k < n; k += W) {
+            uint64_t word = set[q][k / W];
+            if (allowed) {
+                uint64_t bits = 0;
+                __builtin_memcpy(&bits, allowed + k / 8, W / 8);
+                word &= bits;
+            }
+            for (; word; word &= word - 1) {
+                const size_t j = k + static_cast<size_t>(__builtin_ctzll(word));
+                *hit++ = {sums[q * n + j], static_cast<uint32_t>((first + j) * most_queries + q)};
             }
         }
     }
@@ -368,27 +379,65 @@ POLYVEC_INLINE PqHit* scan_group(const PqScan& scan, size_t block, PqHit* hit, S
     return emit<Block, Q, G>(scan, sums, allowed, first, hit);
 }
 
+/// Fetches twice what one query takes in while the level-3 cache answers.
+template <size_t Q, size_t G>
+POLYVEC_INLINE void sum_nibbles_in_order(const PqScan& scan, const uint8_t* codes, int32_t* sums) noexcept {
+    sum_nibbles<Q, G>(scan, codes, 12288, sums);
+}
+
 template <size_t Q>
 PqHit* scan_nibbles(const PqScan& scan, PqHit* hit) noexcept {
     constexpr size_t G = blocks_at_once<Q>;
     size_t block = 0;
     for (; block + G <= scan.blocks; block += G)
-        hit = scan_group<nibble_block, Q, G>(scan, block, hit, sum_nibbles<Q, G>);
-    for (; block < scan.blocks; ++block) hit = scan_group<nibble_block, Q, 1>(scan, block, hit, sum_nibbles<Q, 1>);
+        hit = scan_group<nibble_block, Q, G>(scan, block, hit, sum_nibbles_in_order<Q, G>);
+    for (; block < scan.blocks; ++block)
+        hit = scan_group<nibble_block, Q, 1>(scan, block, hit, sum_nibbles_in_order<Q, 1>);
     return hit;
+}
+
+/// f(Lanes<Q>) for the number of queries Q.
+template <class F>
+POLYVEC_INLINE void for_queries(size_t queries, F&& f) noexcept {
+    if constexpr (most_queries >= 8) {
+        if (queries == 8) f(Lanes<8>{});
+    }
+    if constexpr (most_queries >= 4) {
+        if (queries == 4) f(Lanes<4>{});
+        if (queries == 2) f(Lanes<2>{});
+    }
+    if (queries == 1) f(Lanes<1>{});
 }
 
 size_t select_nibbles(const PqScan& scan, PqHit* hits) noexcept {
     PqHit* end = hits;
-    if constexpr (most_queries >= 8) {
-        if (scan.queries == 8) end = scan_nibbles<8>(scan, hits);
-    }
-    if constexpr (most_queries >= 4) {
-        if (scan.queries == 4) end = scan_nibbles<4>(scan, hits);
-        if (scan.queries == 2) end = scan_nibbles<2>(scan, hits);
-    }
-    if (scan.queries == 1) end = scan_nibbles<1>(scan, hits);
+    for_queries(scan.queries, [&]<int Q>(Lanes<Q>) { end = scan_nibbles<Q>(scan, hits); });
     return static_cast<size_t>(end - hits);
+}
+
+void sums_of_nibbles(const PqScan& scan, size_t distance, int32_t* sums, size_t stride) noexcept {
+    for_queries(scan.queries, [&]<int Q>(Lanes<Q>) {
+        const size_t bytes = distance * scan.columns * nibble_block;
+        for (size_t block = 0; block < scan.blocks; ++block) {
+            alignas(64) int32_t some[Q * nibble_block];
+            sum_nibbles<Q, 1>(scan, scan.codes + block * bytes, 4 * bytes, some);
+            for (size_t q = 0; q < Q; ++q) {
+                for (size_t v = 0; v < nibble_block; ++v)
+                    sums[q * stride + block * nibble_block + v] = some[q * nibble_block + v];
+            }
+        }
+    });
+}
+
+int32_t value_of_rank(const int32_t* sums, size_t n, size_t rank, int32_t bits) noexcept {
+    int32_t value = 0;
+    for (int32_t bit = bits - 1; bit >= 0; --bit) {
+        const int32_t higher = value | int32_t{1} << bit;
+        uint32_t reached = 0;
+        for (size_t i = 0; i < n; ++i) reached += sums[i] >= higher;
+        if (reached >= rank) value = higher;
+    }
+    return value;
 }
 
 #if defined(POLYVEC_BYTE_TABLES)
@@ -533,8 +582,20 @@ size_t scan_floats(const float* tables, const uint8_t* codes, size_t n, size_t c
 }  // namespace
 
 extern const PqKernels pq_kernels;
-const PqKernels pq_kernels{
-    most_queries,  entries,       round_down, transpose_bytes, select_nibbles,     select_bytes,           scores<true>,
-    scores<false>, few_for_bytes, L,          interleave,      scan_floats<float>, scan_floats<Vec<float>>};
+const PqKernels pq_kernels{most_queries,
+                           entries,
+                           round_down,
+                           transpose_bytes,
+                           select_nibbles,
+                           sums_of_nibbles,
+                           value_of_rank,
+                           select_bytes,
+                           scores<true>,
+                           scores<false>,
+                           few_for_bytes,
+                           L,
+                           interleave,
+                           scan_floats<float>,
+                           scan_floats<Vec<float>>};
 
 }  // namespace polyvec::POLYVEC_ISA

@@ -337,6 +337,11 @@ struct PqKernels {
     /// Write the codes and queries whose sum of bytes is at least the query's floor to `hits`, which has room for all,
     /// and return their number. select_bytes: one query; null where few_for_bytes is 0.
     std::size_t (*select_nibbles)(const PqScan&, PqHit* hits) noexcept;
+    /// sums[query * stride + code]: what select_nibbles compares with the floors. Blocks lie `distance` blocks apart.
+    void (*sums_of_nibbles)(const PqScan&, std::size_t distance, std::int32_t* sums, std::size_t stride) noexcept;
+    /// The largest value below 2^bits that at least `rank` of n sums reach.
+    std::int32_t (*value_of_rank)(const std::int32_t* sums, std::size_t n, std::size_t rank,
+                                  std::int32_t bits) noexcept;
     std::size_t (*select_bytes)(const PqScan&, PqHit* hits) noexcept;
     /// out[i] = the score of code ids[i]: the float32 sum of its entries in the order of the subspaces.
     void (*score_nibbles)(const PqScores&, const std::int64_t* ids, std::size_t n, float* out) noexcept;

@@ -197,18 +197,28 @@ public:
         const double margin = std::ceil(m * (1 + 2 * slack) + 2 * size_in_steps());
         exact_ = exact_ && margin < 1 << 30;
         margin_ = exact_ ? static_cast<std::int32_t>(margin) : 0;
-        shift_ = std::max(0, static_cast<int>(std::bit_width(static_cast<std::uint32_t>(255 * rounding.rounded))) - 10);
+        shift_ = std::max(0, sum_bits() - 10);
         counts_.assign((255 * rounding.rounded >> shift_) + 1, 0);
         limit_ = 8 * static_cast<std::size_t>(k) + 4096;
         raise_to(threshold);
     }
 
     /// No code with a lower sum is wanted. Everything is, where tables are not finite.
-    std::int32_t floor() const { return floor_; }
+    std::int32_t floor() const { return std::max(floor_, guess_); }
+
+    /// Leaves out what cannot be among the best if k sums are as high as this, which `complete` tells in the end.
+    void guess(std::int32_t sum) {
+        const std::int32_t floor = (sum >> shift_ << shift_) - margin_;
+        if (exact_ && floor > 0) guess_ = floor;
+    }
+    bool complete() const { return floor_ >= guess_; }
+
+    /// Every sum is below 2^this.
+    int sum_bits() const { return std::bit_width(static_cast<std::uint32_t>(255 * rounding_.rounded)); }
 
     /// Whether the candidates are so many that they should be rescored.
     bool push(std::int32_t sum, std::int64_t id) {
-        if (sum < floor_) return false;
+        if (sum < floor()) return false;
         sums_.push_back(sum);
         ids_.push_back(id);
         if (exact_) {
@@ -227,7 +237,7 @@ public:
         std::size_t kept = 0;
         for (std::size_t i = 0; i < ids_.size(); ++i) {
             ids_[kept] = ids_[i];
-            kept += sums_[i] >= floor_;
+            kept += sums_[i] >= floor();
         }
         ids_.resize(kept);
         return ids_;
@@ -254,7 +264,7 @@ private:
     std::int64_t k_;
     bool exact_;
     double most_;
-    std::int32_t margin_, floor_ = std::numeric_limits<std::int32_t>::min();
+    std::int32_t margin_, floor_ = std::numeric_limits<std::int32_t>::min(), guess_ = floor_;
     int shift_;
     std::size_t limit_, top_ = 0;
     std::int64_t above_ = 0;
@@ -320,7 +330,8 @@ public:
     }
 
 private:
-    static constexpr std::int64_t chunk = 512;  // codes between two looks at the hits
+    static constexpr std::int64_t chunk = 512;   // codes between two looks at the hits
+    static constexpr std::int64_t sampled = 32;  // one block of so many is in a sample
     static constexpr std::int64_t least_range = 16 * chunk, most_bytes = 1 << 26;  // a piece: tens of milliseconds
     static constexpr std::int64_t pieces_per_thread = 4, most_pieces = 1 << 20;
     // Queries that share a pass over the codes: as many as keep their tables in the level-2 cache.
@@ -335,7 +346,7 @@ private:
     };
 
     void scan(std::int64_t first, std::int64_t count, std::int64_t begin, Scratch& own) {
-        const std::int64_t end = std::min(shape_.n, begin + range_), width = shape_.block * shape_.columns;
+        const std::int64_t end = std::min(shape_.n, begin + range_);
         if (!own.entries) {
             own.entries = aligned<float>(shape_.stride() * group_);
             own.tables = aligned<std::uint8_t>(table_size() * group_);
@@ -344,28 +355,69 @@ private:
         }
         std::vector<TopK> found(count, TopK(shape_.k));
         std::vector<Candidates> candidates = build_tables(first, count, own);
+        const std::vector<Candidates> anew = candidates;
+        if (shape_.nibbles && shape_.packed && allowed_.empty() && shape_.k <= (end - begin) / sampled)
+            guess(begin, end, candidates, own);
+        pass(begin, end, 0, count, candidates, own, found);
+        for (std::int64_t q = 0; q < count; ++q) {
+            if (candidates[q].complete()) continue;
+            candidates[q] = anew[q];
+            found[q] = TopK(shape_.k);
+            pass(begin, end, q, q + 1, candidates, own, found);
+        }
+        merge(first, found);
+    }
+
+    PqScan scan_of(const std::uint8_t* codes, std::int64_t blocks, std::int64_t q, std::int64_t queries,
+                   const Scratch& own) const {
+        return {codes,
+                static_cast<std::size_t>(blocks),
+                static_cast<std::size_t>(shape_.columns),
+                own.tables.get() + q * table_size(),
+                static_cast<std::size_t>(table_size()),
+                static_cast<std::size_t>(queries),
+                own.steps[q].data(),
+                own.steps[q].size(),
+                nullptr,
+                nullptr};
+    }
+
+    /// Starts the candidates from the sums of a sample of codes: without one, most of what reaches a floor does so
+    /// while the floor is still low. The sum taken is one that far more than k of all codes should reach.
+    void guess(std::int64_t begin, std::int64_t end, std::vector<Candidates>& candidates, const Scratch& own) const {
+        const std::int64_t blocks = (end - begin) / (sampled * shape_.block), n = blocks * shape_.block;
+        const double share = static_cast<double>(shape_.k) / sampled;
+        const auto rank = static_cast<std::size_t>(share + 3 * std::sqrt(share) + 3);
+        const auto count = static_cast<std::int64_t>(candidates.size());
+        std::vector<std::int32_t> sums(most() * n);
+        for (std::int64_t q = 0; q < count;) {
+            const std::int64_t queries = together(count - q);
+            kernel_.sums_of_nibbles(scan_of(shape_.codes + begin * shape_.columns, blocks, q, queries, own), sampled,
+                                    sums.data(), static_cast<std::size_t>(n));
+            for (std::int64_t j = 0; j < queries; ++j)
+                candidates[q + j].guess(kernel_.value_of_rank(sums.data() + j * n, static_cast<std::size_t>(n), rank,
+                                                              candidates[q + j].sum_bits()));
+            q += queries;
+        }
+    }
+
+    /// Codes [begin, end) against queries [from, to) of the group.
+    void pass(std::int64_t begin, std::int64_t end, std::int64_t from, std::int64_t to,
+              std::vector<Candidates>& candidates, const Scratch& own, std::vector<TopK>& found) const {
         for (std::int64_t i = begin; i < end; i += chunk) {
             const std::int64_t block = i / shape_.block, blocks = (std::min(chunk, end - i) - 1) / shape_.block + 1;
-            const std::uint8_t* codes = shape_.codes + block * width;
+            const std::uint8_t* codes = shape_.codes + block * shape_.block * shape_.columns;
             if (!shape_.packed) {
                 pack_blocks(shape_.codes, shape_.n, shape_.code_size, block, blocks, shape_.columns, shape_.block,
                             own.blocks.get());
                 codes = own.blocks.get();
             }
-            for (std::int64_t q = 0; q < count;) {
-                const std::int64_t together = std::min<std::int64_t>(std::bit_floor<std::uint64_t>(count - q), most());
-                PqScan scan{codes,
-                            static_cast<std::size_t>(blocks),
-                            static_cast<std::size_t>(shape_.columns),
-                            own.tables.get() + q * table_size(),
-                            static_cast<std::size_t>(table_size()),
-                            static_cast<std::size_t>(together),
-                            own.steps[q].data(),
-                            own.steps[q].size(),
-                            nullptr,
-                            allowed_.empty() ? nullptr : allowed_.data() + i / 8};
+            for (std::int64_t q = from; q < to;) {
+                const std::int64_t queries = together(to - q);
+                PqScan scan = scan_of(codes, blocks, q, queries, own);
+                if (!allowed_.empty()) scan.allowed = allowed_.data() + i / 8;
                 std::int32_t floor[16];
-                for (std::int64_t j = 0; j < together; ++j) floor[j] = candidates[q + j].floor();
+                for (std::int64_t j = 0; j < queries; ++j) floor[j] = candidates[q + j].floor();
                 scan.floor = floor;
                 const std::size_t hits =
                     (shape_.nibbles ? kernel_.select_nibbles : kernel_.select_bytes)(scan, own.hits.get());
@@ -375,11 +427,15 @@ private:
                     if (id < shape_.n && candidates[lane].push(sum, id))
                         rescore(lane, candidates[lane], own, found[lane]);
                 }
-                q += together;
+                q += queries;
             }
         }
-        for (std::int64_t q = 0; q < count; ++q) rescore(q, candidates[q], own, found[q]);
-        merge(first, found);
+        for (std::int64_t q = from; q < to; ++q) rescore(q, candidates[q], own, found[q]);
+    }
+
+    /// How many of `left` queries are scanned together.
+    std::int64_t together(std::int64_t left) const {
+        return std::min<std::int64_t>(std::bit_floor<std::uint64_t>(left), most());
     }
 
     /// Moves the candidates that are still open to the best by their scores.
