@@ -294,6 +294,27 @@ def test_a_query_scores_alone_as_it_does_in_a_batch(rng, isa, name):
         assert_exact(alone[1], ids[q : q + 1])
 
 
+@pytest.mark.parametrize("name", ["scalar-8-dimension", "rabitq-1", "rabitq-4"])
+@pytest.mark.parametrize("k", [1, 100, 250])
+def test_the_best_lie_side_by_side(rng, isa, name, k):
+    """Every 32nd code, the first ones or the last are the best: a sample of the codes misleads."""
+    n, d = 12_000, 24
+    queries = sample(rng, 45, d)
+    for good in (np.arange(n) % 32 == 0, np.arange(n) % 640 == 0, np.arange(n) < 50, np.arange(n) >= n - 700):
+        x = sample(rng, n, d) / 10
+        x[good] += queries[:40].sum(0) / 6 + queries[44]
+        codec = make(name, d).fit(x)
+        codes = codec.encode(x)
+        parts = [codec.search(queries, codes[i : i + 500], k) for i in range(0, n, 500)]
+        scores = np.concatenate([s for s, _ in parts], 1)
+        ids = np.concatenate([i + 500 * b for b, (_, i) in enumerate(parts)], 1)
+        order = np.array([np.lexsort((i, -s))[:k] for s, i in zip(scores, ids, strict=True)])
+        for num_threads in (1, 2):
+            found = codec.search(queries, codes, k, num_threads=num_threads)
+            assert_exact(found[0], np.take_along_axis(scores, order, 1))
+            assert_exact(found[1], np.take_along_axis(ids, order, 1))
+
+
 @pytest.mark.parametrize("name", ["scalar-8-dimension", "rabitq-2"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_no_query_finds_what_is_not_a_number(rng, isa, name, bad):

@@ -278,13 +278,14 @@ POLYVEC_INLINE void for_each_dots(size_t first, const Word* panel, Rows<Word> ro
     }
 }
 
-template <class Form>
-size_t select_as(const CodeRows& rows, const Word* words, const CodeQueries& panel, const float* floor,
-                 ScanHit* hits) noexcept {
-    ScanHit* hit = hits;
+/// Calls sink(first, values, found) for tiles of rows: values[j * width + lane], and whether one of them reaches its
+/// floor.
+template <class Form, class Sink>
+POLYVEC_INLINE void for_each_values(const CodeRows& rows, const Word* words, const CodeQueries& panel,
+                                    const float* floor, Sink sink) noexcept {
     const uint8_t* factors = rows.first + factors_begin(rows);
     const size_t row = words_of<Form>(rows.d);
-    const auto emit = [&]<size_t N>(size_t first, const int32_t (&dots)[N]) __attribute__((always_inline)) {
+    const auto evaluate = [&]<size_t N>(size_t first, const int32_t (&dots)[N]) __attribute__((always_inline)) {
         float values[N];
         bool found = false;
 #pragma GCC unroll 1
@@ -300,6 +301,16 @@ size_t select_as(const CodeRows& rows, const Word* words, const CodeQueries& pan
                 found |= any(value >= load(floor + r * L));
             }
         }
+        sink(first, values, found);
+    };
+    for_each_dots<Form, Form::Product::template rows<R>>(0, panel.packed, Rows<Word>{words, rows.n, row}, row,
+                                                         Form::chunk(rows.bits), evaluate);
+}
+
+size_t select(const CodeRows& rows, const Word* words, const CodeQueries& panel, const float* floor,
+              ScanHit* hits) noexcept {
+    ScanHit* hit = hits;
+    const auto emit = [&]<size_t N>(size_t first, const float (&values)[N], bool found) __attribute__((always_inline)) {
         if (!found) return;
         for (size_t k = 0; k < N; k += L) {
             for (uint32_t set = bits(load(values + k) >= load(floor + k % width)); set; set &= set - 1) {
@@ -308,14 +319,16 @@ size_t select_as(const CodeRows& rows, const Word* words, const CodeQueries& pan
             }
         }
     };
-    for_each_dots<Form, Form::Product::template rows<R>>(0, panel.packed, Rows<Word>{words, rows.n, row}, row,
-                                                         Form::chunk(rows.bits), emit);
+    with_form(rows.bits, [&](auto form) { for_each_values<decltype(form)>(rows, words, panel, floor, emit); });
     return static_cast<size_t>(hit - hits);
 }
 
-size_t select(const CodeRows& rows, const Word* words, const CodeQueries& panel, const float* floor,
-              ScanHit* hits) noexcept {
-    return with_form(rows.bits, [&](auto form) { return select_as<decltype(form)>(rows, words, panel, floor, hits); });
+void values(const CodeRows& rows, const Word* words, const CodeQueries& panel, float* out) noexcept {
+    const float none[width] = {};
+    const auto keep = [&]<size_t N>(size_t first, const float (&values)[N], bool) __attribute__((always_inline)) {
+        for (size_t k = 0; k < N; k += L) store(out + first * width + k, load(values + k));
+    };
+    with_form(rows.bits, [&](auto form) { for_each_values<decltype(form)>(rows, words, panel, none, keep); });
 }
 
 // ---- one query against L rows at a time
@@ -637,31 +650,83 @@ POLYVEC_INLINE Vec<float> factors_of(RowGroup rows, size_t byte, Lanes<J...>) no
     return Vec<float>{factor_at(rows[J] + byte)...};
 }
 
-size_t select_one(const CodeRows& rows, const CodeQueries& query, Word* words, float floor, ScanHit* hits) noexcept {
-    ScanHit* hit = hits;
+/// Calls sink(first, values) for groups of L rows, the last of which may hold some again.
+template <class Sink>
+POLYVEC_INLINE void for_each_group(const CodeRows& rows, const CodeQueries& query, Word* words, Sink sink) noexcept {
     const size_t factors = factors_begin(rows);
     const Vec<float> scale = broadcast(*query.scale), shift = broadcast(*query.shift), mean = broadcast(*query.mean);
     for (size_t begin = 0; begin < rows.n; begin += L) {
-        const size_t first = begin + L <= rows.n || rows.n < L ? begin : rows.n - L;  // the last L rows, some again
+        const size_t first = begin + L <= rows.n || rows.n < L ? begin : rows.n - L;
         const RowGroup group{rows.first + first * rows.stride, rows.stride};
         const Vec<int32_t> dot = dots(group, rows, query.packed, words);
         const auto factor = [&](int k) __attribute__((always_inline)) {
             return factors_of(group, factors + static_cast<size_t>(k) * sizeof(float),
                               typename LaneRange<0, L>::type{});
         };
-        const Vec<float> value = to_value(dot, rows, scale, shift, mean, factor);
-        uint32_t set = bits(value >= broadcast(floor));
-        if (!set) continue;
-        float values[L];
-        store(values, value);
-        set &= ~((1u << (begin - first)) - 1);
-        if (rows.n < L) set &= (1u << rows.n) - 1;
-        for (; set; set &= set - 1) {
-            const auto at = static_cast<uint32_t>(__builtin_ctz(set));
-            *hit++ = {values[at], static_cast<uint32_t>(first) + at};
+        sink(first, begin - first, to_value(dot, rows, scale, shift, mean, factor));
+    }
+}
+
+size_t select_one(const CodeRows& rows, const CodeQueries& query, Word* words, float floor, ScanHit* hits) noexcept {
+    ScanHit* hit = hits;
+    for_each_group(rows, query, words,
+                   [&](size_t first, size_t again, Vec<float> value) __attribute__((always_inline)) {
+                       uint32_t set = bits(value >= broadcast(floor));
+                       if (!set) return;
+                       float values[L];
+                       store(values, value);
+                       set &= ~((1u << again) - 1);
+                       if (rows.n < L) set &= (1u << rows.n) - 1;
+                       for (; set; set &= set - 1) {
+                           const auto at = static_cast<uint32_t>(__builtin_ctz(set));
+                           *hit++ = {values[at], static_cast<uint32_t>(first) + at};
+                       }
+                   });
+    return static_cast<size_t>(hit - hits);
+}
+
+void values_one(const CodeRows& rows, const CodeQueries& query, Word* words, float* out) noexcept {
+    for_each_group(rows, query, words, [&](size_t first, size_t, Vec<float> value) __attribute__((always_inline)) {
+        store(out + first, value);
+    });
+}
+
+// ---- what a sample says of all
+
+/// Integers in the order of floats, and back.
+POLYVEC_INLINE Vec<int32_t> ordered(Vec<int32_t> bits) noexcept {
+    return bits ^ (bits >> 31 & 0x7fffffff);
+}
+
+template <size_t Registers, bool One>
+POLYVEC_INLINE void rank_values(float* values, size_t n, size_t rank, float* out) noexcept {
+    constexpr int kept_bits = 24;
+    auto* keys = reinterpret_cast<int32_t*>(values);
+    for (size_t i = 0; i < n * Registers; ++i) store(keys + i * L, ordered((Vec<int32_t>)load(values + i * L)));
+    for (size_t r = 0; r < Registers; ++r) {
+        Vec<int32_t> found = broadcast(INT32_MIN);
+        for (int bit = 31; bit >= 32 - kept_bits; --bit) {
+            const auto higher = (Vec<int32_t>)((Vec<uint32_t>)found + (uint32_t{1} << bit));
+            Vec<int32_t> reached{};
+            for (size_t i = 0; i < n; ++i) reached -= load(keys + (i * Registers + r) * L) >= higher;
+            if constexpr (One) reached = broadcast(reduce_add(reached));
+            found = reached >= static_cast<int32_t>(rank) ? higher : found;
+        }
+        const auto value = (Vec<float>)ordered(found);
+        if constexpr (One) {
+            *out = value[0];
+        } else {
+            store(out + r * L, value);
         }
     }
-    return static_cast<size_t>(hit - hits);
+}
+
+void values_of_rank(float* values, size_t n, size_t rank, float* out) noexcept {
+    rank_values<R, false>(values, n, rank, out);
+}
+
+void value_of_rank(float* values, size_t n, size_t rank, float* out) noexcept {
+    rank_values<1, true>(values, n / L, rank, out);
 }
 
 // ---- encoding
@@ -745,7 +810,8 @@ void rotate(float* rows, size_t n, size_t d, const float* signs, bool inverse) n
 }  // namespace
 
 extern const CodesKernels codes_kernels;
-const CodesKernels codes_kernels{width,  width / 2 + 4, row_words, panel_words, unpack,     pack,
-                                 select, query_words,   pack_one,  select_one,  fit_levels, rotate};
+const CodesKernels codes_kernels{width,      width / 2 + 4, row_words,      panel_words, unpack,   pack,
+                                 select,     values,        values_of_rank, query_words, pack_one, select_one,
+                                 values_one, value_of_rank, fit_levels,     rotate};
 
 }  // namespace polyvec::POLYVEC_ISA

@@ -461,12 +461,20 @@ struct CodesKernels {
     /// number. ScanHit::at is row * panel_width + lane.
     std::size_t (*select)(const CodeRows&, const std::uint32_t* words, const CodeQueries& panel, const float* floor,
                           ScanHit* hits) noexcept;
+    /// The values of all pairs: out (n, panel_width).
+    void (*values)(const CodeRows&, const std::uint32_t* words, const CodeQueries& panel, float* out) noexcept;
+    /// out[lane] = what at least `rank` of the values (n, panel_width) of the lane reach, and few more; NaN if there
+    /// are fewer. Overwrites them.
+    void (*values_of_rank)(float* values, std::size_t n, std::size_t rank, float* out) noexcept;
     std::size_t (*query_words)(std::size_t d, int bits);  // of one query
     void (*pack_one)(const std::int8_t* query, std::size_t d, int bits, std::uint32_t* out) noexcept;
     /// The same for one query. Memory of panel_width rows and code_margin bytes behind the last row must be readable,
     /// and `words` scratch for one unpacked row.
     std::size_t (*select_one)(const CodeRows&, const CodeQueries& query, std::uint32_t* words, float floor,
                               ScanHit* hits) noexcept;
+    /// The same two for one query; n is a multiple of panel_width.
+    void (*values_one)(const CodeRows&, const CodeQueries& query, std::uint32_t* words, float* out) noexcept;
+    void (*value_of_rank)(float* values, std::size_t n, std::size_t rank, float* out) noexcept;
     /// levels[i] = min(floor(t * magnitudes[i]), top), for the t that brings levels + 1/2 closest in angle to the
     /// magnitudes (each below 2^12). Integers only: the same at every level.
     void (*fit_levels)(const std::uint16_t* magnitudes, std::size_t d, std::uint32_t top,

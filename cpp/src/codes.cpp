@@ -265,6 +265,26 @@ private:
 
 constexpr std::int64_t block_rows = 128;  // whose unpacked numbers stay in the level-2 cache
 
+/// A sample of the codes: one of every `step`.
+struct CodesSample {
+    std::int64_t step = 1, n = 0;
+    std::size_t rank = 0;  // of a value that far more than k of all codes should reach
+
+    /// Empty where the k best of so few codes are not worth one.
+    CodesSample(std::int64_t codes, std::int64_t k) {
+        constexpr std::int64_t least_step = 32, most = 8192, least = 256;
+        step = std::max(least_step, codes / most);
+        n = (codes - static_cast<std::int64_t>(code_margin)) / step / block_rows *
+            block_rows;  // memory may be read behind
+        if (n < least || k > n) {
+            n = 0;
+            return;
+        }
+        const double share = static_cast<double>(k) / static_cast<double>(step);
+        rank = static_cast<std::size_t>(share + 3 * std::sqrt(share) + 3);
+    }
+};
+
 /// One thread's part of a search.
 class CodesScan {
 public:
@@ -281,17 +301,9 @@ public:
     /// and `least` what a value must be at least.
     void operator()(std::int64_t begin, std::int64_t end, std::int64_t from, std::int64_t to, TopK* best,
                     const float* least) {
-        const std::int64_t code_size = op_.codes.dim(1);
         for (std::int64_t i = begin; i < end; i += block_rows) {
             const std::int64_t n = std::min(block_rows, end - i);
-            CodeRows rows{op_.codes.as<const std::uint8_t>() + i * code_size,
-                          static_cast<std::size_t>(n),
-                          static_cast<std::size_t>(code_size),
-                          static_cast<std::size_t>(op_.weights.dim(1)),
-                          op_.form.bits,
-                          op_.form.has_scale,
-                          op_.form.has_mean,
-                          op_.form.has_offset};
+            CodeRows rows = rows_from(i, n, 1);
             if (op_.include) {
                 gather(i, rows);
             } else if (rows.n < kernel_.panel_width || i + n == op_.codes.dim(0)) {
@@ -301,7 +313,38 @@ public:
         }
     }
 
+    /// The values of block `b` of the sample, a row each: for group `from` and those up to `to`, (n, count) each.
+    void sample(const CodesSample& sample, std::int64_t b, std::int64_t from, std::int64_t to, float* out) {
+        const CodeRows rows = rows_from(b * block_rows * sample.step, block_rows, sample.step);
+        bool unpacked = false;
+        for (std::int64_t g = from; g < to; ++g) {
+            const std::int64_t width = queries_.group(g).one ? 1 : kernel_.panel_width;
+            float* values = out + b * block_rows * width;
+            if (width == 1) {
+                kernel_.values_one(rows, queries_[g], words_.get(), values);
+            } else {
+                if (!unpacked) kernel_.unpack(rows, words_.get());
+                unpacked = true;
+                kernel_.values(rows, words_.get(), queries_[g], values);
+            }
+            out += sample.n * width;
+        }
+    }
+
 private:
+    /// n codes from code i on, one of every `step`.
+    CodeRows rows_from(std::int64_t i, std::int64_t n, std::int64_t step) const {
+        const std::int64_t code_size = op_.codes.dim(1);
+        return {op_.codes.as<const std::uint8_t>() + i * code_size,
+                static_cast<std::size_t>(n),
+                static_cast<std::size_t>(step * code_size),
+                static_cast<std::size_t>(op_.weights.dim(1)),
+                op_.form.bits,
+                op_.form.has_scale,
+                op_.form.has_mean,
+                op_.form.has_offset};
+    }
+
     /// Moves codes to where as many as a panel's width can be read, and the margin behind them.
     void copy(CodeRows& rows) {
         gathered_.resize(block_rows * rows.stride + code_margin);
@@ -361,9 +404,30 @@ private:
     std::vector<std::uint8_t> gathered_;
 };
 
-}  // namespace
+/// What the best of each query from group `from` up to `to` should reach at least, by a sample; NaN without one.
+std::vector<float> guesses(const CodesSample& sample, const PackedQueries& queries, std::int64_t from, std::int64_t to,
+                           std::vector<CodesScan>& scans, int num_threads) {
+    const CodesKernels& kernel = *kernels().codes;
+    const std::int64_t panel = kernel.panel_width;
+    std::vector<float> found((to - from) * panel);
+    std::vector<std::int64_t> begin(to - from + 1);
+    for (std::int64_t g = from; g < to; ++g)
+        begin[g - from + 1] = begin[g - from] + sample.n * (queries.group(g).one ? 1 : panel);
+    const Aligned<float> values = aligned<float>(begin.back());
+    parallel_for(sample.n / block_rows, 1, num_threads, [&](std::int64_t b, std::int64_t, int worker) {
+        scans[worker].sample(sample, b, from, to, values.get());
+    });
+    const std::int64_t first = queries.group(from).first;
+    parallel_for(to - from, 1, num_threads, [&](std::int64_t g, std::int64_t, int) {
+        (queries.group(from + g).one ? kernel.value_of_rank : kernel.values_of_rank)(
+            values.get() + begin[g], static_cast<std::size_t>(sample.n), sample.rank,
+            found.data() + queries.group(from + g).first - first);
+    });
+    return found;
+}
 
-void run(const CodesSearch& op, Cpu cpu) {
+/// With `guess`, returns the queries of which it has missed some of the best: they are to be searched without.
+std::vector<std::int64_t> search(const CodesSearch& op, bool guess, int num_threads) {
     constexpr std::int64_t products_per_piece = std::int64_t{1} << 32;  // tens of milliseconds
     constexpr std::int64_t group_queries = 512, least = 8192;
     const std::int64_t n = op.codes.dim(0), k = op.scores.dim(1), nq = op.weights.dim(0), d = op.weights.dim(1);
@@ -374,12 +438,21 @@ void run(const CodesSearch& op, Cpu cpu) {
     const std::int64_t in_batch = std::max<std::int64_t>(1, std::min(nq, group_queries));
     const std::int64_t range = std::max(least, products_per_piece / (in_batch * d)) / block_rows * block_rows;
     const std::int64_t ranges = (n + range - 1) / range;
+    const CodesSample sample(op.include || !guess ? 0 : n, k);
 
     std::vector<TopK> best(nq, TopK(k));
+    std::vector<float> reach(nq, -infinity);
     std::mutex merging;
     std::vector<CodesScan> scans;
-    for (int i = 0; i < workers_for(batches * ranges, 1, cpu.num_threads); ++i) scans.emplace_back(op, queries);
-    parallel_for(batches * ranges, 1, cpu.num_threads, [&](std::int64_t piece, std::int64_t, int worker) {
+    for (int i = 0; i < workers_for(std::max(batches * ranges, sample.n / block_rows), 1, num_threads); ++i)
+        scans.emplace_back(op, queries);
+    for (std::int64_t from = 0; sample.n > 0 && from < queries.size(); from += together) {
+        const std::int64_t to = std::min(queries.size(), from + together), first = queries.group(from).first;
+        const std::vector<float> found = guesses(sample, queries, from, to, scans, num_threads);
+        for (std::int64_t q = first; q < queries.group(to - 1).first + queries.group(to - 1).count; ++q)
+            if (std::isfinite(found[q - first])) reach[q] = found[q - first];
+    }
+    parallel_for(batches * ranges, 1, num_threads, [&](std::int64_t piece, std::int64_t, int worker) {
         const std::int64_t from = piece % batches * together, to = std::min(queries.size(), from + together);
         const std::int64_t first = queries.group(from).first;
         const std::int64_t last = queries.group(to - 1).first + queries.group(to - 1).count;
@@ -388,12 +461,13 @@ void run(const CodesSearch& op, Cpu cpu) {
         std::vector<float> floors(last - first);
         {
             const std::lock_guard lock(merging);
-            for (std::int64_t q = first; q < last; ++q) floors[q - first] = best[q].threshold();
+            for (std::int64_t q = first; q < last; ++q) floors[q - first] = std::max(reach[q], best[q].threshold());
         }
         scans[worker](begin, end, from, to, found.data(), floors.data());
         const std::lock_guard lock(merging);
         for (std::int64_t q = first; q < last; ++q) best[q].merge(found[q - first]);
     });
+    std::vector<std::int64_t> missed;
     for (std::int64_t q = 0; q < nq; ++q) {
         float* scores = op.scores.as<float>() + q * k;
         std::int64_t* ids = op.ids.as<std::int64_t>() + q * k;
@@ -401,6 +475,40 @@ void run(const CodesSearch& op, Cpu cpu) {
         const float constant = op.constants.as<const float>()[q];
         for (std::int64_t i = 0; i < k && ids[i] >= 0; ++i)
             scores[i] = op.squared ? std::max(0.0f, constant + 2 * scores[i]) : scores[i] + constant;
+        if (reach[q] > -infinity && ids[k - 1] < 0) missed.push_back(q);
+    }
+    return missed;
+}
+
+/// The rows of `array` named by `rows`, in `memory`.
+Array take(const Array& array, const std::vector<std::int64_t>& rows, std::vector<unsigned char>& memory) {
+    const std::int64_t bytes = array.size() / array.dim(0) * static_cast<std::int64_t>(size_of(array.dtype));
+    memory.resize(rows.size() * bytes);
+    for (std::size_t i = 0; i < rows.size(); ++i)
+        std::memcpy(memory.data() + i * bytes, array.as<const unsigned char>() + rows[i] * bytes, bytes);
+    Array taken = array;
+    taken.data = memory.data();
+    taken.shape[0] = static_cast<std::int64_t>(rows.size());
+    return taken;
+}
+
+}  // namespace
+
+void run(const CodesSearch& op, Cpu cpu) {
+    const std::vector<std::int64_t> missed = search(op, true, cpu.num_threads);
+    if (missed.empty()) return;
+    std::vector<unsigned char> memory[5];
+    CodesSearch again = op;
+    again.weights = take(op.weights, missed, memory[0]);
+    again.means = take(op.means, missed, memory[1]);
+    again.constants = take(op.constants, missed, memory[2]);
+    again.scores = take(op.scores, missed, memory[3]);
+    again.ids = take(op.ids, missed, memory[4]);
+    search(again, false, cpu.num_threads);
+    const std::int64_t k = op.scores.dim(1);
+    for (std::size_t i = 0; i < missed.size(); ++i) {
+        std::copy_n(again.scores.as<float>() + i * k, k, op.scores.as<float>() + missed[i] * k);
+        std::copy_n(again.ids.as<std::int64_t>() + i * k, k, op.ids.as<std::int64_t>() + missed[i] * k);
     }
 }
 
