@@ -375,24 +375,41 @@ struct RowGroup {
 
 #if defined(POLYVEC_NARROW_PRODUCTS)
 
-// A query lies as the fields of a row do: plane by plane, the highest field of a byte first, each field's elements of
-// all chunks, padded with zeros to whole chunks.
+// A query lies as the numbers of a row are taken: plane by plane, register by register. A register of numbers of one
+// bit is 8 bytes of the plane, whose bits select bytes of the query; of wider ones, a field of a chunk, the highest of
+// each chunk first. Zeros lie where it reaches beyond the plane: they make what is read there harmless.
+
+/// Calls visit(element) for the bytes of the query in this order; elements that do not exist are d.
 template <class Visit>
-void for_each_field(size_t d, int bits, Visit visit) noexcept {
+void for_each_element(size_t d, int bits, Visit visit) noexcept {
     for (int w = 8; w >= 1; w /= 2) {
         if (!(bits & w)) continue;
-        for (int k = 8 / w - 1; k >= 0; --k)
-            for_each_chunk(d, w, [&](size_t c, size_t bytes) {
-                const size_t first = c * 8 / static_cast<size_t>(w) + static_cast<size_t>(k) * bytes;
-                visit(first, first >= d ? 0 : d - first < bytes ? d - first : bytes);
-            });
+        const size_t bytes = plane_bytes(d, w), fields = 8 / static_cast<size_t>(w), step = w == 1 ? 8 : chunk_bytes;
+        /// The element of field k of byte t.
+        const auto element = [&](size_t t, size_t k) {
+            const size_t c = t / chunk_bytes * chunk_bytes, count = bytes - c < chunk_bytes ? bytes - c : chunk_bytes;
+            const size_t i = c * fields + k * count + (t - c);
+            return t < bytes && i < d ? i : d;
+        };
+        for (size_t first = 0; first < bytes; first += step) {
+            if (w == 1) {
+                for (size_t i = 0; i < chunk_bytes; ++i) visit(element(first + i / 8, i % 8));
+            } else {
+                for (size_t k = fields; k-- > 0;)
+                    for (size_t i = 0; i < chunk_bytes; ++i) visit(element(first + i, k));
+            }
+        }
     }
 }
 
+constexpr size_t plane_registers(size_t bytes, int w) noexcept {
+    return w == 1 ? (bytes + 7) / 8 : (bytes + chunk_bytes - 1) / chunk_bytes * (8 / static_cast<size_t>(w));
+}
+
 size_t query_words(size_t d, int bits) noexcept {
-    size_t words = 1;
-    for_each_field(d, bits, [&](size_t, size_t) { words += chunk_bytes / sizeof(Word); });
-    return words;
+    size_t registers = 0;
+    for (int w = 8; w >= 1; w /= 2) registers += bits & w ? plane_registers(plane_bytes(d, w), w) : 0;
+    return 1 + registers * L;
 }
 
 void pack_one(const int8_t* query, size_t d, int bits, Word* out) noexcept {
@@ -400,54 +417,54 @@ void pack_one(const int8_t* query, size_t d, int bits, Word* out) noexcept {
     for (size_t i = 0; i < d; ++i) sum += query[i];
     *out++ = static_cast<Word>(-(sum << (bits - 1)));
     auto* to = reinterpret_cast<int8_t*>(out);
-    for_each_field(d, bits, [&](size_t first, size_t n) {
-        for (size_t t = 0; t < chunk_bytes; ++t) *to++ = t < n ? query[first + t] : int8_t{0};
-    });
+    for_each_element(d, bits, [&](size_t i) { *to++ = i < d ? query[i] : int8_t{0}; });
 }
 
-/// Half of L rows meet the plane that begins at byte `plane`. Two fields of a byte are taken at a time, of each row as
-/// it is loaded. Rows are named one by one: GCC unrolls a loop over them too late to keep the sums in registers.
+/// Half of L rows meet the plane that begins at byte `plane`. Rows are named one by one: GCC unrolls a loop over them
+/// too late to keep the sums in registers.
 template <int W, int... J>
 POLYVEC_INLINE Vec<int32_t> plane_dots(RowGroup rows, size_t plane, size_t d, const Word* query, Lanes<J...>) noexcept {
-    constexpr int fields = 8 / W;
-    Vec<int32_t> odd[L / 2] = {}, even[L / 2] = {};
-    const size_t bytes = plane_bytes(d, W), chunks = (bytes + chunk_bytes - 1) / chunk_bytes;
-    const auto mask = [](int k) __attribute__((always_inline)) {
-        return broadcast<Word>(0x01010101u * static_cast<Word>(((1 << W) - 1) << k * W & 0xff));
+    constexpr size_t ahead = 16384;  // what is read in the time that the level-3 cache or memory takes
+    constexpr size_t step = W == 1 ? 8 : chunk_bytes;
+    constexpr Word field = 0x01010101u * static_cast<Word>((1 << W) - 1);
+    const Vec<Word> low = broadcast(field), high = broadcast(field << W % 8);
+    const size_t end = plane + plane_bytes(d, W);
+    Vec<int32_t> even[L / 2] = {}, odd[L / 2] = {};  // sums of odd fields lie W bits higher
+    size_t stride = rows.stride;
+    const auto multiply = [](Vec<int32_t>& sum, Vec<Word> x, Vec<Word> q) __attribute__((always_inline)) {
+        sum = add_byte_quads(sum, x, q);
+        keep_in_register(sum);
     };
 #pragma GCC unroll 1
-    for (int k = fields - 1; k > 0; k -= 2) {
-        const Vec<Word> upper = mask(k), lower = mask(k - 1);
-        const auto add = [&](Vec<int32_t>& u, Vec<int32_t>& l, Vec<Word> x, Vec<Word> q, Vec<Word> r)
-                             __attribute__((always_inline)) {
-                                 u = add_byte_quads(u, x & upper, q);
-                                 l = add_byte_quads(l, x & lower, r);
-                                 keep_in_register(u);
-                                 keep_in_register(l);
-                             };
-        const Word *q = query, *r = query + chunks * L;
-        size_t c = plane;
-#pragma GCC unroll 1
-        for (; c + chunk_bytes <= plane + bytes; c += chunk_bytes, q += L, r += L)
-            (add(odd[J], even[J], load(rows.words(J, c)), load(q), load(r)), ...);
-        if (c < plane + bytes)
-            (add(odd[J], even[J], load_first_bytes(rows[J] + c, plane + bytes - c), load(q), load(r)), ...);
-        query += 2 * chunks * L;
-        if (k > 1) ((odd[J] >>= 2 * W, even[J] >>= 2 * W), ...);  // exact: all fields so far lie 2 W bits higher
-    }
-    if constexpr (fields == 1) {
-        const auto add = [](Vec<int32_t>& sum, Vec<Word> x, Vec<Word> q) __attribute__((always_inline)) {
-            sum = add_byte_quads(sum, x, q);
-            keep_in_register(sum);
+    for (size_t c = plane; c < end; c += step, query += (W == 1 ? 1 : 8 / W) * L) {
+        asm("" : "+r"(stride));  // or GCC keeps a pointer for each row, and those in memory
+        const uint8_t* at = rows.first + c;
+        const uint8_t* next = rows.first + ahead + c * (L / 2);
+        Vec<Word> q[W == 1 ? 1 : 8 / W];
+        for (size_t k = 0; k < sizeof q / sizeof *q; ++k) q[k] = load(query + k * L);
+        const auto add = [&](size_t j) __attribute__((always_inline)) {
+            if (W > 1 || j == 0) prefetch(next + j * chunk_bytes);
+            if constexpr (W == 1) {
+                multiply(even[j], low, select_bytes(at + j * stride, q[0]));
+            } else {
+                Vec<Word> x = load(reinterpret_cast<const Word*>(at + j * stride));
+                keep_in_register(x);
+                if constexpr (W == 8) {
+                    multiply(even[j], x, q[0]);
+                } else {
+                    if constexpr (W == 2) {
+                        const Vec<Word> upper = x >> 4;
+                        multiply(odd[j], upper & high, q[0]);
+                        multiply(even[j], upper & low, q[1]);
+                    }
+                    multiply(odd[j], x & high, q[8 / W - 2]);
+                    multiply(even[j], x & low, q[8 / W - 1]);
+                }
+            }
         };
-        size_t c = plane;
-#pragma GCC unroll 1
-        for (; c + chunk_bytes <= plane + bytes; c += chunk_bytes, query += L)
-            (add(even[J], load(rows.words(J, c)), load(query)), ...);
-        if (c < plane + bytes) (add(even[J], load_first_bytes(rows[J] + c, plane + bytes - c), load(query)), ...);
-    } else {
-        ((even[J] += odd[J] >> W), ...);
+        (add(J), ...);
     }
+    if constexpr (W == 2 || W == 4) ((even[J] += odd[J] >> W), ...);
     return sums_of<0>(even, typename LaneRange<0, L>::type{});
 }
 
@@ -461,8 +478,8 @@ POLYVEC_INLINE Vec<int32_t> dots(RowGroup group, const CodeRows& rows, const Wor
         const Vec<int32_t> both[] = {plane_dots<W>(group, plane, rows.d, query, half),
                                      plane_dots<W>({group[L / 2], group.stride}, plane, rows.d, query, half)};
         total = (total << W) + sums_of<3>(both, typename LaneRange<0, L>::type{});
+        query += plane_registers(plane_bytes(rows.d, W), W) * L;
         plane += plane_bytes(rows.d, W);
-        query += (plane_bytes(rows.d, W) + chunk_bytes - 1) / chunk_bytes * (8 / W) * L;
     };
     add(Lanes<8>{});
     add(Lanes<4>{});

@@ -131,6 +131,13 @@ POLYVEC_INLINE Vec<uint32_t> load_first_bytes(const unsigned char* p, size_t n) 
     return (Vec<uint32_t>)_mm512_maskz_loadu_epi8(~__mmask64{} >> (64 - n), p);
 }
 
+// The bytes of v that 64 bits at p select, zeros elsewhere.
+POLYVEC_INLINE Vec<uint32_t> select_bytes(const unsigned char* p, Vec<uint32_t> v) noexcept {
+    uint64_t selected;
+    __builtin_memcpy(&selected, p, sizeof selected);
+    return (Vec<uint32_t>)_mm512_maskz_mov_epi8(selected, (__m512i)v);
+}
+
 // The bytes of a 64-byte table that the low 6 bits of the bytes of `index` select.
 POLYVEC_INLINE Vec<uint32_t> permute_bytes(Vec<uint32_t> table, Vec<uint32_t> index) noexcept {
     return (Vec<uint32_t>)_mm512_maskz_permutexvar_epi8(~__mmask64{}, (__m512i)index, (__m512i)table);
