@@ -795,8 +795,43 @@ void fit_levels(const uint16_t* magnitudes, size_t d, uint32_t top, uint8_t* lev
     for (size_t i = 0; i < d; ++i) levels[i] = static_cast<uint8_t>(level_of(magnitudes[i], best_t, top));
 }
 
+// One step of the transform among the lanes of a vector: those H apart become their sum and their difference.
+template <int H, int... K>
+POLYVEC_INLINE Vec<float> butterfly(Vec<float> v, Lanes<K...>) noexcept {
+    const Vec<float> signs = {((K & H) != 0 ? -1.0f : 1.0f)...};
+    return fma(v, signs, shuffle(v, v, Lanes<(K ^ H)...>{}));
+}
+
+template <int H>
+POLYVEC_INLINE Vec<float> butterflies(Vec<float> v) noexcept {
+    constexpr int L = lanes<float>;
+    if constexpr (H < L) {
+        return butterflies<2 * H>(butterfly<H>(v, typename LaneRange<0, L>::type{}));
+    } else {
+        return v;
+    }
+}
+
 void hadamard(float* x, size_t n) noexcept {
-    for (size_t h = 1; h < n; h *= 2) {
+    constexpr size_t L = lanes<float>;
+    size_t h = 1;
+    if (n >= L) {
+        for (size_t i = 0; i < n; i += L) store(x + i, butterflies<1>(load(x + i)));
+        h = L;
+    }
+    // Two steps at a time: half the loads and stores.
+    for (; n >= 4 * L && 4 * h <= n && h >= L; h *= 4) {
+        for (size_t i = 0; i < n; i += 4 * h) {
+            for (size_t j = i; j < i + h; j += L) {
+                const Vec<float> a = load(x + j), b = load(x + j + h), c = load(x + j + 2 * h), e = load(x + j + 3 * h);
+                store(x + j, (a + b) + (c + e));
+                store(x + j + h, (a - b) + (c - e));
+                store(x + j + 2 * h, (a + b) - (c + e));
+                store(x + j + 3 * h, (a - b) - (c - e));
+            }
+        }
+    }
+    for (; h < n; h *= 2) {
         for (size_t i = 0; i < n; i += 2 * h) {
             for (size_t j = i; j < i + h; ++j) {
                 const float a = x[j], b = x[j + h];
