@@ -296,6 +296,8 @@ def outputs(
 
 def as_count(op: str, name: str, value: Any, *, least: int = 1) -> int:
     """Return `value` as an int of 64 bits, refusing anything below `least` and anything that is not a whole number."""
+    if type(value) is int and least <= value < 2**63:
+        return value
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
     count = int(value.__index__())

@@ -49,7 +49,7 @@ def run(op: str, function: str, like: Any, *args: Any, num_threads: int | None =
     if device not in ("cpu", "cuda"):
         raise TypeError(f"{op}: arrays must be on cpu or cuda, got {device}")
     for arg in args:
-        if is_array(arg) and device_name(arg) != device:
+        if is_array(arg) and arg is not like and device_name(arg) != device:
             raise TypeError(f"{op}: arrays must be on one device, got {device} and {device_name(arg)}")
     module = _core if device == "cpu" else cuda_module()
     if module is None:
