@@ -83,10 +83,10 @@ void Target::measure_exactly(const std::uint32_t* slots, std::size_t count, floa
 void Target::fetch(std::uint32_t slot) const {
     constexpr std::int64_t line = 64, most = 32 * line;
     const auto lines = [](const void* row, std::int64_t bytes) {
-        for (std::int64_t i = 0; i < bytes; i += line) __builtin_prefetch(static_cast<const char*>(row) + i);
+        for (std::int64_t i = 0; i < bytes; i += line) prefetch(static_cast<const char*>(row) + i);
     };
     if (bytes_ || bits_) {
-        if (bytes_) __builtin_prefetch(graph_->factors[slot]);
+        if (bytes_) prefetch(graph_->factors[slot]);
         lines(graph_->codes[slot], std::min(most, graph_->codes.width()));
     } else {
         constexpr std::int64_t first = 4 * line;  // the kernel asks for more; 1 to 12 here are as fast: nothing to tune
@@ -133,7 +133,7 @@ void Walk::begin_level(Entry start) {
     known_ = 1;
     seen_[slot / 64] |= std::uint64_t(1) << slot % 64;
     skip_removed_&& level_ <= wide_ ? take(start) : pool.insert(start);
-    __builtin_prefetch(graph_->row(slot, level_));
+    prefetch(graph_->row(slot, level_));
     measuring_ = false;
 }
 
@@ -173,7 +173,7 @@ bool Walk::look() {
         count += (word & bit) == 0;
         word |= bit;
     }
-    if (const Entry* open = pool.nearest_open()) __builtin_prefetch(graph_->row(slot_of(*open), level_));
+    if (const Entry* open = pool.nearest_open()) prefetch(graph_->row(slot_of(*open), level_));
     for (std::size_t i = 0; i < count; ++i) target.fetch(fresh[i]);
     fresh_ = count;
     return true;
@@ -189,7 +189,7 @@ void Walk::measure() {
     }
     known_ += fresh_;
     fresh_ = 0;
-    if (const Entry* open = pool.nearest_open()) __builtin_prefetch(graph_->row(slot_of(*open), level_));
+    if (const Entry* open = pool.nearest_open()) prefetch(graph_->row(slot_of(*open), level_));
 }
 
 void Walk::take(Entry entry) {
