@@ -253,6 +253,8 @@ def to_host(x: Any) -> Any:
 
 def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
     """Allocate an array in the library and on the device of `like`."""
+    if isinstance(like, np.ndarray):
+        return np.empty(shape, dtype)
     if is_torch(like):
         import torch
 
@@ -286,7 +288,7 @@ def outputs(
 ) -> tuple[Any, Any]:
     """`output` for a function that returns two arrays of one shape; `out` is None or a pair."""
     if out is None:
-        out = (None, None)
+        return empty(like, shape, dtypes[0]), empty(like, shape, dtypes[1])
     if not (isinstance(out, tuple) and len(out) == 2):
         raise TypeError(f"{op}: out must be a pair of arrays ({names[0]}, {names[1]}), got {type(out).__name__}")
     first = output(op, out[0], like, shape, dtypes[0], name=f"out {names[0]}")
