@@ -124,26 +124,32 @@ struct ByteDistanceKernels {
                       float* out) noexcept;
 };
 
-/// Rows of two bits an element: value i of a row is (2 * code i - 3) * scale. Code 128 c + 32 f + t lies in bits 2 f
-/// and 2 f + 1 of byte 32 c + t. Behind the chunks of 32 bytes a row has two floats: scale, and what is added to its
-/// distances. Rows are padded to cache lines, and lie on them.
-constexpr std::size_t bit_chunk = 32, bit_chunk_codes = 128;
-
+/// Rows of two bits an element: value i of a row is (2 * code i - 3) * scale, and roughly its sign times a rough scale.
+/// A plane is `plane` bytes, a multiple of 4 that holds a bit an element; bit i / plane of byte i % plane belongs to
+/// element i. A row's first part is the plane of the high bits of its codes and three floats: rough scale, what is
+/// added to its distances, scale. The plane of the low bits is its second part. Neither begins where a cache line could
+/// be saved.
 struct BitRows {
-    const std::uint8_t* bytes;
-    std::size_t stride, chunks;
+    const std::uint8_t *first, *second;
+    std::size_t first_stride, second_stride, plane;
 };
 
-/// The distance from a row is constant + weight * what is added + factor * its scale * (2 <values, codes> - offset).
+/// The distance from a row is constant + weight * what is added + factor * its scale * <values, 2 codes - 3>; roughly
+/// it is that of the signs, and seldom less than this less slack * rough scale.
 struct BitQuery {
-    const std::uint8_t* values;  // signed, padded with 0 to whole chunks
-    std::int32_t offset;         // three times their sum
-    float factor, weight, constant;
+    /// Signed; for each 64 bytes of a plane, and for each bit of a byte, 64: those of the elements there, or 0.
+    const std::uint8_t* values;
+    std::int32_t sum;  // of the values
+    float factor, slack, weight, constant;
 };
 
 struct BitDistanceKernels {
     void (*distances)(const BitQuery& query, const BitRows& rows, const std::uint32_t* ids, std::size_t n,
                       float* out) noexcept;
+    /// Writes to `near` those of the n ids whose distance may be `most` or less; returns how many. Asks for the rest of
+    /// their rows.
+    std::size_t (*select_near)(const BitQuery& query, const BitRows& rows, const std::uint32_t* ids, std::size_t n,
+                               float most, std::uint32_t* near) noexcept;
 };
 
 /// Query tokens are handed over in panels (pack): transposed, so that a register holds one element of many tokens.

@@ -287,12 +287,12 @@ void answer(const Graph& graph, IdleWalks& idle, std::int64_t ef, const Array& s
     const std::int64_t grain = std::clamp<std::int64_t>(nq / 16, Walks::together, 64);
     // Among many removed slots a walk takes n / live steps for one that counts; past this it costs more than a scan.
     const bool scan = static_cast<double>(graph.live) * graph.live <= static_cast<double>(ef) * graph.n;
-    const std::int64_t unsure = graph.params.frozen                         ? 4 * k + 32
-                                : graph.params.storage == HnswStorage::int8 ? 2 * k + 16
-                                                                            : 0;
+    const bool frozen = graph.params.frozen;
+    const std::int64_t unsure = graph.params.storage == HnswStorage::int8 && !frozen ? 2 * k + 16 : 0;
     const bool negate = graph.params.metric != Metric::l2;
     const float worst = negate ? -std::numeric_limits<float>::infinity() : std::numeric_limits<float>::infinity();
-    Walks walks(graph, idle, ef, workers_for(nq, grain, cpu.num_threads));
+    const int each = static_cast<int>(std::clamp<std::int64_t>(nq, 1, Walks::together));
+    Walks walks(graph, idle, ef, workers_for(nq, grain, cpu.num_threads), each);
     const auto keep = [&](Walk& walk, std::int64_t i) {
         float* score = scores.as<float>() + i * k;
         std::int64_t* id = ids.as<std::int64_t>() + i * k;
@@ -322,6 +322,7 @@ void answer(const Graph& graph, IdleWalks& idle, std::int64_t ef, const Array& s
                 start(walk, i);
             },
             [&](Walk& walk, std::int64_t i) {
+                if (frozen) walk.measure_nearest(k + 1);
                 if (unsure > 0) walk.measure_exactly(unsure);
                 keep(walk, i);
             });

@@ -40,67 +40,111 @@ double dot(const float* x, const float* y, std::int64_t d) {
     return sum;
 }
 
-/// The code of a vector, which may lie in `residual`. Scratch: `residual` (dim,).
-void encode(const Graph& graph, const float* vector, float* residual, std::uint8_t* code) {
+/// Fills in the code of a slot. Scratch: `residual` (dim,).
+void encode(const Graph& graph, std::int64_t slot, float* residual) {
     constexpr double normal_step = 0.9957;  // loses the least of a normal element of variance 1 in four levels
-    const std::int64_t d = graph.params.dim, chunks = graph.params.chunks();
-    const float* const centre = graph.frame[0];
+    const std::int64_t d = graph.params.dim, plane = graph.params.bit_plane();
+    const float *const centre = graph.frame[0], *const vector = graph.vector(slot, residual);
     for (std::int64_t i = 0; i < d; ++i) residual[i] = vector[i] - centre[i];
     const double square = dot(residual, residual, d), along = dot(residual, centre, d);
     kernels().codes->rotate(residual, 1, d, graph.frame[1], false);
 
-    std::memset(code, 0, graph.codes.width());
+    std::uint8_t *const high = graph.first_part(slot), *const low = graph.second_part(slot);
+    std::memset(high, 0, graph.params.first_width());
+    std::memset(low, 0, graph.params.second_width());
     const auto step = static_cast<float>(normal_step * std::sqrt(square / static_cast<double>(d)));
-    double product = 0;
+    double product = 0, rough_product = 0;
     for (std::int64_t i = 0; i < d; ++i) {
         const int level = (residual[i] > -step) + (residual[i] > 0) + (residual[i] > step);
         product += residual[i] * (2.0 * level - 3);
-        const std::int64_t chunk = i / static_cast<std::int64_t>(bit_chunk_codes), at = i % bit_chunk_codes;
-        code[chunk * bit_chunk + at % bit_chunk] |= static_cast<std::uint8_t>(level << 2 * (at / bit_chunk));
+        rough_product += std::abs(residual[i]);
+        high[i % plane] |= static_cast<std::uint8_t>(level >> 1 << i / plane);
+        low[i % plane] |= static_cast<std::uint8_t>((level & 1) << i / plane);
     }
-    const bool l2 = graph.params.metric == Metric::l2;
-    const float factors[] = {product > 0 ? static_cast<float>(square / product) : 0.0f,
-                             static_cast<float>(l2 ? square : along)};
-    std::memcpy(code + chunks * bit_chunk, factors, sizeof factors);
+    const auto over = [square](double product) { return product > 0 ? static_cast<float>(square / product) : 0.0f; };
+    const float added = static_cast<float>(graph.params.metric == Metric::l2 ? square : along);
+    const float factors[] = {over(rough_product), added, over(product)};
+    std::memcpy(high + plane, factors, sizeof factors);
 }
 
-/// All slots, breadth first from the entry: a walk reads its first steps from one place, and near slots are often near.
+/// All slots, breadth first from the entry: near slots are often near. Those of the upper levels come before the
+/// others, for what every walk reads first fits the second cache when it lies in one place.
 std::vector<std::uint32_t> walking_order(const Graph& graph) {
-    std::vector<std::uint32_t> order;
+    std::vector<std::uint32_t> reached;
     std::vector<bool> taken(graph.n, false);
     const auto take = [&](std::uint32_t slot) {
-        if (!taken[slot]) order.push_back(slot);
+        if (!taken[slot]) reached.push_back(slot);
         taken[slot] = true;
     };
-    order.reserve(graph.n);
+    reached.reserve(graph.n);
     if (graph.n > 0) take(graph.entry);
     std::uint32_t rest = 0;  // slots before it are taken
     for (std::size_t next = 0; next < static_cast<std::size_t>(graph.n); ++next) {
-        for (; next == order.size(); ++rest) take(rest);
-        const std::uint32_t* const row = graph.links[order[next]];
+        for (; next == reached.size(); ++rest) take(rest);
+        const std::uint32_t* const row = graph.links[reached[next]];
         for (std::int64_t i = 0; i < graph.links.width() && row[i] != no_link; ++i) take(row[i]);
     }
-    return order;
+    std::stable_partition(reached.begin(), reached.end(), [&](std::uint32_t slot) { return graph.levels[slot] > 0; });
+    return reached;
+}
+
+/// Puts the links of a slot at level 0 into order, the nearest first. `order`: what they were called in `from`.
+void sort_links(const Graph& from, std::uint32_t slot, const std::uint32_t* order, std::uint32_t* row,
+                std::int64_t width) {
+    const auto& kernel = kernels().distance->u32;
+    const bool l2 = from.params.metric == Metric::l2;
+    const std::int64_t d = from.params.dim;
+    std::vector<float> scratch(2 * d);
+    const float* const vector = from.vector(slot, scratch.data());
+    std::vector<std::pair<float, std::uint32_t>> links;
+    for (std::int64_t i = 0; i < width && row[i] != no_link; ++i) {
+        const std::uint32_t first = 0;
+        float distance;
+        (l2 ? kernel.l2 : kernel.dot)(vector, from.vector(order[row[i]], &scratch[d]), &first, 1, d, &distance);
+        links.emplace_back(l2 ? distance : -distance, row[i]);
+    }
+    std::sort(links.begin(), links.end());
+    std::transform(links.begin(), links.end(), row, [](const auto& link) { return link.second; });
 }
 
 }  // namespace
 
 namespace hnsw {
 
+std::int64_t bit_values(const HnswParams& params) {
+    return (params.bit_plane() + 63) / 64 * 512;
+}
+
 BitQuery bit_query(const Graph& graph, const float* query, float* rotated, std::uint8_t* values) {
     const HnswParams& p = graph.params;
     const bool l2 = p.metric == Metric::l2;
     const float* const centre = graph.frame[0];
+    const auto product = [d = p.dim](const float* x, const float* y) {
+        const std::uint32_t first = 0;
+        float result;
+        kernels().distance->u32.dot(x, y, &first, 1, d, &result);
+        return result;
+    };
     // <q, x> = <q - c m, x - m> + c <m, x - m> + <q, m> for any c: this one leaves the shortest rest to the codes.
-    const double along = dot(query, centre, p.dim), square = dot(centre, centre, p.dim);
-    const auto share = static_cast<float>(l2 ? 1 : square > 0 ? along / square : 0);
+    const float along = product(query, centre), square = product(centre, centre);
+    const float share = l2 ? 1 : square > 0 ? along / square : 0;
     for (std::int64_t i = 0; i < p.dim; ++i) rotated[i] = query[i] - share * centre[i];
-    const auto length = static_cast<float>(l2 ? dot(rotated, rotated, p.dim) : 0);
+    const float rest = product(rotated, rotated);
     kernels().codes->rotate(rotated, 1, p.dim, graph.frame[1], false);
-    const std::int64_t width = p.chunks() * bit_chunk_codes;
-    const ByteCode code = kernels().byte_distance->encode(rotated, p.dim, width, 0, values);
-    if (l2) return {values, 3 * code.sum, -2 * code.scale, 1, length};
-    return {values, 3 * code.sum, -code.scale, -share, static_cast<float>(-along)};
+
+    const std::int64_t plane = p.bit_plane(), blocks = bit_values(p);
+    std::uint8_t* const straight = values + blocks;
+    const ByteCode code = kernels().byte_distance->encode(rotated, p.dim, blocks, 0, straight);
+    std::memset(values, 0, blocks);
+    for (std::int64_t first = 0; first < plane; first += 64)
+        for (std::int64_t bit = 0; bit < 8; ++bit)
+            std::copy_n(straight + bit * plane + first, std::min<std::int64_t>(64, plane - first),
+                        values + 8 * first + 64 * bit);
+    // A sign and its scale are off by a vector of 0.603 sqrt(d) scales where elements are normal; its product with the
+    // query is about normal, too, and this is its deviation.
+    const float times = l2 ? 2 : 1, slack = 0.603f * times * std::sqrt(rest);
+    if (l2) return {values, code.sum, -times * code.scale, slack, 1, rest};
+    return {values, code.sum, -code.scale, slack, -share, -along};
 }
 
 }  // namespace hnsw
@@ -146,8 +190,9 @@ std::unique_ptr<HnswIndex> HnswIndex::freeze(Cpu cpu) const {
                      std::vector<float> residual(params.dim);
                      for (std::int64_t slot = begin; slot < end; ++slot) {
                          std::copy_n(from.vectors[order[slot]], params.vector_bytes(), to.vectors[slot]);
-                         encode(to, to.vector(slot, residual.data()), residual.data(), to.codes[slot]);
+                         encode(to, slot, residual.data());
                          copy_row(slot, 0);
+                         sort_links(from, order[slot], order.data(), to.links[slot], to.links.width());
                      }
                  });
     to.build_table();

@@ -2,7 +2,8 @@
 ///
 /// A vector's residual from the centre of all vectors is rotated by a fast transform, so that its elements are about
 /// normal whatever the data, and each is rounded to -3, -1, 1 or 3 times half the step that suits its length. The scale
-/// of the rounded vector makes its product with the residual exact, so that estimates are right on average.
+/// of the rounded vector makes its product with the residual exact, so that estimates are right on average. The sign is
+/// the high bit: an estimate of one bit tells most slots that a walk has no use for.
 /// Paper: RaBitQ (Gao and Long 2024), sections 3.1 and 3.2; for more bits Gao et al. 2025.
 #pragma once
 
@@ -10,7 +11,10 @@
 
 namespace polyvec::hnsw {
 
-/// A query's code. Scratch: `rotated` (dim,), and `values` for the codes of whole chunks.
+/// Bytes of a query's values.
+std::int64_t bit_values(const HnswParams& params);
+
+/// A query's code. Scratch: `rotated` (dim,), and `values`, twice bit_values.
 BitQuery bit_query(const Graph& graph, const float* query, float* rotated, std::uint8_t* values);
 
 }  // namespace polyvec::hnsw

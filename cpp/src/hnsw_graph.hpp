@@ -140,6 +140,12 @@ struct Graph {
         return const_cast<std::uint32_t*>(std::as_const(*this).row(slot, level));
     }
 
+    /// Of a code, where frozen: all first parts precede all second parts.
+    std::uint8_t* first_part(std::int64_t slot) const { return codes.data() + slot * params.first_width(); }
+    std::uint8_t* second_part(std::int64_t slot) const {
+        return codes.data() + n * params.first_width() + slot * params.second_width();
+    }
+
     /// Makes slots [n, n + count), without vectors or links; they belong to the graph when n says so.
     void append(std::int64_t count, const std::int64_t* new_ids) {
         ids.insert(ids.end(), new_ids, new_ids + count);

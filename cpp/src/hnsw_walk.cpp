@@ -25,7 +25,7 @@ void Target::prepare(const Graph& graph) {
     bytes_ = graph.params.storage == HnswStorage::int8 && !frozen ? kernels().byte_distance : nullptr;
     bits_ = frozen ? kernels().bit_distance : nullptr;
     if (frozen) rotated_.resize(graph.params.dim);
-    const std::int64_t codes = frozen ? bit_chunk_codes * graph.params.chunks() : graph.codes.width();
+    const std::int64_t codes = frozen ? 2 * bit_values(graph.params) : graph.codes.width();
     if (room_ < codes) values_ = aligned<std::uint8_t>(room_ = codes);
 }
 
@@ -58,12 +58,18 @@ void Target::set(std::uint32_t slot) {
     code_ = {values_.get(), 128 * sum, (l2 ? -2 : -1) * factors[0], factors[1]};
 }
 
+BitRows Target::bit_rows() const {
+    const HnswParams& p = graph_->params;
+    const auto first = static_cast<std::size_t>(p.first_width()), second = static_cast<std::size_t>(p.second_width());
+    return {graph_->first_part(0), graph_->second_part(0), first, second, static_cast<std::size_t>(p.bit_plane())};
+}
+
+std::size_t Target::select_near(const std::uint32_t* slots, std::size_t count, float most, std::uint32_t* near) const {
+    return bits_->select_near(bit_code_, bit_rows(), slots, count, most, near);
+}
+
 void Target::measure(const std::uint32_t* slots, std::size_t count, float* distances) const {
-    if (bits_) {
-        const auto stride = static_cast<std::size_t>(graph_->codes.width());
-        const BitRows rows{graph_->codes.data(), stride, static_cast<std::size_t>(graph_->params.chunks())};
-        return bits_->distances(bit_code_, rows, slots, count, distances);
-    }
+    if (bits_) return bits_->distances(bit_code_, bit_rows(), slots, count, distances);
     if (!bytes_) return measure_exactly(slots, count, distances);
     const ByteRows rows{graph_->codes.data(), graph_->factors.data(), static_cast<std::size_t>(graph_->codes.width())};
     bytes_->distances(code_, rows, slots, count, distances);
@@ -80,18 +86,23 @@ void Target::measure_exactly(const std::uint32_t* slots, std::size_t count, floa
     for (std::size_t i = 0; i < count; ++i) distances[i] = 0.0f - distances[i];  // never -0
 }
 
-void Target::fetch(std::uint32_t slot) const {
+void Target::fetch(const std::uint32_t* slots, std::size_t count) const {
     constexpr std::int64_t line = 64, most = 32 * line;
-    const auto lines = [](const void* row, std::int64_t bytes) {
-        for (std::int64_t i = 0; i < bytes; i += line) prefetch(static_cast<const char*>(row) + i);
+    const auto rows = [&](const void* data, std::int64_t stride, std::int64_t bytes) {
+        for (std::size_t k = 0; k < count; ++k) {
+            const char* const row = static_cast<const char*>(data) + slots[k] * stride;
+            prefetch(row);
+            for (std::int64_t i = line; i < bytes; i += line) prefetch(row + i);
+        }
     };
-    if (bytes_ || bits_) {
-        if (bytes_) prefetch(graph_->factors[slot]);
-        lines(graph_->codes[slot], std::min(most, graph_->codes.width()));
-    } else {
-        constexpr std::int64_t first = 4 * line;  // the kernel asks for more; 1 to 12 here are as fast: nothing to tune
-        lines(graph_->vectors[slot], std::min(first, graph_->vectors.width()));
+    const HnswParams& p = graph_->params;
+    if (bits_) return rows(graph_->first_part(0), p.first_width(), std::min(most, p.first_width()));
+    if (bytes_) {
+        rows(graph_->factors.data(), p.factor_count() * sizeof(float), line);
+        return rows(graph_->codes.data(), p.code_width(), std::min(most, p.code_width()));
     }
+    constexpr std::int64_t first = 4 * line;  // the kernel asks for more; 1 to 12 here are as fast: nothing to tune
+    rows(graph_->vectors.data(), p.vector_bytes(), std::min(first, p.vector_bytes()));
 }
 
 void Walk::prepare(const Graph& graph, std::size_t ef) {
@@ -100,7 +111,10 @@ void Walk::prepare(const Graph& graph, std::size_t ef) {
     pool.reserve(ef);
     forget();  // of a walk that an exception ended
     seen_.resize((graph.capacity + 63) / 64, 0);
-    distances_.resize(std::max<std::size_t>(ef, 2 * graph.params.m));
+    at_a_time_ = graph.params.frozen ? 4 : 1;
+    const std::size_t most_fresh = static_cast<std::size_t>(at_a_time_) * graph.links.width();
+    if (target.selects()) near_.resize(most_fresh);
+    distances_.resize(std::max(ef, most_fresh));
     upper_found_.resize(max_level + 1);
 }
 
@@ -133,7 +147,7 @@ void Walk::begin_level(Entry start) {
     known_ = 1;
     seen_[slot / 64] |= std::uint64_t(1) << slot % 64;
     skip_removed_&& level_ <= wide_ ? take(start) : pool.insert(start);
-    prefetch(graph_->row(slot, level_));
+    fetch_links();
     measuring_ = false;
 }
 
@@ -159,37 +173,56 @@ bool Walk::step() {
 }
 
 bool Walk::look() {
-    const std::uint32_t slot = next();
-    if (slot == no_link) return false;
-    const std::uint32_t* const row = graph_->row(slot, level_);
     const std::int64_t width = graph_->width(level_);
-    if (slots_.size() < known_ + width + 1) slots_.resize(2 * (known_ + width + 1));
+    if (slots_.size() < known_ + at_a_time_ * width + 1) slots_.resize(2 * (known_ + at_a_time_ * width + 1));
     std::uint32_t* const fresh = slots_.data() + known_;
     std::size_t count = 0;
-    for (std::int64_t i = 0; i < width && row[i] != no_link; ++i) {
-        std::uint64_t& word = seen_[row[i] / 64];
-        const std::uint64_t bit = std::uint64_t(1) << row[i] % 64;
-        fresh[count] = row[i];
-        count += (word & bit) == 0;
-        word |= bit;
+    bool found = false;
+    for (int i = 0; i < at_a_time_; ++i) {
+        const std::uint32_t slot = next();
+        if (slot == no_link) break;
+        found = true;
+        const std::uint32_t* const row = graph_->row(slot, level_);
+        for (std::int64_t j = 0; j < width && row[j] != no_link; ++j) {
+            std::uint64_t& word = seen_[row[j] / 64];
+            const std::uint64_t bit = std::uint64_t(1) << row[j] % 64;
+            fresh[count] = row[j];
+            count += (word & bit) == 0;
+            word |= bit;
+        }
     }
-    if (const Entry* open = pool.nearest_open()) prefetch(graph_->row(slot_of(*open), level_));
-    for (std::size_t i = 0; i < count; ++i) target.fetch(fresh[i]);
+    if (!found) return false;
+    target.fetch(fresh, count);
+    fetch_links();
     fresh_ = count;
     return true;
 }
 
 void Walk::measure() {
-    const std::uint32_t* const fresh = slots_.data() + known_;
-    target.measure(fresh, fresh_, distances_.data());
+    const std::uint32_t* slots = slots_.data() + known_;
+    std::size_t count = fresh_;
+    if (target.selects()) {
+        count = target.select_near(slots, count, pool.limit(), near_.data());
+        slots = near_.data();
+    }
+    target.measure(slots, count, distances_.data());
     if (skip_removed_ && level_ <= wide_) {
-        for (std::size_t i = 0; i < fresh_; ++i) take(entry_of(distances_[i], fresh[i]));
+        for (std::size_t i = 0; i < count; ++i) take(entry_of(distances_[i], slots[i]));
     } else {
-        for (std::size_t i = 0; i < fresh_; ++i) pool.insert(entry_of(distances_[i], fresh[i]));
+        for (std::size_t i = 0; i < count; ++i) pool.insert(entry_of(distances_[i], slots[i]));
     }
     known_ += fresh_;
     fresh_ = 0;
-    if (const Entry* open = pool.nearest_open()) prefetch(graph_->row(slot_of(*open), level_));
+    fetch_links();
+}
+
+/// Of the slots that will be followed next, as far as is known.
+void Walk::fetch_links() const {
+    constexpr std::int64_t line = 64 / sizeof(std::uint32_t), most = 4 * line;
+    pool.each_open(at_a_time_, [&](Entry open) {
+        const std::uint32_t* const row = graph_->row(slot_of(open), level_);
+        for (std::int64_t i = 0; i < graph_->width(level_) && i < most; i += line) prefetch(row + i);
+    });
 }
 
 void Walk::take(Entry entry) {
@@ -229,15 +262,46 @@ void Walk::scan(std::size_t ef) {
 
 void Walk::measure_exactly(std::size_t count) {
     count = std::min(count, pool.size());
-    if (slots_.size() < count) slots_.resize(count);
-    std::transform(pool.begin(), pool.begin() + count, slots_.begin(), slot_of);
-    target.measure_exactly(slots_.data(), count, distances_.data());
-    for (std::size_t i = 0; i < count; ++i) pool.begin()[i] = entry_of(distances_[i], slots_[i]);
+    measure_exactly(0, count);
     std::sort(pool.begin(), pool.begin() + count);
 }
 
-Walks::Walks(const Graph& graph, IdleWalks& idle, std::size_t ef, int workers) : idle_(idle) {
-    const std::size_t needed = static_cast<std::size_t>(workers) * together;
+/// Returns the sum of the squares of the differences.
+double Walk::measure_exactly(std::size_t begin, std::size_t end) {
+    if (slots_.size() < end) slots_.resize(end);
+    std::transform(pool.begin() + begin, pool.begin() + end, slots_.begin(), slot_of);
+    target.measure_exactly(slots_.data(), end - begin, distances_.data());
+    double squares = 0;
+    for (std::size_t i = begin; i < end; ++i) {
+        Entry& entry = pool.begin()[i];
+        const double difference = distances_[i - begin] - distance_of(entry);
+        squares += difference * difference;
+        entry = entry_of(distances_[i - begin], slots_[i - begin]);
+    }
+    return squares;
+}
+
+void Walk::measure_nearest(std::size_t k) {
+    std::size_t done = std::min(k + k / 4 + 3, pool.size());
+    const double deviation = std::sqrt(measure_exactly(0, done) / static_cast<double>(std::max<std::size_t>(done, 1)));
+    const auto sort_from = [&](std::size_t begin) {
+        std::sort(pool.begin() + begin, pool.begin() + done);
+        std::inplace_merge(pool.begin(), pool.begin() + begin, pool.begin() + done);
+    };
+    sort_from(0);
+    const std::size_t more = 4 + k / 8;
+    while (done < pool.size()) {
+        const double most = distance_of(pool.begin()[k - 1]) + 2 * deviation;
+        if (!(distance_of(pool.begin()[done]) <= most)) break;
+        const std::size_t begin = done;
+        done = std::min(done + more, pool.size());
+        measure_exactly(begin, done);
+        sort_from(begin);
+    }
+}
+
+Walks::Walks(const Graph& graph, IdleWalks& idle, std::size_t ef, int workers, int each) : idle_(idle), each_(each) {
+    const std::size_t needed = static_cast<std::size_t>(workers) * each;
     {
         const std::lock_guard lock(idle.mutex);
         while (!idle.walks.empty() && walks_.size() < needed) {

@@ -255,10 +255,11 @@ class Index:
         Notes
         -----
         About ef * m comparisons a query, 2 d flops and 4 d bytes each (kept in 16 bits: 2 d). With "int8" they are of d
-        bytes, and the best 2 k + 16 candidates are then scored by the kept vectors; with a frozen index of d / 4 bytes,
-        and the best 4 k + 32. Products are summed in float32, whatever the dtypes. Same result for any number of
-        threads, and for a query alone or among others. A query with NaN finds nothing. Removed vectors are passed
-        through without counting as candidates: after removing most of an index, searches are faster in a new one.
+        bytes, and the best 2 k + 16 candidates are then scored by the kept vectors; with a frozen index of d / 8 bytes,
+        one in four of another d / 8, and as many candidates are scored as may be among the k best. Products are summed
+        in float32, whatever the dtypes. Same result for any number of threads, and for a query alone or among others. A
+        query with NaN finds nothing. Removed vectors are passed through without counting as candidates: after removing
+        most of an index, searches are faster in a new one.
         """
         op = "hnsw.Index.search"
         x: Any = as_array(op, "queries", queries, dtypes=_FLOATS, ndim=2)
@@ -409,9 +410,9 @@ class Index:
         """Return a read-only copy that searches faster: less memory to read on the way, in a better order.
 
         Each vector x has a code of two bits an element, which stands for R (x - c): c is the mean of all vectors, R a
-        random rotation that makes elements about normal, whatever the data. Walks compare codes, two cache lines where
-        d = 384; the best candidates are then scored by the kept vectors, so that scores are as exact as ever.
-        Vectors that near ones link to lie near each other.
+        random rotation that makes elements about normal, whatever the data. Walks compare the signs, one cache line
+        where d = 384, and both bits of those that may be near; the best candidates are then scored by the kept vectors,
+        so that scores are as exact as ever. Vectors that near ones link to lie near each other.
 
         Parameters
         ----------
@@ -431,9 +432,8 @@ class Index:
 
         Notes
         -----
-        Memory: 4 d (kept in 16 bits: 2 d) + d / 4 + 8 m bytes a vector and up to 71 more; with d = 384 and m = 16 1.2
-        times the vectors alone.
-        This index keeps its own until it is dropped.
+        Memory: 4 d (kept in 16 bits: 2 d) + d / 4 + 8 m bytes a vector and up to 170 more; with d = 384 and m = 16 1.2
+        times the vectors alone. This index keeps its own until it is dropped.
 
         It pays where an index is larger than the CPU's caches: what is saved is memory to wait for. A small one is
         searched as fast with "int8", the more so for large k, as more candidates are scored in float32.

@@ -7,6 +7,7 @@
 /// (Malkov and Yashunin 2018), algorithms 1 to 5.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -55,19 +56,25 @@ struct HnswParams {
 
     std::int64_t vector_bytes() const { return dim * static_cast<std::int64_t>(size_of(kept)); }
 
-    /// Bytes of a code, rounded up to cache lines: one an element, or chunks of 32 for 128 elements and two floats.
+    /// Bytes of a code: one an element, rounded up to cache lines; frozen: of both parts (see BitRows).
     std::int64_t code_width() const {
-        if (frozen) return (chunks() * 32 + 8 + 63) / 64 * 64;
+        if (frozen) return first_width() + second_width();
         return storage == HnswStorage::int8 ? (dim + 63) / 64 * 64 : 0;
     }
     std::int64_t factor_count() const { return storage == HnswStorage::int8 && !frozen ? 2 : 0; }
-    std::int64_t chunks() const { return (dim + 127) / 128; }
+    std::int64_t bit_plane() const { return (dim + 31) / 32 * 4; }  // bytes of a bit an element
+    std::int64_t first_width() const { return (bit_plane() + 12 + 63) / 64 * 64; }
+    std::int64_t second_width() const {
+        const std::int64_t plane = bit_plane();
+        return plane > 32 ? (plane + 63) / 64 * 64 : std::int64_t(std::bit_ceil(static_cast<std::uint64_t>(plane)));
+    }
 };
 
 /// All of an index: what a file holds.
 struct HnswState {
     Array vectors;            // (n, dim) float32, float16 or uint16 (bits of bfloat16): unit where metric is cosine
-    Array codes;              // (n, code_width()) uint8, where that is not 0; else absent
+    Array codes;              // (n, code_width()) uint8, where that is not 0; else absent. Frozen: all first parts of
+                              // codes, then all second parts
     Array factors;            // (n, 2) float32, where codes are of int8: their scale, and 0 or (l2) their squared norm
     Array frame;              // (5, dim) float32, of frozen ones: the centre of all vectors, and what rotates them
     Array links;              // (n, 2 m) uint32: a slot's neighbours at level 0, then no_link to the end
