@@ -360,7 +360,7 @@ __device__ void write_blocks(const Encode& e, const float* rows, const Buckets<T
         (exact ? projection.exact + r * projection.exact_size() : projection.at + r * projection.size()) + lane;
 
     for (int m0 = 0; m0 == 0 || (!full && m0 < projection.tiles); m0 += tiles) {
-        float product[tiles][1][4] = {}, rest[tiles][1][4] = {};  // apart: neither waits for the other
+        float product[tiles][4] = {}, rest[tiles][4] = {};
         for (int column = 0; column < padded; column += 128) {
             const int chunks = full || padded - column >= 128 ? 8 : (padded - column) / 16;
             float sum[8][4];
@@ -385,7 +385,8 @@ __device__ void write_blocks(const Encode& e, const float* rows, const Buckets<T
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
                     const auto value = [&](int j) { return (g & 1 ? sum[k ^ 1][j] : sum[k][j]) * scale; };
-                    const Tf32Pair x[1][2] = {{Tf32Pair(value(2 * h)), Tf32Pair(value(2 * h + 1))}};
+                    Operand<Words::f32, 2> x;
+                    for (int i = 0; i < 2; ++i) x.set(i, __float_as_uint(value(2 * h + i)));
                     if constexpr (exact) {
                         Fragment<true>(h ? both.z : both.x, h ? both.w : both.y).multiply(product[0], rest[0], x);
                     } else {
@@ -406,7 +407,7 @@ __device__ void write_blocks(const Encode& e, const float* rows, const Buckets<T
             for (int j = 0; j < 4; ++j) {
                 const int column = 16 * (m0 + m) + g + j / 2 * 8, bucket = 2 * t + j % 2;
                 if (column < e.width && first_bucket + bucket < e.buckets)
-                    e.store((row + bucket) * e.width + column, product[m][0][j] + rest[m][0][j]);
+                    e.store((row + bucket) * e.width + column, product[m][j] + rest[m][j]);
             }
         }
     }

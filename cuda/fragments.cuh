@@ -17,22 +17,6 @@
 
 namespace polyvec {
 
-/// x = high + low, but for its last bits. `mma` reads the first 11 bits of a number, and passes over the others.
-struct Tf32Pair {
-    static constexpr unsigned read = 0xffffe000u;
-    unsigned high, low;
-
-    explicit __device__ Tf32Pair(float x) {
-        high = (__float_as_uint(x) + 0x1000u) & read;  // rounded; of Inf and NaN, the low part is NaN
-        low = __float_as_uint(x - __uint_as_float(high));
-    }
-};
-
-/// c += columns a (16, 8) times rows b (8, 8), which the lanes of a warp hold together.
-__device__ inline void mma(float (&c)[4], const uint4& a, unsigned b0, unsigned b1) {
-    multiply_tf32(c, {a.x, a.y, a.z, a.w}, b0, b1);
-}
-
 /// 16 columns of 8 entries each, of a matrix. exact: all entries are bfloat16 numbers, so that there are no low parts.
 template <bool exact = false>
 struct Fragment {
@@ -47,17 +31,12 @@ struct Fragment {
     __device__ Fragment(unsigned first, unsigned second)
         : high{first << 16, first & 0xffff0000u, second << 16, second & 0xffff0000u}, low{} {}
 
-    /// sums[i] + rest[i] += these columns times the rows x[i], for i < N.
-    template <int N>
-    __device__ void multiply(float (&sums)[N][4], float (&rest)[N][4], const Tf32Pair (&x)[N][2]) const {
-        if constexpr (!exact) {
-#pragma unroll
-            for (int i = 0; i < N; ++i) mma(rest[i], low, x[i][0].high, x[i][1].high);
-        }
-#pragma unroll
-        for (int i = 0; i < N; ++i) mma(rest[i], high, x[i][0].low, x[i][1].low);
-#pragma unroll
-        for (int i = 0; i < N; ++i) mma(sums[i], high, x[i][0].high, x[i][1].high);
+    /// sum + rest += these columns times a row. Two sums, so that neither waits for the other.
+    __device__ void multiply(float (&sum)[4], float (&rest)[4], const Operand<Words::f32, 2>& x) const {
+        const unsigned first[] = {high.x, high.y, high.z, high.w}, second[] = {low.x, low.y, low.z, low.w};
+        if constexpr (!exact) multiply_words<Words::f32>(rest, second, x.at[0], x.at[1]);
+        multiply_words<Words::f32>(rest, first, x.small[0], x.small[1]);
+        multiply_words<Words::f32>(sum, first, x.at[0], x.at[1]);
     }
 };
 
@@ -94,11 +73,11 @@ struct Bf16Fragment {
     __device__ void multiply(float (&sums)[N][4], const Bf16Pairs (&x)[N][2]) const {
         const unsigned first[] = {high.x, high.y, high.z, high.w}, second[] = {low.x, low.y, low.z, low.w};
 #pragma unroll
-        for (int i = 0; i < N; ++i) multiply_bf16(sums[i], second, x[i][0].high, x[i][1].high);
+        for (int i = 0; i < N; ++i) multiply_words<Words::bf16>(sums[i], second, x[i][0].high, x[i][1].high);
 #pragma unroll
-        for (int i = 0; i < N; ++i) multiply_bf16(sums[i], first, x[i][0].low, x[i][1].low);
+        for (int i = 0; i < N; ++i) multiply_words<Words::bf16>(sums[i], first, x[i][0].low, x[i][1].low);
 #pragma unroll
-        for (int i = 0; i < N; ++i) multiply_bf16(sums[i], first, x[i][0].high, x[i][1].high);
+        for (int i = 0; i < N; ++i) multiply_words<Words::bf16>(sums[i], first, x[i][0].high, x[i][1].high);
     }
 };
 
@@ -120,15 +99,14 @@ constexpr int tiles_of(std::int64_t n) {
 /// Appends a matrix (d, n) to `out`, whose entries are entry(column, i).
 template <class F>
 void append_fragments(std::vector<uint4>& out, std::int64_t n, std::int64_t d, F entry) {
-    const auto rounded = [](float x) { return (std::bit_cast<std::uint32_t>(x) + 0x1000u) & Tf32Pair::read; };
     for (int half = 0; half < 2 * tiles_of(d); ++half) {
         for (int m = 0; m < tiles_of(n); ++m) {
             for (int lane = 0; lane < Fragment<>::size; ++lane) {
                 const auto value = [&](int column, int i) {
                     const std::int64_t c = 16 * m + column, at = half / 2 * 16 + lane % 4 * 4 + half % 2 * 2 + i;
                     const float x = c < n && at < d ? entry(c, at) : 0;
-                    const std::uint32_t high = rounded(x);
-                    return lane < Fragment<>::lanes ? high : rounded(x - std::bit_cast<float>(high));
+                    const unsigned high = rounded_to_tf32(x);
+                    return lane < Fragment<>::lanes ? high : rounded_to_tf32(x - std::bit_cast<float>(high));
                 };
                 const int g = lane % Fragment<>::lanes / 4;
                 out.push_back({value(g, 0), value(g + 8, 0), value(g, 1), value(g + 8, 1)});

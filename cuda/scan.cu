@@ -205,17 +205,17 @@ __host__ __device__ constexpr std::int64_t padded_width(std::int64_t d) {
 /// How rows of T meet: the parts of a query and of an item, and the 16-bit float that they are.
 template <class T>
 struct Parted {  // float16 and int8: items as they are, and queries of two parts
-    using Half = Float16;
+    static constexpr Words words = Words::f16;
     static constexpr int query = 2, item = 1;
 };
 template <>
 struct Parted<float> {
-    using Half = Float16;
+    static constexpr Words words = Words::f16;
     static constexpr int query = 2, item = 2;
 };
 template <>
 struct Parted<BFloat16> {
-    using Half = BFloat16;
+    static constexpr Words words = Words::bf16;
     static constexpr int query = 1, item = 1;
 };
 
@@ -246,7 +246,7 @@ __device__ float dot(const float4& x, const float4& y, float sum) {
 /// Writes a row of d values as 16-bit floats, and zeros up to a multiple of 8; returns the factor that they lack. Two
 /// parts are multiplied by a power of two so that the largest has 2^14 to 2^15, which leaves 39 bits below it. A row
 /// that has no such power gives zeros and the factor NaN. A warp a row.
-template <class Half, int Count, class T>
+template <Words words, int Count, class T>
 __device__ float write_parts(const T* row, float largest, std::int64_t d, std::uint16_t* to, std::int64_t plane,
                              int lane) {
     float scale = 1, factor = 1;
@@ -266,7 +266,7 @@ __device__ float write_parts(const T* row, float largest, std::int64_t d, std::u
         const float values[4] = {x.x * scale, x.y * scale, x.z * scale, x.w * scale};
         Four<std::uint16_t> high, low;
         for (int i = 0; i < 4; ++i) {
-            if constexpr (std::is_same_v<Half, BFloat16>) {
+            if constexpr (words == Words::bf16) {
                 high.at[i] = static_cast<std::uint16_t>(__float_as_uint(values[i]) >> 16);
             } else {
                 const Float16 half = rounded_to_float16(values[i]);
@@ -280,7 +280,7 @@ __device__ float write_parts(const T* row, float largest, std::int64_t d, std::u
     return factor;
 }
 
-template <class Half, int Count>
+template <Words words, int Count>
 __global__ void __launch_bounds__(row_threads)
     prepare_rows_kernel(const float* queries, std::int64_t stride, std::int64_t n, std::int64_t d,
                         std::uint16_t* values, std::int64_t plane, float* factors) {
@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(row_threads)
     float largest = 0;
     for (std::int64_t c = 4 * lane; c < d; c += 128) largest = fmaxf(largest, largest_of(four_of(from, c, d)));
     const float factor =
-        write_parts<Half, Count>(from, largest_of_warp(largest), d, values + i * padded_width(d), plane, lane);
+        write_parts<words, Count>(from, largest_of_warp(largest), d, values + i * padded_width(d), plane, lane);
     if (lane == 0) factors[i] = factor;
 }
 
@@ -329,8 +329,7 @@ __global__ void __launch_bounds__(row_threads)
         largest = largest_of_warp(largest);
         square = sum_of_warp(square);
     }
-    if (values)
-        factor = write_parts<typename P::Half, P::item>(from, largest, d, values + j * padded_width(d), plane, lane);
+    if (values) factor = write_parts<P::words, P::item>(from, largest, d, values + j * padded_width(d), plane, lane);
     if (lane != 0) return;
     if (score.metric == Metric::ip) {
         affine[j] = {factor * scale, bias};
@@ -881,8 +880,8 @@ public:
           factors_(op, cuda, queries),
           item_values_(op, cuda, packed_ ? P::item * piece_ * tile_columns * width(score.d) : 0),
           affine_(op, cuda, piece_ * tile_columns) {
-        launch_warps(op, cuda, queries, prepare_rows_kernel<typename P::Half, P::query>, score.queries, score.stride,
-                     queries, score.d, query_values_.get(), queries * width(score.d), factors_.get());
+        launch_warps(op, cuda, queries, prepare_rows_kernel<P::words, P::query>, score.queries, score.stride, queries,
+                     score.d, query_values_.get(), queries * width(score.d), factors_.get());
     }
 
     std::int64_t positions() const { return order_.tiles; }
@@ -930,7 +929,7 @@ private:
         const std::int64_t d = width(score_.d);
         launch(op_, cuda_, dim3(static_cast<unsigned>(row_tiles()), static_cast<unsigned>(parts)), dim3(tile_threads),
                tile_bytes<P::query, P::item>(tile_stages_of(has_wgmma(op_, cuda_))),
-               tile_kernel<typename P::Half, P::query, P::item, Epilogue<Action>>,
+               tile_kernel<P::words, P::query, P::item, Epilogue<Action>>,
                TileOperand{query_values_.get(), queries_, d, queries_ * d}, columns, d,
                Epilogue<Action>{score_, factors_.get(), queries_, ids, passed, action});
     }

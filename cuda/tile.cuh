@@ -10,6 +10,7 @@
 
 #include "elements.cuh"
 #include "launch.cuh"
+#include "mma.cuh"
 #include "warp.cuh"
 
 namespace polyvec {
@@ -138,7 +139,7 @@ __device__ void copy_tile(SharedAddress to, const std::uint16_t* values, std::in
 
 /// `epilogue.thread(first_row, shared)` makes the state of a thread; it takes each tile by `take(products, affine,
 /// first_column)`, and `finish()` ends it. d: a multiple of 8.
-template <class Half, int RowParts, int ColumnParts, class Epilogue>
+template <Words words, int RowParts, int ColumnParts, class Epilogue>
 __global__ void __launch_bounds__(tile_threads, 1)
     tile_kernel(const __grid_constant__ TileOperand rows, const __grid_constant__ TileColumns columns, std::int64_t d,
                 const __grid_constant__ Epilogue epilogue) {
@@ -209,7 +210,7 @@ __global__ void __launch_bounds__(tile_threads, 1)
         for (int k = 0; k < depth / 16; ++k)
 #pragma unroll
             for (int p = RowParts + ColumnParts - 2; p >= 0; --p)  // the low parts first
-                multiply_matrices<Half>(
+                multiply_matrices<words>(
                     products.at, matrix_at<depth * 2>(rows_of_group + row_part<RowParts>(p) * row_bytes + k * 32),
                     matrix_at<depth * 2>(from + RowParts * row_bytes + column_part<RowParts>(p) * column_bytes +
                                          k * 32),
@@ -241,9 +242,10 @@ __global__ void __launch_bounds__(tile_threads, 1)
                     for (int i = 0; i < 4; ++i)
 #pragma unroll
                         for (int h = 0; h < 2; ++h)
-                            multiply_add<Half>(products.at + (i * 8 + j * 2 + h) * 4,
-                                               row_parts[row_part<RowParts>(p)][i],
-                                               column_parts[column_part<RowParts>(p)] + h * 2);
+                            multiply_words<words>(products.at + (i * 8 + j * 2 + h) * 4,
+                                                  row_parts[row_part<RowParts>(p)][i],
+                                                  column_parts[column_part<RowParts>(p)][2 * h],
+                                                  column_parts[column_part<RowParts>(p)][2 * h + 1]);
             }
         }
 #endif
