@@ -928,7 +928,7 @@ private:
                       const std::int64_t* ids) const {
         const std::int64_t d = width(score_.d);
         launch(op_, cuda_, dim3(static_cast<unsigned>(row_tiles()), static_cast<unsigned>(parts)), dim3(tile_threads),
-               tile_bytes<P::query, P::item>(tile_stages_of(has_wgmma(op_, cuda_))),
+               TileSteps(P::query, P::item, has_wgmma(op_, cuda_)).bytes,
                tile_kernel<P::words, P::query, P::item, Epilogue<Action>>,
                TileOperand{query_values_.get(), queries_, d, queries_ * d}, columns, d,
                Epilogue<Action>{score_, factors_.get(), queries_, ids, passed, action});

@@ -17,15 +17,12 @@ namespace polyvec {
 
 constexpr int tile_rows = 128, tile_columns = 256, tile_threads = 256, tile_alignment = 1024;
 
-/// Steps that shared memory holds; with wgmma, two of them are being multiplied.
-constexpr int tile_stages_of(bool wgmma) {
-    return wgmma ? 4 : 3;
-}
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-constexpr int tile_stages = tile_stages_of(true), tile_steps_ahead = tile_stages - 2;
+constexpr bool tiles_by_wgmma = true;
 #else
-constexpr int tile_stages = tile_stages_of(false), tile_steps_ahead = tile_stages - 1;
+constexpr bool tiles_by_wgmma = false;
 #endif
+constexpr int tile_steps_ahead = 2;  // whose copies are under way
 
 /// Rows of `stride` elements, a multiple of 8, from a 16-byte boundary; part p of a row is `plane` elements further.
 struct TileOperand {
@@ -92,18 +89,21 @@ struct TileProducts {
     __device__ float& operator()(int slot, int j) { return at[(slot / 2 * 8 + j / 2) * 4 + slot % 2 * 2 + j % 2]; }
 };
 
-template <int Parts>
-constexpr int tile_depth = Parts == 2 ? 32 : 64;  // of a step along d: a row of both parts takes 128 bytes
+/// Steps along d and the shared memory of a block. A row of all its parts takes 128 bytes of a step by wgmma; half that
+/// otherwise, so that 83 KB do, of the 99 KB that the GPUs with the least give to a block.
+struct TileSteps {
+    int depth, stages;                                // by wgmma, two further steps are being multiplied, otherwise one
+    int row_bytes, column_bytes, stage_bytes, bytes;  // of a part; of a step; of all
 
-template <int RowParts, int ColumnParts>
-constexpr int tile_stage_bytes = (RowParts * tile_rows + ColumnParts * tile_columns) * tile_depth<RowParts> * 2 +
-                                 tile_columns * static_cast<int>(sizeof(Affine));
-
-/// Of a block; `stages` as tile_stages is on the device.
-template <int RowParts, int ColumnParts>
-constexpr int tile_bytes(int stages) {
-    return stages * tile_stage_bytes<RowParts, ColumnParts> + tile_rows * tile_columns / 8 + tile_alignment;
-}
+    __host__ __device__ constexpr TileSteps(int row_parts, int column_parts, bool wgmma)
+        : depth((wgmma ? 64 : 32) / row_parts),
+          stages(tile_steps_ahead + (wgmma ? 2 : 1)),
+          row_bytes(tile_rows * depth * 2),
+          column_bytes(tile_columns * depth * 2),
+          stage_bytes(row_parts * row_bytes + column_parts * column_bytes +
+                      tile_columns * static_cast<int>(sizeof(Affine))),
+          bytes(stages * stage_bytes + tile_rows * tile_columns / 8 + tile_alignment) {}
+};
 
 /// Which parts the product p is of, where 0 is that of high parts.
 template <int RowParts>
@@ -143,9 +143,9 @@ template <Words words, int RowParts, int ColumnParts, class Epilogue>
 __global__ void __launch_bounds__(tile_threads, 1)
     tile_kernel(const __grid_constant__ TileOperand rows, const __grid_constant__ TileColumns columns, std::int64_t d,
                 const __grid_constant__ Epilogue epilogue) {
-    constexpr int depth = tile_depth<RowParts>, chunks = depth / 8;
-    constexpr int row_bytes = tile_rows * depth * 2, column_bytes = tile_columns * depth * 2;
-    constexpr int stage_bytes = tile_stage_bytes<RowParts, ColumnParts>;
+    constexpr TileSteps shape(RowParts, ColumnParts, tiles_by_wgmma);
+    constexpr int depth = shape.depth, chunks = depth / 8, stages = shape.stages;
+    constexpr int row_bytes = shape.row_bytes, column_bytes = shape.column_bytes, stage_bytes = shape.stage_bytes;
     unsigned char* memory = dynamic_shared_memory;
     memory += (tile_alignment - reinterpret_cast<std::uintptr_t>(memory) % tile_alignment) % tile_alignment;
     const SharedAddress shared = shared_address(memory);
@@ -187,12 +187,12 @@ __global__ void __launch_bounds__(tile_threads, 1)
                 next_depth = 0;
                 next_position += stride;
             }
-            next_stage = next_stage + 1 == tile_stages ? 0 : next_stage + 1;
+            next_stage = next_stage + 1 == stages ? 0 : next_stage + 1;
         }
         end_of_copies();
     };
 
-    auto state = epilogue.thread(first_row, memory + tile_stages * stage_bytes);
+    auto state = epilogue.thread(first_row, memory + stages * stage_bytes);
     TileProducts products = {};
     for (int step = 0; step < tile_steps_ahead; ++step) copy(step);
     std::int64_t position = first;
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(tile_threads, 1)
             position += stride;
             at = 0;
         }
-        stage = stage + 1 == tile_stages ? 0 : stage + 1;
+        stage = stage + 1 == stages ? 0 : stage + 1;
     }
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     wait_for_products<0>(products.at);  // for none that are left

@@ -172,7 +172,7 @@ struct cudaLaunchConfig_t {
     cudaStream_t stream = nullptr;
 };
 
-constexpr std::size_t shared_memory_limit = 227 << 10;  // of a Hopper GPU
+constexpr std::size_t shared_memory_limit = 99 << 10;  // of the GPUs that have the least
 /// What kernels declare as `extern __shared__`.
 alignas(16) inline thread_local unsigned char dynamic_shared_memory[shared_memory_limit];
 

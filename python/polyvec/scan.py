@@ -33,8 +33,7 @@ excluded or known id outside the items names none; a pair with such an id scores
 of a target that lies outside or scores NaN; the nearest to a row with NaN is -1. Scores come from tensor cores: of
 float32 rows, in two float16 parts that keep 22 of 24 bits, of the others as they are. What `topk` and `nearest` return
 is scored once more in float32, squared distances directly. It takes up to 400 MB of the stream-ordered memory pool, and
-as much as the queries where they are rounded or of unit length. Compute capability 8.0 or 9.0: blocks take 155 KB of
-shared memory, and more on the latter.
+as much as the queries where they are rounded or of unit length.
 """
 
 from __future__ import annotations
