@@ -509,7 +509,8 @@ void run(const MaxsimScoreMatrix& op, Cuda cuda) {
 /// All scores of a slice of the documents, and the best of them.
 void run(const MaxsimTopk& op, Cuda cuda) {
     const std::int64_t n = op.queries.size(), k = op.scores.dim(1), n_docs = op.docs.size();
-    require(k <= selection::most_k, op.op, "k must be at most ", selection::most_k, " on a GPU, got ", k);
+    require(k <= most_best, op.op, "k must be at most ", most_best, " on a GPU, got ", k);
+    require(n_docs <= UINT32_MAX, op.op, "docs must be fewer than 2^32 on a GPU, got ", n_docs);
     if (n == 0) return;
     if (op.candidates.offsets) {
         const auto *lists = op.candidates.offsets.as<const std::int64_t>(),
@@ -544,7 +545,7 @@ void run(const MaxsimTopk& op, Cuda cuda) {
         score(Scores{op.op, cuda, op.queries, docs, op.missing, all_of(docs), docs.size(), DType::f32, scores.get(),
                      nullptr});
         select_best(op.op, cuda, {scores.get(), nullptr, nullptr, docs.size(), n, i * slice}, best + i * k,
-                    best_ids + i * k, k, 1, slices * k);
+                    best_ids + i * k, k, slices * k);
     }
     if (slices > 1)
         select_best(op.op, cuda, {best, best_ids, nullptr, slices * k, n}, op.scores.as<float>(),

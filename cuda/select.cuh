@@ -2,6 +2,8 @@
 /// include/polyvec/topk.hpp: higher scores first, equal ones by smaller id.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "warp.cuh"
@@ -10,7 +12,7 @@ namespace polyvec {
 
 using Key = unsigned long long;  // 0: none, behind all others
 
-/// Of a score that is neither NaN nor -inf, and an id below 2^32.
+/// Of a score that is not NaN, and an id below 2^32.
 __device__ inline Key key_of(float score, std::int64_t id) {
     const unsigned bits = __float_as_uint(score + 0.0f);  // -0 equals 0
     return static_cast<Key>(bits >> 31 ? ~bits : bits | 0x80000000u) << 32 | ~static_cast<unsigned>(id);
