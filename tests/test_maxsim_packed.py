@@ -169,6 +169,15 @@ def test_append_to_tokens_without_bounds(rng):
         pv.maxsim.certified_topk(sample(rng, [2], 8), grown, sample(rng, [3, 4, 2, 2], 8), 1)
 
 
+def test_moving_to_a_gpu_that_torch_does_not_find(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    packed = pv.maxsim.pack(np.ones((2, 3, 4), np.float32), "int8")
+    text = r"^PackedTokens\.to: device must be cpu, as torch finds no GPU, got cuda:1$"
+    with pytest.raises(pv.CudaError, match=text):
+        packed.to("cuda:1")
+
+
 def test_extreme_elements():
     exact = [np.array([[0, 2.0**-24, -(2.0**-14), 65504, -1]], np.float32), np.zeros((1, 5), np.float32)]
     query = np.eye(5, dtype=np.float32)[:, None]

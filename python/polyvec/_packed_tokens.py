@@ -9,6 +9,7 @@ import numpy as np
 
 from polyvec import _backend, _files
 from polyvec._arrays import as_array, as_count, as_ids, choice, empty, is_torch, rows_of
+from polyvec._errors import CudaError
 from polyvec._ragged import Ragged, as_ragged
 
 STORED = {
@@ -175,6 +176,11 @@ class PackedTokens(_files.Saved):
         -------
         PackedTokens
 
+        Raises
+        ------
+        CudaError
+            A GPU where torch finds none.
+
         Examples
         --------
         >>> import torch, polyvec as pv
@@ -183,6 +189,10 @@ class PackedTokens(_files.Saved):
         PackedTokens(3 documents, 6 tokens, dim=4, dtype='int8')
         """
         import torch
+
+        device = torch.device(device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise CudaError(f"PackedTokens.to: device must be cpu, as torch finds no GPU, got {device}")
 
         def moved(x: Any) -> Any:
             return None if x is None else torch.as_tensor(x).to(device)
