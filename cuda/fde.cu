@@ -549,6 +549,7 @@ std::vector<T> vector_of(const Aligned<T>& x, std::int64_t n) {
 }
 
 Matrices place(const char* op, const FdeMatrices& m, Cuda cuda) {
+    DroppedMemory::free(op);
     const auto on_device = [&](const auto& x) { return DeviceArray(op, cuda, x); };
     Matrices to;
     Planes& planes = to.planes;

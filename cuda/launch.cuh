@@ -143,6 +143,29 @@ private:
     T* memory_;
 };
 
+/// Memory of DeviceArrays that are gone. Kernels on any stream may still read it, and to free it is to wait for them,
+/// which nothing may do while a stream is captured: it is freed when further copies are made, which wait anyway.
+class DroppedMemory {
+public:
+    static void add(void* memory) {
+        const std::lock_guard lock(all().taken_);
+        all().dropped_.push_back(memory);
+    }
+    static void free(const char* op) {
+        const std::lock_guard lock(all().taken_);
+        for (; !all().dropped_.empty(); all().dropped_.pop_back()) check(op, cudaFree(all().dropped_.back()));
+    }
+
+private:
+    static DroppedMemory& all() {
+        static auto* const only = new DroppedMemory();  // which outlives all that other files keep
+        return *only;
+    }
+
+    std::mutex taken_;
+    std::vector<void*> dropped_;
+};
+
 /// A copy of a vector, on a device as long as this lives. The copying is queued: the vector must outlive it.
 template <class T>
 class DeviceArray {
@@ -164,7 +187,7 @@ public:
         return *this;
     }
     ~DeviceArray() {
-        if (memory_) cudaFree(memory_);
+        if (memory_) DroppedMemory::add(memory_);
     }
 
     const T* get() const { return memory_; }

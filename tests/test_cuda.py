@@ -1,5 +1,6 @@
 """The CUDA module: what it refuses and reports without a GPU, and what only a GPU can show."""
 
+import gc
 import re
 
 import numpy as np
@@ -409,6 +410,21 @@ def test_an_encoding_can_be_captured_in_a_graph_after_the_first(rng, on_device, 
         out.fill_(float("nan"))
         graph.replay()
         assert_exact(out, expected)
+
+
+def test_an_encoder_can_be_dropped_while_a_graph_is_captured(rng, on_device, gpu):
+    tokens, x = on_device(sample(rng, 9, 8)), on_device(sample(rng, 100, 4, 32))
+    encoder, out = pv.fde.Encoder(8), gpu.zeros_like(x)
+    encoder.partition(tokens)
+    expected = pv.hypercomplex.product(x, x)
+    graph = gpu.cuda.CUDAGraph()
+    with gpu.cuda.graph(graph):
+        del encoder
+        gc.collect()
+        pv.hypercomplex.product(x, x, out=out)
+    graph.replay()
+    assert_exact(out, expected)
+    assert_exact(pv.fde.Encoder(8).partition(tokens), pv.fde.Encoder(8).partition(on_host(tokens)))
 
 
 @pytest.mark.parametrize("nq", [2, 70])
