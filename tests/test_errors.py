@@ -60,7 +60,7 @@ class OnGpu:
             "f: out ids must be int64, got float32",
         ),
         (
-            lambda: _backend.run("f", "g", OnGpu(), OnGpu(), X),
+            lambda: _backend.run("f", "scan_topk", OnGpu(), OnGpu(), X),
             TypeError,
             "f: arrays must be on one device, got cuda and cpu",
         ),

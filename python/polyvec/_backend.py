@@ -48,14 +48,14 @@ def run(op: str, function: str, like: Any, *args: Any, num_threads: int | None =
     device = device_name(like)
     if device not in ("cpu", "cuda"):
         raise TypeError(f"{op}: arrays must be on cpu or cuda, got {device}")
+    module = _core if device == "cpu" else cuda_module()
+    if module is not None and not hasattr(module, function):
+        raise TypeError(f"{op}: arrays must be on cpu, got cuda; this function has no CUDA form yet")
     for arg in args:
         if is_array(arg) and arg is not like and device_name(arg) != device:
             raise TypeError(f"{op}: arrays must be on one device, got {device} and {device_name(arg)}")
-    module = _core if device == "cpu" else cuda_module()
     if module is None:
         raise RuntimeError(f"{op}: {_MISSING}")
-    if not hasattr(module, function):
-        raise TypeError(f"{op}: arrays must be on cpu, got cuda; this function has no CUDA form yet")
     where = threads(op, num_threads) if device == "cpu" else _stream_of(like)
     return getattr(module, function)(*args, where)
 
