@@ -57,5 +57,8 @@ __device__ inline float rounded_to_bfloat16(float x) {
     if ((bits & 0x7fffffffu) > 0x7f800000u) return x;
     return __uint_as_float((bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u);
 }
+__device__ inline std::uint16_t bfloat16_bits(float x) {
+    return static_cast<std::uint16_t>(__float_as_uint(rounded_to_bfloat16(x)) >> 16);
+}
 
 }  // namespace polyvec

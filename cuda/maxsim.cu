@@ -127,7 +127,7 @@ using SumOfTokens = std::conditional_t<std::is_same_v<T, double>, double, float>
 template <class T>
 __device__ T token_of(SumOfTokens<T> x) {
     if constexpr (std::is_same_v<T, BFloat16>) {
-        return {static_cast<std::uint16_t>(__float_as_uint(rounded_to_bfloat16(x)) >> 16)};
+        return {bfloat16_bits(x)};
     } else if constexpr (std::is_same_v<T, Float16>) {
         return rounded_to_float16(x);
     } else {

@@ -595,8 +595,7 @@ __global__ void halves_kernel(const T* queries, std::int64_t n, Words to, std::u
     const std::int64_t i = std::int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= n) return;
     const float x = value_of(queries[i]);
-    out[i] = to == Words::bf16 ? static_cast<std::uint16_t>(__float_as_uint(rounded_to_bfloat16(x)) >> 16)
-                               : rounded_to_float16(x).bits;
+    out[i] = to == Words::bf16 ? bfloat16_bits(x) : rounded_to_float16(x).bits;
 }
 
 /// The products of query tokens with centroids, as Docs has them. A thread a centroid and four rows; neighbouring

@@ -42,5 +42,6 @@ PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
     bind_fde<Cuda>(m);
     bind_hypercomplex<Cuda>(m);
     bind_maxsim<Cuda>(m);
+    bind_packed_tokens<Cuda>(m);
     bind_scan<Cuda>(m);
 }

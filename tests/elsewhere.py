@@ -43,6 +43,8 @@ class Elsewhere:
             float32="float32",
             float64="float64",
             int8="int8",
+            uint8="uint8",
+            uint16="uint16",
             int32="int32",
             int64="int64",
             empty=lambda shape, dtype: Elsewhere(np.full(shape, 77, dtype), *self.place),  # poison
@@ -54,6 +56,12 @@ class Elsewhere:
 
     def __getitem__(self, key):
         return Elsewhere(self.array[key], *self.place)
+
+    def __len__(self):
+        return len(self.array)
+
+    def __setitem__(self, key, value):
+        self.array[key] = value
 
     def __getattr__(self, name):
         value = getattr(self.array, name)  # T, ndim, reshape, swapaxes, astype, repeat, ...

@@ -97,9 +97,9 @@ def test_without_a_gpu_a_call_says_so(op, call):
             "hypercomplex.relation_query: arrays must be on one device, got cuda and cpu",
         ),
         (
-            lambda: pv.maxsim.pack([elsewhere(3, 4)], "int8"),
+            lambda: pv.maxsim.pool([elsewhere(3, 4)], 2),
             TypeError,
-            "maxsim.pack: arrays must be on cpu, got cuda; this function has no CUDA form yet",
+            "maxsim.pool: arrays must be on cpu, got cuda; this function has no CUDA form yet",
         ),
     ],
 )

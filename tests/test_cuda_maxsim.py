@@ -175,6 +175,69 @@ def test_more_scores_than_are_kept_at_once(rng, gpu):
     assert (ids == expected.indices).float().mean() > 0.99
 
 
+def assert_same_tensors(ours, theirs):
+    ours, theirs = ours.state().tensors, theirs.state().tensors
+    assert sorted(ours) == sorted(theirs)
+    for name, x in theirs.items():
+        assert on_host(ours[name]).dtype == np.asarray(x).dtype
+        assert_exact(ours[name], x)
+
+
+@pytest.mark.parametrize("d", [0, 1, 3, 16, 35, 130])
+@pytest.mark.parametrize("dtype", ["float32", *ROUNDED])
+def test_packing_there_gives_the_bits_of_the_cpu(rng, on_device, dtype, d):
+    docs = sample(rng, DOC_TOKENS, d)
+    docs[3] *= np.float32(1e-41)  # subnormal, in part
+    docs[4] *= 1e4
+    docs[5][:] = 0
+    assert_same_tensors(pv.maxsim.pack(placed(on_device, docs), dtype), pv.maxsim.pack(docs, dtype))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("d", [1, 17, 40])
+def test_packing_residuals_there_gives_the_bits_of_the_cpu(rng, on_device, d, bits):
+    docs, centroids = sample(rng, DOC_TOKENS, d), rng.standard_normal((9, d)).astype(np.float32)
+    packed = pv.maxsim.pack(placed(on_device, docs), f"residual{bits}", centroids=on_device(centroids))
+    assert_same_tensors(packed, pv.maxsim.pack(docs, f"residual{bits}", centroids=centroids))
+
+
+def test_packing_many_residuals_there_takes_the_weights_of_the_same_sample(rng, on_device):
+    docs, centroids = rng.standard_normal((1, 9000, 140)).astype(np.float32), np.zeros((2, 140), np.float32)
+    ours = pv.maxsim.pack(on_device(docs[:, :8000]), "residual2", centroids=on_device(centroids))  # of every other token
+    weights = pv.maxsim.pack(docs[:, :8000], "residual2", centroids=centroids).state().tensors["bucket_weights"]
+    assert_exact(ours.state().tensors["bucket_weights"], weights)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_residuals_that_lie_there_are_scaled_as_on_the_cpu(rng, on_device, bits):
+    ids, residuals, centroids, weights, offsets = compressed(rng, DOC_TOKENS, 20, bits)[0]
+    for normalize in (False, True):
+        theirs = pv.maxsim.from_residuals(ids, residuals, centroids, weights, offsets, normalize=normalize)
+        arrays = map(on_device, (ids, residuals, centroids, weights))
+        assert_same_tensors(pv.maxsim.from_residuals(*arrays, offsets, normalize=normalize), theirs)
+
+
+@pytest.mark.parametrize("dtype", [*ROUNDED, "residual4"])
+def test_documents_are_appended_there(rng, on_device, dtype):
+    docs, more = sample(rng, DOC_TOKENS, 12), sample(rng, [4, 0, 9], 12)
+    centroids = rng.standard_normal((5, 12)).astype(np.float32)
+    options = [{"centroids": x} if dtype == "residual4" else {} for x in (centroids, on_device(centroids))]
+    theirs = pv.maxsim.pack(docs, dtype, **options[0]).append(more)
+    ours = pv.maxsim.pack(placed(on_device, docs), dtype, **options[1])
+    assert_same_tensors(ours.append(placed(on_device, more)), theirs)
+
+
+def test_tokens_that_are_not_finite_stay_so(on_device):
+    docs = pv.Ragged(on_device(np.array([[1, -2], [np.nan, 1], [np.inf, 1], [70_000, 1]], np.float32)), [0, 4])
+    state = pv.maxsim.pack(docs, "int8").state().tensors
+    assert_exact(state["scales"], np.float32([2, np.nan, np.nan, 70_000]) / np.float32(127))
+    assert_exact(on_host(state["values"])[1:3], 128)
+    assert_exact(pv.maxsim.pack(docs, "float16").state().tensors["values"],
+                 np.float16([[1, -2], [np.nan, 1], [np.inf, 1], [np.inf, 1]]))  # fmt: skip
+    with pytest.raises(ValueError, match=r"^maxsim\.pack: centroids must be given for residual4 on a GPU, got None$"):
+        pv.maxsim.pack(docs, "residual4")
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "residual4"])
 def test_packed_tokens_move_to_a_gpu(rng, gpu, dtype):
     packed = pv.maxsim.pack(sample(rng, DOC_TOKENS, 16), dtype)

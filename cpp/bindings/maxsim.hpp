@@ -108,7 +108,7 @@ void bind_maxsim(py::module_& m) {
         py::arg("rows"), py::arg("of_docs"), py::arg("out"), py::arg("where"));
 }
 
-/// What packs tokens, and what needs packed ones.
+/// What packs tokens.
 template <class Exec>
 void bind_packed_tokens(py::module_& m) {
     m.def(
@@ -166,6 +166,10 @@ void bind_packed_tokens(py::module_& m) {
             run_op<Exec>(MaxsimBounds{first, stored_tokens(args, docs), args.out("bounds", bounds)}, where, first);
         },
         py::arg("tokens"), py::arg("docs"), py::arg("bounds"), py::arg("where"));
+}
+
+template <class Exec>
+void bind_certified_topk(py::module_& m) {
     m.def(
         "maxsim_certified_topk",
         [](const py::object& queries, const py::object& query_offsets, const py::object& packed,

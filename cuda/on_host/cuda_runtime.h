@@ -59,6 +59,19 @@ inline unsigned __float_as_uint(float x) {
     return bits;
 }
 
+inline float __fmul_rn(float x, float y) {
+    return x * y;
+}
+inline float __fadd_rn(float x, float y) {
+    return x + y;
+}
+inline double __dmul_rn(double x, double y) {
+    return x * y;
+}
+inline double __dadd_rn(double x, double y) {
+    return x + y;
+}
+
 inline int __popc(unsigned x) {
     return __builtin_popcount(x);
 }

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from polyvec import _backend, _files
-from polyvec._arrays import as_array, as_count, as_ids, choice, empty, is_torch, rows_of
+from polyvec._arrays import as_array, as_count, as_ids, choice, device_name, empty, is_torch, joined, rows_of
 from polyvec._errors import CudaError
 from polyvec._ragged import Ragged, as_ragged
 
@@ -44,8 +44,10 @@ def _joined(a: Any, b: Any) -> Any:
     if is_torch(a):
         import torch
 
-        return torch.cat([a, torch.as_tensor(b)])
-    return np.concatenate([a, np.asarray(b)])
+        # torch does not join uint16 on a GPU
+        parts = [x.view(torch.int16) if x.dtype == torch.uint16 else x for x in (a, torch.as_tensor(b))]
+        return torch.cat(parts).view(a.dtype)
+    return np.concatenate([a, np.asarray(b)]) if device_name(a) == "cpu" else joined([a, b])
 
 
 class PackedTokens(_files.Saved):
@@ -313,8 +315,8 @@ def pack(docs: Any, dtype: str = "float32", *, centroids: Any = None, num_thread
         round: "bfloat16" to 8 significant bits, "float16" to 11, "int8" to 127 steps of the token's largest element;
         "residual4" and "residual2" store the nearest centroid and 4 or 2 bits for each element of the difference.
     centroids : array of shape (n, d), float32, optional
-        For residuals. None trains `2 ** floor(log2(16 * sqrt(T)))` of them for T tokens, as many as ColBERTv2, by 4
-        steps of k-means on at most 16 tokens for each.
+        For residuals. None, on a CPU, trains `2 ** floor(log2(16 * sqrt(T)))` of them for T tokens, as many as
+        ColBERTv2, by 4 steps of k-means on at most 16 tokens for each.
     num_threads : int, optional
         CPU threads; the process setting when None.
 
@@ -326,7 +328,7 @@ def pack(docs: Any, dtype: str = "float32", *, centroids: Any = None, num_thread
     ------
     ValueError
         NaN or Inf in a token; an unknown dtype; an element that is infinite in float16; centroids without need or
-        of another width.
+        of another width, or none for residuals on a GPU.
     TypeError
         Tokens or centroids that are not float32.
 
@@ -339,6 +341,9 @@ def pack(docs: Any, dtype: str = "float32", *, centroids: Any = None, num_thread
     Residuals are replaced by the nearest of 4 or 16 weights, which are the quantiles (k + 1/2) / n of all elements of
     all residuals, as in ColBERTv2; each token is then scaled to the length that it had. Packing them costs 2 T n d
     flops.
+
+    On a GPU tokens are stored as on a CPU, and stay there. Nothing waits for values: an element beyond 65504 is
+    infinite in float16, and a token with NaN or Inf keeps them, or has the scale NaN in int8.
 
     References
     ----------
@@ -358,6 +363,8 @@ def pack(docs: Any, dtype: str = "float32", *, centroids: Any = None, num_thread
             raise ValueError(f"{op}: centroids must be None for {dtype}, got {type(centroids).__name__}")
         return _encoded(op, sets, dtype, {}, num_threads)
     if centroids is None:
+        if device_name(sets.values) != "cpu":
+            raise ValueError(f"{op}: centroids must be given for {dtype} on a GPU, got None")
         centroids = _trained(op, sets.values, num_threads)
     centroids = as_array(op, "centroids", centroids, ndim=2)
     _backend.require_finite(op, "centroids", centroids, num_threads)
@@ -372,6 +379,8 @@ def pack(docs: Any, dtype: str = "float32", *, centroids: Any = None, num_thread
 
 def _finite_sets(op: str, docs: Any, dim: int | None, num_threads: int | None) -> Ragged:
     sets = as_ragged(op, "docs", docs, dim=dim)
+    if device_name(sets.values) != "cpu":
+        return sets  # it would wait
     row = _backend.run(op, "first_nonfinite_row", sets.values, sets.values, num_threads=num_threads)
     if row >= 0:
         doc = int(np.searchsorted(sets.offsets, row, side="right")) - 1
@@ -425,7 +434,7 @@ def _encoded(op: str, docs: Ragged, dtype: str, parts: dict[str, Any], num_threa
     else:
         _backend.run(
             op, "maxsim_compress", tokens,
-            tokens, docs.offsets, codes, scales, *(parts[name] for name in _PARTS[1:]),
+            tokens, docs.placed_offsets, codes, scales, *(parts[name] for name in _PARTS[1:]),
             num_threads=num_threads,
         )  # fmt: skip
     _backend.run(op, "maxsim_bounds", tokens, tokens, packed._stored(), bounds, num_threads=num_threads)
@@ -512,6 +521,6 @@ def from_residuals(
     scales = empty(residuals, (n,), "float32")
     scales[:] = 1
     if normalize:
-        stored = (residuals, sets.offsets, None, ids, centroids, weights)
+        stored = (residuals, sets.placed_offsets, None, ids, centroids, weights)
         _backend.run(op, "maxsim_residual_scales", residuals, stored, scales, num_threads=num_threads)
     return PackedTokens(sets, dtype, dim, scales=scales, centroid_ids=ids, centroids=centroids, bucket_weights=weights)

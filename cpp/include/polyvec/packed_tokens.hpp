@@ -116,4 +116,12 @@ void run(const MaxsimCompress&, Cpu);
 void run(const MaxsimResidualScales&, Cpu);
 void run(const MaxsimBounds&, Cpu);
 
+// On a GPU, where values cannot be checked before: an element beyond 65504 is infinite in float16, and an int8 token
+// that is not finite has the scale NaN.
+void run(const MaxsimPack&, Cuda);
+void run(const MaxsimBuckets&, Cuda);
+void run(const MaxsimCompress&, Cuda);
+void run(const MaxsimResidualScales&, Cuda);
+void run(const MaxsimBounds&, Cuda);
+
 }  // namespace polyvec
