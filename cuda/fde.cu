@@ -47,8 +47,7 @@ struct Planes {
 __device__ bool is_above(const float* x, const float* plane, std::int64_t d, unsigned lane) {
     double sum = 0;
     for (std::int64_t i = lane; i < d; i += lanes) sum += static_cast<double>(x[i]) * plane[i];
-    for (int bit = lanes / 2; bit > 0; bit /= 2) sum += __shfl_xor_sync(whole_warp, sum, bit);
-    return sum > 0;
+    return sum_of_warp(sum) > 0;
 }
 
 /// out[token * token_stride + r * repetition_stride] = the bucket. A warp computes 32 tokens of a panel; the
@@ -530,6 +529,135 @@ __global__ void round_kernel(const float* rows, std::int8_t* codes, float* scale
     if (threadIdx.x == 0) scales[set] = finite ? largest / 127 : static_cast<float>(NAN);
 }
 
+// The blocks that hold a token
+
+constexpr unsigned set_threads = 256;  // of a block, which has a set
+
+/// marks (sets, R * buckets), 0 before: 1 where a token is.
+__global__ void __launch_bounds__(set_threads)
+    mark_kernel(const std::int32_t* ids, const std::int64_t* offsets, std::int64_t repetitions, std::int64_t buckets,
+                unsigned char* marks) {
+    const std::int64_t begin = offsets[blockIdx.x] * repetitions, end = offsets[blockIdx.x + 1] * repetitions;
+    unsigned char* to = marks + blockIdx.x * repetitions * buckets;
+    for (std::int64_t i = begin + threadIdx.x; i < end; i += set_threads) {
+        const std::int64_t bucket = ids[i];
+        if (bucket >= 0 && bucket < buckets) to[i % repetitions * buckets + bucket] = 1;
+    }
+}
+
+/// Calls f(first, before, here, count) for `set_threads` entries of n marks, from `first` on, at a time: before, how
+/// many marks come before that of this thread; here, whether it is one; count, how many these entries have. All threads
+/// of the block.
+template <class F>
+__device__ void for_marks(const unsigned char* marks, std::int64_t n, F f) {
+    __shared__ unsigned counts[set_threads / lanes];
+    const unsigned lane = threadIdx.x % lanes, warp = threadIdx.x / lanes;
+    for (std::int64_t first = 0; first < n; first += set_threads) {
+        const bool here = first + threadIdx.x < n && marks[first + threadIdx.x] != 0;
+        const unsigned mask = __ballot_sync(whole_warp, here);
+        if (lane == 0) counts[warp] = static_cast<unsigned>(__popc(mask));
+        __syncthreads();
+        unsigned before = static_cast<unsigned>(__popc(mask & ((1u << lane) - 1))), count = 0;
+        for (unsigned w = 0; w < set_threads / lanes; ++w) {
+            before += w < warp ? counts[w] : 0;
+            count += counts[w];
+        }
+        f(first, before, here, count);
+        __syncthreads();
+    }
+}
+
+__global__ void __launch_bounds__(set_threads)
+    count_kernel(const unsigned char* marks, std::int64_t n, std::int64_t* counts) {
+    std::int64_t sum = 0;
+    for_marks(marks + blockIdx.x * n, n, [&](std::int64_t, unsigned, bool, unsigned count) { sum += count; });
+    if (threadIdx.x == 0) counts[blockIdx.x] = sum;
+}
+
+/// Copies the marked ones of n blocks to rows bounds[set] ... bounds[set + 1] of values.
+__global__ void __launch_bounds__(set_threads)
+    gather_kernel(const unsigned char* marks, std::int64_t n, const float* blocks, std::int64_t width,
+                  const std::int64_t* bounds, float* values, std::int32_t* ids) {
+    __shared__ int marked[set_threads];
+    const std::int64_t set = blockIdx.x, end = bounds[set + 1];
+    std::int64_t row = bounds[set];
+    for_marks(marks + set * n, n, [&](std::int64_t first, unsigned before, bool here, unsigned count) {
+        if (here) marked[before] = static_cast<int>(threadIdx.x);
+        __syncthreads();
+        if (static_cast<std::int64_t>(count) > end - row) count = static_cast<unsigned>(end - row);
+        if (threadIdx.x < count) ids[row + threadIdx.x] = static_cast<std::int32_t>(first + marked[threadIdx.x]);
+        for (std::int64_t i = threadIdx.x; i < count * width; i += set_threads)
+            values[row * width + i] = blocks[(set * n + first + marked[i / width]) * width + i % width];
+        row += count;
+    });
+}
+
+// Balls of tokens
+
+/// A ball after the other: its first token takes those left whose product with it is at least the threshold. A product
+/// is the sum of eight, in float64 and in the order of cpp/src/fde.cpp: balls are those of a CPU.
+__global__ void __launch_bounds__(set_threads)
+    carve_kernel(const float* tokens, const std::int64_t* offsets, std::int64_t d, double threshold, std::int32_t* ids,
+                 std::int64_t* counts) {
+    constexpr std::int32_t left = -1;
+    constexpr unsigned sums = 8, tokens_of_warp = lanes / sums;
+    const std::int64_t begin = offsets[blockIdx.x], n = offsets[blockIdx.x + 1] - begin;
+    const unsigned lane = threadIdx.x % lanes, warp = threadIdx.x / lanes;
+    tokens += begin * d, ids += begin;
+    for (std::int64_t t = threadIdx.x; t < n; t += set_threads) ids[t] = left;
+    __syncthreads();
+    std::int32_t balls = 0;
+    for (std::int64_t centre = 0; centre < n; ++centre) {
+        if (ids[centre] != left) continue;  // in all threads
+        __syncthreads();                    // all have read it
+        if (threadIdx.x == 0) ids[centre] = balls;
+        for (std::int64_t base = centre + 1 + warp * tokens_of_warp; base < n; base += set_threads / sums) {
+            const std::int64_t t = base + lane / sums;
+            const bool taking_part = t < n && ids[t] == left;
+            if (!__any_sync(whole_warp, taking_part)) continue;
+            double part = 0, product = 0;
+            for (std::int64_t c = lane % sums; taking_part && c < d; c += sums)
+                part += static_cast<double>(tokens[centre * d + c]) * tokens[t * d + c];
+            for (unsigned k = 0; k < sums; ++k)
+                product += __shfl_sync(whole_warp, part, static_cast<int>(lane / sums * sums + k));
+            if (taking_part && lane % sums == 0 && product >= threshold) ids[t] = balls;
+        }
+        ++balls;
+        __syncthreads();
+    }
+    if (threadIdx.x == 0) counts[blockIdx.x] = balls;
+}
+
+/// A warp a ball: sums in the order of tokens, in float64.
+__global__ void __launch_bounds__(set_threads)
+    sum_balls_kernel(const float* tokens, const std::int64_t* offsets, std::int64_t d, const std::int32_t* ids,
+                     const std::int64_t* bounds, float* out) {
+    constexpr int at_once = 4;  // columns of a lane
+    const std::int64_t begin = offsets[blockIdx.x], n = offsets[blockIdx.x + 1] - begin;
+    const std::int64_t row = bounds[blockIdx.x], balls = bounds[blockIdx.x + 1] - row;
+    const unsigned lane = threadIdx.x % lanes, warp = threadIdx.x / lanes;
+    tokens += begin * d, ids += begin, out += row * d;
+    for (std::int64_t ball = warp; ball < balls; ball += set_threads / lanes) {
+        for (std::int64_t first = 0; first < d; first += lanes * at_once) {
+            double sums[at_once] = {};
+            for (std::int64_t base = 0; base < n; base += lanes) {
+                unsigned members = __ballot_sync(whole_warp, base + lane < n && ids[base + lane] == ball);
+                for (; members; members &= members - 1) {
+                    const float* token = tokens + (base + __ffs(static_cast<int>(members)) - 1) * d;
+                    for (int k = 0; k < at_once; ++k) {
+                        const std::int64_t c = first + k * lanes + lane;
+                        if (c < d) sums[k] += token[c];
+                    }
+                }
+            }
+            for (int k = 0; k < at_once; ++k) {
+                const std::int64_t c = first + k * lanes + lane;
+                if (c < d) out[ball * d + c] = static_cast<float>(sums[k]);
+            }
+        }
+    }
+}
+
 // The host's part
 
 /// An encoder's matrices on a device.
@@ -686,6 +814,72 @@ struct Launches {
     }
 };
 
+/// Which of the blocks of `count` sets hold a token.
+class Marks {
+public:
+    Marks(const char* op, Cuda cuda, const FdeMatrices& m, const TokenSets& sets, const Array& ids, std::int64_t first,
+          std::int64_t count)
+        : op_(op), cuda_(cuda), count_(count), marks_(op, cuda, count * m.repetitions * m.buckets()) {
+        fill_with_zeros(op, cuda, marks_.get(), count * m.repetitions * m.buckets());
+        launch(mark_kernel, ids.as<const std::int32_t>(), sets.offsets.as<const std::int64_t>() + first, m.repetitions,
+               m.buckets(), marks_.get());
+    }
+
+    /// A block a set.
+    template <class... Params, class... Args>
+    void launch(void (*kernel)(Params...), const Args&... args) const {
+        polyvec::launch(op_, cuda_, dim3(static_cast<unsigned>(count_)), dim3(set_threads), 0, kernel, args...);
+    }
+
+    const unsigned char* get() const { return marks_.get(); }
+
+private:
+    const char* op_;
+    Cuda cuda_;
+    std::int64_t count_;
+    Scratch<unsigned char> marks_;
+};
+
+/// What blocks are: means rather than sums, and what fills empty buckets, as FdeEncode says.
+struct Rules {
+    bool mean, fill, lowest_bucket;
+};
+
+/// Encodes sets, some at a time: their long encodings, to `out` in float32 or float16 (half), or else to memory that
+/// after(first, count, blocks) is given. ids: of all tokens, (R, T).
+template <class F>
+void encode_sets(const char* op, Cuda cuda, const FdeMatrices& m, const Matrices& matrices, const TokenSets& sets,
+                 const std::int32_t* ids, Rules rules, void* out, bool half, F after) {
+    constexpr std::int64_t scratch = std::int64_t(1) << 26;  // floats: 256 MB
+    const std::int64_t n = sets.size(), total = sets.tokens.dim(0), R = m.repetitions;
+    Encode e{};
+    e.tokens = sets.tokens.as<const float>(), e.total = total, e.d = m.d, e.aligned = is_aligned(e.tokens, m.d);
+    e.ids = ids, e.repetitions = static_cast<int>(R), e.buckets = static_cast<int>(m.buckets()), e.width = m.width;
+    e.projections = matrices.projections, e.words = matrices.words.get(), e.sources = matrices.sources.get();
+    e.mean = rules.mean, e.fill = rules.fill, e.lowest_bucket = rules.lowest_bucket, e.half = half;
+
+    const std::int64_t long_dim = e.all_buckets() * m.width;
+    const std::int64_t step = out ? n : std::clamp<std::int64_t>(scratch / long_dim, 1, n);
+    const Scratch<float> blocks(op, cuda, out ? 0 : step * long_dim);
+    const std::int64_t limit = attribute_of(op, cuda, cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                       multiprocessors = attribute_of(op, cuda, cudaDevAttrMultiProcessorCount);
+    const Launches encode(op, cuda, e, n, limit);
+    const std::int64_t most_blocks = std::clamp<std::int64_t>(scratch / (3 * e.all_buckets()), 1, 4 * multiprocessors);
+    const bool spills = !encode.all_in_two && total > encode.one.rows;
+    const std::int64_t slots = spills ? std::min(step, most_blocks) * e.all_buckets() : 0;
+    const Scratch<std::uint32_t> order(op, cuda, spills ? R * total : 0), ends(op, cuda, slots);
+    const Scratch<std::uint64_t> keys(op, cuda, slots);
+    e.order = order.get(), e.ends = ends.get(), e.keys = keys.get();
+
+    for (std::int64_t first = 0; first < n; first += step) {
+        e.sets = std::min(step, n - first);
+        e.offsets = sets.offsets.as<const std::int64_t>() + first;
+        e.out = out ? out : blocks.get();
+        encode(e, most_blocks);
+        if (!out) after(first, e.sets, blocks.get());
+    }
+}
+
 }  // namespace
 
 void run(const FdePartition& op, Cuda cuda) {
@@ -695,59 +889,70 @@ void run(const FdePartition& op, Cuda cuda) {
 }
 
 void run(const FdeEncode& op, Cuda cuda) {
-    constexpr std::int64_t scratch = std::int64_t(1) << 26;  // floats: 256 MB
     const FdeMatrices& m = op.matrices;
-    const std::int64_t n = op.sets.size(), total = op.sets.tokens.dim(0), R = m.repetitions;
+    const std::int64_t n = op.sets.size(), total = op.sets.tokens.dim(0), d = m.output_dim;
     if (n == 0) return;
     const Matrices& matrices = on_device(op.op, m, cuda);
-    const auto* tokens = op.sets.tokens.as<const float>();
-    const Scratch<std::int32_t> ids(op.op, cuda, R * total);
-    partition(op.op, cuda, matrices, tokens, total, ids.get(), 1, total);
+    const Scratch<std::int32_t> ids(op.op, cuda, m.repetitions * total);
+    partition(op.op, cuda, matrices, op.sets.tokens.as<const float>(), total, ids.get(), 1, total);
 
     const bool half = op.out.dtype == DType::f16, codes = op.out.dtype == DType::i8;
     const bool sketched = static_cast<bool>(m.sketch_index), direct = !sketched && !codes;
-    Encode e{};
-    e.tokens = tokens, e.total = total, e.d = m.d, e.aligned = is_aligned(tokens, m.d), e.ids = ids.get();
-    e.repetitions = static_cast<int>(R), e.buckets = static_cast<int>(m.buckets()), e.width = m.width;
-    e.projections = matrices.projections, e.words = matrices.words.get(), e.sources = matrices.sources.get();
-    e.mean = op.mean, e.fill = op.fill, e.lowest_bucket = op.lowest_bucket;
-    e.half = half && direct;
-
-    const std::int64_t long_dim = e.all_buckets() * m.width;
-    const std::int64_t step = direct ? n : std::clamp<std::int64_t>(scratch / long_dim, 1, n);
-    const Scratch<float> blocks(op.op, cuda, direct ? 0 : step * long_dim);
-    const Scratch<float> rows(op.op, cuda, sketched && codes ? step * m.output_dim : 0);
-
-    int limit = 0, multiprocessors = 0;
-    check(op.op, cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, cuda.device));
-    check(op.op, cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, cuda.device));
-    const Launches encode(op.op, cuda, e, n, limit);
-    const std::int64_t most_blocks = std::clamp<std::int64_t>(scratch / (3 * e.all_buckets()), 1, 4 * multiprocessors);
-    const bool spills = !encode.all_in_two && total > encode.one.rows;
-    const std::int64_t slots = spills ? std::min(step, most_blocks) * e.all_buckets() : 0;
-    const Scratch<std::uint32_t> order(op.op, cuda, spills ? R * total : 0), ends(op.op, cuda, slots);
-    const Scratch<std::uint64_t> keys(op.op, cuda, slots);
-    e.order = order.get(), e.ends = ends.get(), e.keys = keys.get();
-
-    for (std::int64_t first = 0; first < n; first += step) {
-        e.sets = std::min(step, n - first);
-        e.offsets = op.sets.offsets.as<const std::int64_t>() + first;
-        e.out = direct ? op.out.data : blocks.get();
-        encode(e, most_blocks);
-        const float* encodings = blocks.get();
+    const std::int64_t long_dim = m.repetitions * m.buckets() * m.width;
+    const auto finish = [&](std::int64_t first, std::int64_t sets, const float* blocks) {
+        const Scratch<float> rows(op.op, cuda, sketched && codes ? sets * d : 0);
         if (sketched) {
             void* out = codes  ? rows.get()
-                        : half ? static_cast<void*>(op.out.as<std::uint16_t>() + first * m.output_dim)
-                               : op.out.as<float>() + first * m.output_dim;
-            launch_rows(op.op, cuda, e.sets, m.output_dim, sketch_kernel, encodings, long_dim, matrices.sketch, out,
-                        half, e.sets, m.output_dim);
-            encodings = rows.get();
+                        : half ? static_cast<void*>(op.out.as<std::uint16_t>() + first * d)
+                               : op.out.as<float>() + first * d;
+            launch_rows(op.op, cuda, sets, d, sketch_kernel, blocks, long_dim, matrices.sketch, out, half, sets, d);
         }
         if (codes)
-            launch(op.op, cuda, dim3(static_cast<unsigned>((e.sets + 7) / 8)), dim3(lanes, 8), 0, round_kernel,
-                   encodings, op.out.as<std::int8_t>() + first * m.output_dim, op.scales.as<float>() + first, e.sets,
-                   m.output_dim);
+            launch(op.op, cuda, dim3(static_cast<unsigned>((sets + 7) / 8)), dim3(lanes, 8), 0, round_kernel,
+                   sketched ? rows.get() : blocks, op.out.as<std::int8_t>() + first * d, op.scales.as<float>() + first,
+                   sets, d);
+    };
+    encode_sets(op.op, cuda, m, matrices, op.sets, ids.get(), {op.mean, op.fill, op.lowest_bucket},
+                direct ? op.out.data : nullptr, half && direct, finish);
+}
+
+void run(const FdeCountBlocks& op, Cuda cuda) {
+    constexpr std::int64_t most = std::int64_t(1) << 26;  // marks
+    const std::int64_t n = op.sets.size(), all = op.matrices.repetitions * op.matrices.buckets(),
+                       step = std::clamp<std::int64_t>(most / all, 1, std::max<std::int64_t>(n, 1));
+    for (std::int64_t first = 0; first < n; first += step) {
+        const Marks marks(op.op, cuda, op.matrices, op.sets, op.ids, first, std::min(step, n - first));
+        marks.launch(count_kernel, marks.get(), all, op.counts.as<std::int64_t>() + first);
     }
+}
+
+void run(const FdeEncodeBlocks& op, Cuda cuda) {
+    const FdeMatrices& m = op.matrices;
+    const std::int64_t total = op.sets.tokens.dim(0), all = m.repetitions * m.buckets();
+    if (op.sets.size() == 0) return;
+    const Matrices& matrices = on_device(op.op, m, cuda);
+    const Scratch<std::int32_t> ids(op.op, cuda, m.repetitions * total);  // as op.ids, the other way round
+    partition(op.op, cuda, matrices, op.sets.tokens.as<const float>(), total, ids.get(), 1, total);
+    const auto gather = [&](std::int64_t first, std::int64_t sets, const float* blocks) {
+        const Marks marks(op.op, cuda, m, op.sets, op.ids, first, sets);
+        marks.launch(gather_kernel, marks.get(), all, blocks, m.width, op.bounds.as<const std::int64_t>() + first,
+                     op.values.as<float>(), op.blocks.as<std::int32_t>());
+    };
+    encode_sets(op.op, cuda, m, matrices, op.sets, ids.get(), {false, false, false}, nullptr, false, gather);
+}
+
+void run(const FdeCarve& op, Cuda cuda) {
+    if (op.sets.size() == 0) return;
+    launch(op.op, cuda, dim3(static_cast<unsigned>(op.sets.size())), dim3(set_threads), 0, carve_kernel,
+           op.sets.tokens.as<const float>(), op.sets.offsets.as<const std::int64_t>(), op.sets.dim(), op.threshold,
+           op.ids.as<std::int32_t>(), op.counts.as<std::int64_t>());
+}
+
+void run(const FdeSumBalls& op, Cuda cuda) {
+    if (op.sets.size() == 0) return;
+    launch(op.op, cuda, dim3(static_cast<unsigned>(op.sets.size())), dim3(set_threads), 0, sum_balls_kernel,
+           op.sets.tokens.as<const float>(), op.sets.offsets.as<const std::int64_t>(), op.sets.dim(),
+           op.ids.as<const std::int32_t>(), op.bounds.as<const std::int64_t>(), op.out.as<float>());
 }
 
 }  // namespace polyvec

@@ -40,6 +40,7 @@ PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
     register_errors();
     m.def("info", &info);
     bind_fde<Cuda>(m);
+    bind_fde_blocks<Cuda>(m);
     bind_hypercomplex<Cuda>(m);
     bind_maxsim<Cuda>(m);
     bind_packed_tokens<Cuda>(m);

@@ -23,11 +23,6 @@ void launch_warps(const char* op, Cuda cuda, std::int64_t n, void (*kernel)(Para
     if (n > 0) launch(op, cuda, blocks_for(n, warps), dim3(warps * 32), 0, kernel, args...);
 }
 
-__device__ double sum_of_doubles(double x) {
-    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(whole_warp, x, distance);
-    return x;
-}
-
 /// Four codes a lane at a time, codes = 128 + 127 steps of the largest element. A token that is not finite has the
 /// scale NaN.
 __global__ void __launch_bounds__(warps * 32) bytes_kernel(const float* tokens, std::int64_t n, std::int64_t d,
@@ -128,7 +123,7 @@ __global__ void __launch_bounds__(warps * 32) scales_kernel(const __grid_constan
         const double x = stored.centroid(t, i) + weights.rounded(stored, t, i);
         squares += x * x;
     }
-    const double norm = sqrt(sum_of_doubles(squares));
+    const double norm = sqrt(sum_of_warp(squares));
     if (lane == 0) stored.scales[t] = norm > 0 ? static_cast<float>(1 / norm) : 0;
 }
 
@@ -170,8 +165,8 @@ __global__ void __launch_bounds__(warps * 32)
         unsigned char* to = stored.codes + t * stored.width + first / per_byte;
         for (int b = 0; b < 4 / per_byte; ++b) to[b] = static_cast<unsigned char>(bytes >> 8 * b);
     }
-    squares = sum_of_doubles(squares);
-    const double norm = sqrt(sum_of_doubles(decoded));
+    squares = sum_of_warp(squares);
+    const double norm = sqrt(sum_of_warp(decoded));
     if (lane == 0) stored.scales[t] = norm > 0 ? static_cast<float>(sqrt(squares) / norm) : 0;
 }
 
@@ -196,8 +191,8 @@ __global__ void __launch_bounds__(warps * 32)
             centroid += c * c;
             rounded += w * w;
         }
-        token = sqrt(sum_of_doubles(token)), lost = sqrt(sum_of_doubles(lost));
-        centroid = sqrt(sum_of_doubles(centroid)), rounded = sqrt(sum_of_doubles(rounded));
+        token = sqrt(sum_of_warp(token)), lost = sqrt(sum_of_warp(lost));
+        centroid = sqrt(sum_of_warp(centroid)), rounded = sqrt(sum_of_warp(rounded));
         const double found[] = {lost, rounded, token + centroid + rounded};
         for (int k = 0; k < 3; ++k) largest[k] = found[k] > largest[k] || isnan(found[k]) ? found[k] : largest[k];
     }

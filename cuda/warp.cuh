@@ -11,7 +11,8 @@ namespace polyvec {
 constexpr unsigned whole_warp = 0xffffffffu;
 
 /// Of each `lanes` neighbouring threads, a power of two.
-__device__ inline float sum_of_warp(float x, int lanes = 32) {
+template <class T>
+__device__ T sum_of_warp(T x, int lanes = 32) {
     for (int distance = lanes / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(whole_warp, x, distance);
     return x;
 }

@@ -349,6 +349,47 @@ def test_fde_encodings_are_those_of_the_cpu(on_device, kernels, token_sets, opti
         assert_reduction(encode(placed), encode(docs), np.abs(sizes).max(1, keepdims=True) + 1, length=500)
 
 
+@pytest.mark.parametrize(("d", "repetitions", "bits", "sizes"), FDE_SHAPES)
+@pytest.mark.parametrize("projection_dim", [None, 3])
+def test_sparse_fde_queries_are_the_dense_ones(
+    on_device, kernels, token_sets, d, repetitions, bits, sizes, projection_dim
+):
+    (queries, _), (placed, _) = token_sets(d, np.float32, queries=sizes)
+    encoder = pv.fde.Encoder(d, repetitions=repetitions, simhash_bits=bits, projection_dim=projection_dim)
+    sparse, expected = (encoder.encode_queries(x, sparse=True) for x in (placed, queries))
+    assert type(sparse.values) is type(placed.values)
+    assert_exact(sparse.blocks, expected.blocks)
+    assert_exact(sparse.offsets, expected.offsets)
+    assert (sparse.shape, sparse.nbytes, repr(sparse)) == (
+        expected.shape, expected.nbytes, repr(expected).replace(")", ", cuda)"),
+    )  # fmt: skip
+    assert_exact(sparse.to_dense(), encoder.encode_queries(placed))
+    in_steps = encoder.encode_queries(placed, sparse=True, progress=lambda done, total: None)
+    assert_exact(in_steps.values, on_host(sparse.values))
+    assert_exact(in_steps.blocks, sparse.blocks)
+
+
+def test_sparse_fde_queries_without_tokens(on_device, kernels):
+    encoder = pv.fde.Encoder(4, repetitions=3)
+    tokens = on_device(np.zeros((0, 4), np.float32))
+    for offsets in ([0], [0, 0, 0]):
+        sparse = encoder.encode_queries(pv.Ragged(tokens, offsets), sparse=True)
+        assert sparse.shape == (len(offsets) - 1, encoder.output_dim)
+        assert_exact(sparse.offsets, np.zeros(len(offsets)))
+
+
+@pytest.mark.parametrize("threshold", [-2.0, 0.1, 0.6, 9.0])
+@pytest.mark.parametrize("d", [1, 7, 8, 33, 200])
+def test_carving_there_gives_the_bits_of_the_cpu(rng, on_device, kernels, d, threshold):
+    queries = [sample(rng, n, d) / np.float32(np.sqrt(d)) for n in (32, 0, 1, 90, 300)]
+    queries[0][5] = np.nan
+    sets = pv.Ragged.from_list(queries)
+    placed = pv.Ragged(on_device(sets.values), sets.offsets)
+    ours, theirs = (pv.fde.carve(x, threshold=threshold) for x in (placed, queries))
+    assert_exact(ours.offsets, theirs.offsets)
+    assert_exact(ours.values, theirs.values)
+
+
 def test_fde_encodings_too_large_for_their_dtype_are_marked(on_device, kernels):
     tokens = np.array([[1, 2], [1e5, 3], [np.nan, 1]], np.float32)
     encoder = pv.fde.Encoder(2, repetitions=1, simhash_bits=0, projection_dim=None)

@@ -203,7 +203,9 @@ def test_packing_residuals_there_gives_the_bits_of_the_cpu(rng, on_device, d, bi
 
 def test_packing_many_residuals_there_takes_the_weights_of_the_same_sample(rng, on_device):
     docs, centroids = rng.standard_normal((1, 9000, 140)).astype(np.float32), np.zeros((2, 140), np.float32)
-    ours = pv.maxsim.pack(on_device(docs[:, :8000]), "residual2", centroids=on_device(centroids))  # of every other token
+    ours = pv.maxsim.pack(
+        on_device(docs[:, :8000]), "residual2", centroids=on_device(centroids)
+    )  # of every other token
     weights = pv.maxsim.pack(docs[:, :8000], "residual2", centroids=centroids).state().tensors["bucket_weights"]
     assert_exact(ours.state().tensors["bucket_weights"], weights)
 

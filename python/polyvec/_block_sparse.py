@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from polyvec._arrays import as_array, as_count, as_ids, device_name, is_torch, to_device_of
+from polyvec._arrays import as_array, as_count, as_ids, device_name, to_device_of, to_host
 
 
 class BlockSparse:
@@ -21,9 +21,9 @@ class BlockSparse:
     values : array of shape (total, block), float32
         The stored blocks of all rows, one row after the other. Copied only where they are not C-contiguous.
     blocks : array of shape (total,), integer
-        In [0, d / block), ascending within a row. Kept as a numpy int32 array.
+        In [0, d / block), ascending within a row. Kept as a numpy int32 array, and where values lie on a GPU, there.
     offsets : array of shape (n + 1,), integer
-        Starts at 0, never runs backwards, ends at total. Kept as a numpy int64 array.
+        Starts at 0, never runs backwards, ends at total. Kept as a numpy int64 array, and there.
     d : int
         Width of the rows, a multiple of block.
 
@@ -49,7 +49,7 @@ class BlockSparse:
            [0., 0., 1., 1., 0., 0.]], dtype=float32)
     """
 
-    __slots__ = ("blocks", "d", "offsets", "values")
+    __slots__ = ("_blocks", "_placed", "d", "offsets", "values")
 
     def __init__(self, values: Any, blocks: Any, offsets: Any, d: int) -> None:
         op = "BlockSparse"
@@ -58,8 +58,8 @@ class BlockSparse:
         total, block = (int(size) for size in self.values.shape)
         if block == 0 or self.d % block:
             raise ValueError(f"{op}: d must be a multiple of the width of values ({block}), got {self.d}")
-        ids = np.asarray(as_ids(op, "blocks", blocks.cpu() if is_torch(blocks) else blocks))
-        bounds = np.asarray(as_ids(op, "offsets", offsets.cpu() if is_torch(offsets) else offsets))
+        ids = np.asarray(as_ids(op, "blocks", to_host(blocks)))
+        bounds = np.asarray(as_ids(op, "offsets", to_host(offsets)))
         if len(ids) != total:
             raise ValueError(f"{op}: blocks must have one entry a row of values ({total}), got {len(ids)}")
         bad = np.flatnonzero((ids < 0) | (ids >= self.d // block))
@@ -78,8 +78,38 @@ class BlockSparse:
             raise ValueError(
                 f"{op}: blocks must be ascending within a row, got {ids[i]} then {ids[i + 1]} at position {i}"
             )
-        self.blocks: npt.NDArray[np.int32] = ids.astype(np.int32)
+        self._blocks: npt.NDArray[np.int32] | None = ids.astype(np.int32)
         self.offsets: npt.NDArray[np.int64] = bounds
+        self._placed: Any = None
+
+    @classmethod
+    def on_device(cls, values: Any, blocks: Any, offsets: tuple[npt.NDArray[np.int64], Any], d: int) -> BlockSparse:
+        """Take int32 blocks that lie on the GPU of `values`, and offsets on the host and there, all unchecked."""
+        rows = cls.__new__(cls)
+        rows.values, rows._blocks, rows.offsets, rows._placed, rows.d = (
+            values,
+            None,
+            offsets[0],
+            (blocks, offsets[1]),
+            d,
+        )
+        return rows
+
+    @property
+    def blocks(self) -> npt.NDArray[np.int32]:
+        """Which blocks are stored, shape (total,), on the host."""
+        if self._blocks is None:
+            self._blocks = np.asarray(to_host(self._placed[0]))
+        return self._blocks
+
+    @property
+    def placed(self) -> tuple[Any, Any]:
+        """The blocks and the offsets on the device of the values: copied there once, by the values' library."""
+        if self._placed is None:
+            on_host = (self.blocks, self.offsets)
+            cpu = device_name(self.values) == "cpu"
+            self._placed = on_host if cpu else tuple(to_device_of(self.values, x) for x in on_host)
+        return self._placed  # type: ignore[no-any-return]
 
     @property
     def block(self) -> int:
@@ -94,7 +124,7 @@ class BlockSparse:
     @property
     def nbytes(self) -> int:
         """Bytes of values, blocks and offsets."""
-        return int(self.blocks.size * (4 * self.block + 4) + self.offsets.nbytes)
+        return int(self.values.shape[0] * (4 * self.block + 4) + self.offsets.nbytes)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -114,4 +144,5 @@ class BlockSparse:
 
     def __repr__(self) -> str:
         where = f", {device_name(self.values)}" if device_name(self.values) != "cpu" else ""
-        return f"BlockSparse({len(self)} rows, {len(self.blocks)} blocks of {self.block}, d={self.d}{where})"
+        total = int(self.values.shape[0])
+        return f"BlockSparse({len(self)} rows, {total} blocks of {self.block}, d={self.d}{where})"

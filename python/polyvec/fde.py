@@ -13,7 +13,18 @@ import numpy as np
 import numpy.typing as npt
 
 from polyvec import _backend, _core, _fde_dialects, _files
-from polyvec._arrays import as_array, as_count, as_ids, as_number, choice, empty, output
+from polyvec._arrays import (
+    as_array,
+    as_count,
+    as_ids,
+    as_number,
+    choice,
+    device_name,
+    empty,
+    output,
+    to_device_of,
+    to_host,
+)
 from polyvec._block_sparse import BlockSparse
 from polyvec._progress import Progress, reporting
 from polyvec._ragged import Ragged, as_ragged
@@ -236,7 +247,7 @@ class Encoder(_files.Saved):
         Notes
         -----
         As for `encode_docs`. Of a query of 32 ColBERTv2 tokens, about 53, 34 and 21 % of the blocks hold a token at 4,
-        5 and 6 simhash_bits.
+        5 and 6 simhash_bits. Sparse encodings on a GPU wait once for the number of their blocks.
 
         References
         ----------
@@ -361,28 +372,30 @@ class Encoder(_files.Saved):
         sets = as_ragged(op, "tokens", tokens, dim=self.dim)
         n, width = len(sets), self.projection_dim or self.dim
         ids = self.partition(sets.values, num_threads=num_threads)
+        on_gpu = device_name(sets.values) != "cpu"
 
-        def run(function: str, first: int, end: int, *arrays: Any) -> None:
-            offsets = sets.offsets[first : end + 1]
-            rows = slice(int(offsets[0]), int(offsets[-1]))
-            values = sets.values[rows]
-            _backend.run(
-                op, function, values, self._matrices, values, offsets - offsets[0], ids[rows], *arrays,
-                num_threads=num_threads,
-            )  # fmt: skip
+        def run(function: str, some: Ragged, ids: Any, *arrays: Any) -> None:
+            values, offsets = some.values, some.placed_offsets
+            _backend.run(op, function, values, self._matrices, values, offsets, ids, *arrays, num_threads=num_threads)
 
-        bounds = np.zeros(n + 1, np.int64)
-        run("fde_count_blocks", 0, n, bounds[1:])
-        bounds = np.cumsum(bounds)
-        found = empty(sets.values, (int(bounds[-1]), width), "float32")
-        blocks = np.empty(len(found), np.int32)
+        counts = empty(sets.values, (n,), "int64") if on_gpu else np.empty(n, np.int64)
+        run("fde_count_blocks", sets, ids, counts)
+        bounds = np.concatenate([[0], np.cumsum(to_host(counts))])  # waits for a GPU: the size depends on it
+        total = int(bounds[-1])
+        found = empty(sets.values, (total, width), "float32")
+        blocks = empty(sets.values, (total,), "int32") if on_gpu else np.empty(total, np.int32)
         with reporting(op, progress, n, "queries") as report:
             step = _SETS_PER_REPORT if progress else max(1, n)
             for first in range(0, n, step):
                 end = min(first + step, n)
+                some = sets if step >= n else _sets_of(sets, slice(first, end))
+                tokens = ids if step >= n else ids[int(sets.offsets[first]) : int(sets.offsets[end])]
                 rows = slice(int(bounds[first]), int(bounds[end]))
-                run("fde_encode_blocks", first, end, bounds[first : end + 1] - rows.start, found[rows], blocks[rows])
+                some_bounds = _placed(sets.values, bounds[first : end + 1] - rows.start)
+                run("fde_encode_blocks", some, tokens, some_bounds, found[rows], blocks[rows])
                 report(end - first)
+        if on_gpu:
+            return BlockSparse.on_device(found, blocks, (bounds, _placed(found, bounds)), self.output_dim)
         return BlockSparse(found, blocks, bounds, self.output_dim)
 
     def partition(self, tokens: Any, *, out: Any = None, num_threads: int | None = None) -> Any:
@@ -515,7 +528,7 @@ def carve(queries: Any, *, threshold: float = 0.7, num_threads: int | None = Non
     -----
     At most n^2 d flops a query of n tokens; threads share queries, and the products of a very long one. Products and
     sums are accumulated in float64: balls are the same at every instruction-set level. A token with NaN is a ball of
-    its own. Of 32 ColBERTv2 tokens 9 to 15 are left.
+    its own. Of 32 ColBERTv2 tokens 9 to 15 are left. On a GPU it waits once, for the number of balls.
 
     References
     ----------
@@ -532,13 +545,19 @@ def carve(queries: Any, *, threshold: float = 0.7, num_threads: int | None = Non
     sets = as_ragged(op, "queries", queries)
     tokens = as_array(op, "queries", sets.values, ndim=2)
     threshold = as_number(op, "threshold", threshold)
-    ids, bounds = empty(tokens, (int(tokens.shape[0]),), "int32"), np.zeros(len(sets) + 1, np.int64)
+    ids, offsets = empty(tokens, (int(tokens.shape[0]),), "int32"), sets.placed_offsets
+    counts = np.empty(len(sets), np.int64) if device_name(tokens) == "cpu" else empty(tokens, (len(sets),), "int64")
     where: dict[str, Any] = {"num_threads": num_threads}
-    _backend.run(op, "fde_carve", tokens, tokens, sets.offsets, threshold, ids, bounds[1:], **where)
-    bounds = np.cumsum(bounds)
+    _backend.run(op, "fde_carve", tokens, tokens, offsets, threshold, ids, counts, **where)
+    bounds = np.concatenate([[0], np.cumsum(to_host(counts))])
     sums = empty(tokens, (int(bounds[-1]), sets.dim), "float32")
-    _backend.run(op, "fde_sum_balls", tokens, tokens, sets.offsets, ids, bounds, sums, **where)
+    _backend.run(op, "fde_sum_balls", tokens, tokens, offsets, ids, _placed(tokens, bounds), sums, **where)
     return Ragged(sums, bounds)
+
+
+def _placed(like: Any, x: npt.NDArray[Any]) -> Any:
+    """Return a numpy array where the device of `like` reads it."""
+    return x if device_name(like) == "cpu" else to_device_of(like, x)
 
 
 def _sets_of(sets: Ragged, part: slice) -> Ragged:

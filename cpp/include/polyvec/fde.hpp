@@ -224,8 +224,12 @@ void run(const FdeEncode&, Cuda);
 void run(const FdePartition&, Cpu);
 void run(const FdePartition&, Cuda);
 void run(const FdeCountBlocks&, Cpu);
+void run(const FdeCountBlocks&, Cuda);
 void run(const FdeEncodeBlocks&, Cpu);
+void run(const FdeEncodeBlocks&, Cuda);
 void run(const FdeCarve&, Cpu);
+void run(const FdeCarve&, Cuda);
 void run(const FdeSumBalls&, Cpu);
+void run(const FdeSumBalls&, Cuda);
 
 }  // namespace polyvec
