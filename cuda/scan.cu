@@ -679,19 +679,68 @@ struct SumHinges {
     };
 };
 
+/// The stored blocks of block-sparse queries; offsets: null beside dense ones.
+struct Blocks {
+    const std::int32_t* ids;
+    const std::int64_t* offsets;
+    std::int64_t block;
+
+    /// Calls f(j, column) for some of a query's stored entries, its block j and the column in the row.
+    template <class F>
+    __device__ void each(std::int64_t query, std::int64_t first, std::int64_t step, F f) const {
+        const std::int64_t begin = offsets[query], n = (offsets[query + 1] - begin) * block;
+        for (std::int64_t i = first; i < n; i += step) f(begin * block + i, ids[begin + i / block] * block + i % block);
+    }
+};
+
+/// Rows (n, d) of zeros become block-sparse queries. A block of threads a query.
+__global__ void __launch_bounds__(row_threads)
+    fill_blocks_kernel(const float* values, const __grid_constant__ Blocks blocks, float* out, std::int64_t d) {
+    float* to = out + blockIdx.x * d;
+    blocks.each(blockIdx.x, threadIdx.x, row_threads, [&](std::int64_t from, std::int64_t column) {
+        if (column >= 0 && column < d) to[column] = values[from];
+    });
+}
+
+/// Chunks of a row of items, in order, that meet a stored block of one of the queries: list[0] of them, from list[1]
+/// on. One block of threads.
+__global__ void __launch_bounds__(row_threads)
+    list_chunks_kernel(const __grid_constant__ Blocks blocks, std::int64_t first, std::int64_t queries, int width,
+                       int chunks, int* list) {
+    auto* met = reinterpret_cast<unsigned*>(dynamic_shared_memory);  // a bit a chunk
+    const int thread = static_cast<int>(threadIdx.x), words = (chunks + 31) / 32;
+    for (int i = thread; i < words; i += row_threads) met[i] = 0;
+    __syncthreads();
+    for (std::int64_t j = blocks.offsets[first] + thread; j < blocks.offsets[first + queries]; j += row_threads) {
+        const std::int64_t begin = blocks.ids[j] * blocks.block, end = begin + blocks.block;
+        for (std::int64_t chunk = begin / width; chunk * width < end; ++chunk)
+            if (chunk >= 0 && chunk < chunks) atomicOr(&met[chunk / 32], 1u << chunk % 32);
+    }
+    __syncthreads();
+    for (int word = thread; word < words; word += row_threads) {
+        int before = 0;
+        for (int i = 0; i < word; ++i) before += __popc(met[i]);
+        if (word == words - 1) list[0] = before + __popc(met[word]);
+        for (unsigned left = met[word]; left != 0; left &= left - 1)
+            list[1 + before++] = 32 * word + __ffs(static_cast<int>(left)) - 1;
+    }
+}
+
 /// Lists the scores of up to Q queries that may be among the k best, by reading items once: for few queries, which
-/// leave tensor cores idle. 16 bytes of a row go to each of `lanes` threads at a time. d: a multiple of these.
-template <class T, int Q>
+/// leave tensor cores idle. 16 bytes of a row go to each of `lanes` threads at a time. d: a multiple of these. sparse:
+/// of the chunks of `list` alone, which is not read otherwise.
+template <class T, int Q, bool sparse>
 __global__ void __launch_bounds__(row_threads)
     stream_kernel(const __grid_constant__ Pairs score, const __grid_constant__ TileOrder order, std::int64_t first,
                   std::int64_t end, const __grid_constant__ Lists exclude,
-                  const __grid_constant__ Candidates candidates, int queries, int lanes) {
+                  const __grid_constant__ Candidates candidates, int queries, int lanes, const int* list) {
     constexpr int width = 16 / sizeof(T), rows = Q == 1 ? 8 : 4, rows_of_warp = tile_columns / (row_threads / 32);
     const int lane = static_cast<int>(threadIdx.x % 32), part = lane % lanes,
-              chunks = static_cast<int>(score.d) / width;
+              chunks = sparse ? list[0] : static_cast<int>(score.d) / width;
+    const auto chunk_of = [&](int i) { return sparse ? list[1 + i] : i; };
     float4* const shared = reinterpret_cast<float4*>(dynamic_shared_memory);  // [query][four of a chunk][chunk]
     for (int i = static_cast<int>(threadIdx.x); i < Q * width / 4 * chunks; i += row_threads) {
-        const int query = i / (width / 4 * chunks), four = i / chunks % (width / 4), chunk = i % chunks;
+        const int query = i / (width / 4 * chunks), four = i / chunks % (width / 4), chunk = chunk_of(i % chunks);
         const float* from = score.queries + query * score.stride + chunk * width + four * 4;
         shared[i] = query < queries ? float4{from[0], from[1], from[2], from[3]} : float4{0, 0, 0, 0};
     }
@@ -705,13 +754,14 @@ __global__ void __launch_bounds__(row_threads)
             const std::int64_t item = begin + r;
             float sum[Q][rows] = {}, square[rows] = {};
             for (int chunk = part; chunk < chunks; chunk += lanes) {
+                const int column = chunk_of(chunk) * width;
                 struct alignas(16) Chunk {
                     T at[width];
                 } x[rows];
 #pragma unroll
                 for (int u = 0; u < rows; ++u) {
                     const std::int64_t row = item + u < score.items ? item + u : score.items - 1;
-                    x[u] = *reinterpret_cast<const Chunk*>(score.row<T>(row) + chunk * width);
+                    x[u] = *reinterpret_cast<const Chunk*>(score.row<T>(row) + column);
                 }
 #pragma unroll
                 for (int four = 0; four < width / 4; ++four) {
@@ -811,6 +861,26 @@ __global__ void __launch_bounds__(row_threads)
     if (threadIdx.x % 32 == 0) out[i] = sign * value;
 }
 
+/// Inner products of block-sparse queries, where they have blocks; score.queries: as rows.
+template <class T>
+__global__ void __launch_bounds__(row_threads)
+    sparse_pairs_kernel(const __grid_constant__ Pairs score, const __grid_constant__ Blocks blocks,
+                        const std::int64_t* ids, float* out, std::int64_t n, std::int64_t m) {
+    const std::int64_t i = row_of_warp();
+    if (i >= n * m) return;
+    const bool inside = score.has(ids[i]);
+    const float* query = score.queries + i / m * score.stride;
+    float sum = 0;
+    if (inside) {
+        const T* item = score.row<T>(ids[i]);
+        blocks.each(i / m, threadIdx.x % 32, 32, [&](std::int64_t, std::int64_t column) {
+            if (column >= 0 && column < score.d) sum = fmaf(query[column], value_of(item[column]), sum);
+        });
+    }
+    sum = sum_of_warp(sum);
+    if (threadIdx.x % 32 == 0) out[i] = inside ? score.of_products(ids[i], sum, 0) : static_cast<float>(NAN);
+}
+
 float sign_of(Metric metric) {
     return metric == Metric::l2 ? -1.0f : 1.0f;
 }
@@ -844,6 +914,27 @@ void with_pairs(const char* op, Cuda cuda, const Array& queries, const ScanItems
             changed ? prepared.get() : queries.as<const float>(), changed ? d : queries.stride(0), items.rows.data,
             items.rows.dtype, items.scales.as<const float>(), bias.as<const float>(), items.rows.dim(0), d, metric});
     });
+}
+
+Blocks blocks_of(const StoredBlocks& blocks, const Array& values) {
+    return {blocks.ids.as<const std::int32_t>(), blocks.offsets.as<const std::int64_t>(), values.dim(1)};
+}
+
+/// Calls f(queries) with block-sparse queries as rows of width d, or with `queries` themselves.
+template <class F>
+void with_rows(const char* op, Cuda cuda, const Array& queries, const StoredBlocks& blocks, std::int64_t d, F f) {
+    if (!blocks) return f(queries);
+    const std::int64_t n = blocks.offsets.dim(0) - 1;
+    const Scratch<float> rows(op, cuda, n * d);
+    fill_with_zeros(op, cuda, rows.get(), n * d);
+    if (n > 0)
+        launch(op, cuda, dim3(static_cast<unsigned>(n)), dim3(row_threads), 0, fill_blocks_kernel,
+               queries.as<const float>(), blocks_of(blocks, queries), rows.get(), d);
+    Array dense = queries;
+    dense.data = rows.get();
+    dense.shape = {n, d};
+    dense.strides = {d, 1};
+    f(dense);
 }
 
 Lists lists_of(const IdLists& lists) {
@@ -960,17 +1051,26 @@ void for_batches(const Pairs& score, std::int64_t queries, std::int64_t batch, F
 
 constexpr std::int64_t most_streamed = 8;  // queries
 
+/// Queries that a kernel has at a time, and the shared memory that they take.
+constexpr std::int64_t streamed_with(std::int64_t queries) {
+    return queries == 1 ? 1 : queries <= 4 ? 4 : most_streamed;
+}
+std::int64_t streamed_bytes(std::int64_t queries, std::int64_t d) {
+    return streamed_with(queries) * d * static_cast<std::int64_t>(sizeof(float));
+}
+
 /// Whether few queries meet rows that can be read 16 bytes at a time.
 template <class T>
 bool streams(const Pairs& score, std::int64_t queries) {
-    return queries <= most_streamed && score.d > 0 && score.d % (16 / sizeof(T)) == 0 && score.d <= 1536 &&
-           reinterpret_cast<std::uintptr_t>(score.rows) % 16 == 0;
+    constexpr std::int64_t most_bytes = 48 << 10;
+    return queries <= most_streamed && score.d > 0 && score.d % (16 / sizeof(T)) == 0 &&
+           streamed_bytes(queries, score.d) <= most_bytes && reinterpret_cast<std::uintptr_t>(score.rows) % 16 == 0;
 }
 
-/// Shows the items at some positions to all queries.
+/// Shows the items at some positions to all queries; list: null, or as list_chunks_kernel makes it.
 template <class T>
 void stream(const char* op, Cuda cuda, const Pairs& score, const TileOrder& order, std::int64_t begin, std::int64_t end,
-            Lists exclude, const Candidates& candidates, std::int64_t queries) {
+            Lists exclude, const Candidates& candidates, std::int64_t queries, const int* list) {
     constexpr std::int64_t blocks = 8;  // a multiprocessor
     const auto of_queries = [&]<int Q>() {
         const int chunks = static_cast<int>(score.d) / (16 / static_cast<int>(sizeof(T)));
@@ -978,22 +1078,24 @@ void stream(const char* op, Cuda cuda, const Pairs& score, const TileOrder& orde
         const std::int64_t grid =
             std::min(end - begin, blocks * static_cast<int>(attribute_of(op, cuda, cudaDevAttrMultiProcessorCount)));
         launch(op, cuda, dim3(static_cast<unsigned>(grid)), dim3(row_threads),
-               static_cast<std::size_t>(Q * score.d) * sizeof(float), stream_kernel<T, Q>, score, order, begin, end,
-               exclude, candidates, static_cast<int>(queries), lanes);
+               static_cast<std::size_t>(streamed_bytes(queries, score.d)),
+               list ? stream_kernel<T, Q, true> : stream_kernel<T, Q, false>, score, order, begin, end, exclude,
+               candidates, static_cast<int>(queries), lanes, list);
     };
-    if (queries == 1) {
+    if (streamed_with(queries) == 1) {
         of_queries.template operator()<1>();
-    } else if (queries <= 4) {
+    } else if (streamed_with(queries) == 4) {
         of_queries.template operator()<4>();
     } else {
         of_queries.template operator()<most_streamed>();
     }
 }
 
-/// Writes `scores` and `ids` (queries, k).
+/// Writes `scores` and `ids` (queries, k). Few block-sparse queries skip what is zero in all of them, unless the
+/// lengths of items count.
 template <class T>
-void search(const char* op, Cuda cuda, const Pairs& score, Lists exclude, float* scores, std::int64_t* ids,
-            std::int64_t queries, std::int64_t k) {
+void search(const char* op, Cuda cuda, const Pairs& score, const Blocks& blocks, Lists exclude, float* scores,
+            std::int64_t* ids, std::int64_t queries, std::int64_t k) {
     constexpr std::int64_t most_keys = std::int64_t(1) << 24;  // 128 MB
     const Rounds rounds(k);
     const std::int64_t batch = std::min(Tiles<T>::batch(score.d), most_keys / rounds.capacity);
@@ -1015,8 +1117,15 @@ void search(const char* op, Cuda cuda, const Pairs& score, Lists exclude, float*
         };
         if (streams<T>(score, queries)) {
             const TileOrder order(score.items);
+            constexpr int width = 16 / sizeof(T);
+            const bool sparse = blocks.offsets && score.metric == Metric::ip;
+            const auto chunks = static_cast<int>(score.d / width);
+            const Scratch<int> list(op, cuda, sparse ? 1 + chunks : 0);
+            if (sparse)
+                launch(op, cuda, dim3(1), dim3(row_threads), static_cast<std::size_t>(chunks + 31) / 32 * 4,
+                       list_chunks_kernel, blocks, first, n, width, chunks, list.get());
             in_rounds(order.tiles, [&](std::int64_t begin, std::int64_t end) {
-                stream<T>(op, cuda, some, order, begin, end, passed.lists, candidates, n);
+                stream<T>(op, cuda, some, order, begin, end, passed.lists, candidates, n, list.get());
             });
         } else {
             const Tiles<T> tiles(op, cuda, some, n, passed);
@@ -1043,9 +1152,12 @@ void nearest(const char* op, Cuda cuda, const Pairs& score, float* scores, std::
 }  // namespace
 
 void run(const ScanTopK& op, Cuda cuda) {
-    with_pairs(op.op, cuda, op.queries, op.items, op.bias, op.metric, [&]<class T>(const Pairs& score) {
-        search<T>(op.op, cuda, score, lists_of(op.exclude), op.scores.as<float>(), op.ids.as<std::int64_t>(),
-                  op.queries.dim(0), op.scores.dim(1));
+    const Blocks blocks = op.blocks ? blocks_of(op.blocks, op.queries) : Blocks{};
+    with_rows(op.op, cuda, op.queries, op.blocks, op.items.rows.dim(1), [&](const Array& queries) {
+        with_pairs(op.op, cuda, queries, op.items, op.bias, op.metric, [&]<class T>(const Pairs& score) {
+            search<T>(op.op, cuda, score, blocks, lists_of(op.exclude), op.scores.as<float>(),
+                      op.ids.as<std::int64_t>(), queries.dim(0), op.scores.dim(1));
+        });
     });
 }
 
@@ -1074,9 +1186,17 @@ void run(const ScanRank& op, Cuda cuda) {
 
 void run(const ScanPairs& op, Cuda cuda) {
     const std::int64_t n = op.ids.dim(0), m = op.ids.dim(1);
-    with_pairs(op.op, cuda, op.queries, op.items, op.bias, op.metric, [&]<class T>(const Pairs& score) {
-        launch_warps(op.op, cuda, n * m, pairs_kernel, score, op.ids.as<const std::int64_t>(), op.out.as<float>(), n, m,
-                     sign_of(op.metric));
+    const auto* ids = op.ids.as<const std::int64_t>();
+    with_rows(op.op, cuda, op.queries, op.blocks, op.items.rows.dim(1), [&](const Array& queries) {
+        with_pairs(op.op, cuda, queries, op.items, op.bias, op.metric, [&]<class T>(const Pairs& score) {
+            if (op.blocks && op.metric == Metric::ip) {
+                launch_warps(op.op, cuda, n * m, sparse_pairs_kernel<T>, score, blocks_of(op.blocks, op.queries), ids,
+                             op.out.as<float>(), n, m);
+            } else {
+                launch_warps(op.op, cuda, n * m, pairs_kernel, score, ids, op.out.as<float>(), n, m,
+                             sign_of(op.metric));
+            }
+        });
     });
 }
 

@@ -13,6 +13,7 @@ from polyvec import _backend, _core
 from reference import hypercomplex as ref
 from reference import maxsim as maxsim_ref
 from reference import scan as scan_ref
+from test_scan import block_sparse, stored, whole
 
 cuda = pytest.importorskip("polyvec._cuda", reason="polyvec was built without CUDA")
 
@@ -250,6 +251,32 @@ def test_scan_over_many_tiles(gpu, metric, dtype):
     result = pv.scan.hinge(q, items, targets, metric=metric)
     expected = (1 - limits + exact).clamp(min=0).sum(1) - 1
     assert_sum_of_scores(result, on_host(expected), size, length=d, terms=n)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint16, np.float16, np.int8])
+@pytest.mark.parametrize(("blocks", "block"), [(1, 1), (5, 3), (40, 16), (700, 4)])
+@pytest.mark.parametrize(("nq", "density"), [(0, 0.5), (1, 0), (1, 0.3), (3, 0.1), (8, 0.5), (40, 0.2)])
+def test_block_sparse_queries_score_as_dense_ones(rng, on_device, kernels, dtype, blocks, block, nq, density):
+    (q, dense), x = block_sparse(rng, nq, blocks, block, density), whole(rng, 300, blocks * block)
+    items = stored(x, dtype)
+    placed = pv.BlockSparse(on_device(q.values), q.blocks, q.offsets, q.d)
+    ids, bias = rng.integers(0, 300, (nq, 9)), whole(rng, 300)
+    for metric in ("ip", "l2"):
+        rest = {"metric": metric, "bias": bias}
+        on_gpu = {"metric": metric, "bias": on_device(bias)}
+        found = pv.scan.topk(placed, on_device(items), 7, **on_gpu)
+        for ours, theirs in zip(found, pv.scan.topk(dense, items, 7, **rest), strict=True):
+            assert_exact(ours, theirs)
+        pairs = pv.scan.score_pairs(placed, on_device(items), on_device(ids), **on_gpu)
+        assert_exact(pairs, pv.scan.score_pairs(dense, items, ids, **rest))
+
+
+def test_sparse_encodings_on_a_gpu_find_what_dense_ones_do(on_device, kernels, token_sets):
+    _, (queries, docs) = token_sets(64, np.float32, queries=(32,), docs=[20] * 50)
+    encoder = pv.fde.Encoder(64)  # 10,240 wide
+    items = encoder.encode_docs(docs)
+    sparse, dense = (encoder.encode_queries(queries, sparse=sparse) for sparse in (True, False))
+    assert_exact(pv.scan.topk(sparse, items, 9)[1], pv.scan.topk(dense, items, 9)[1])
 
 
 @pytest.fixture

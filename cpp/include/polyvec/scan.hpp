@@ -43,6 +43,7 @@ struct StoredBlocks {
         const std::int64_t block = values.dim(1);
         require(block > 0 && d % block == 0, op, "items must have a width that is a multiple of a block's (", block,
                 "), got ", d);
+        if (ids.device != Device::cpu) return;
         const auto* id = ids.as<const std::int32_t>();
         const auto* begins = offsets.as<const std::int64_t>();
         for (std::int64_t query = 0; query + 1 < offsets.dim(0); ++query) {
@@ -102,8 +103,8 @@ inline void require_targets(const char* op, const Array& targets, const Array& q
 /// inf).
 struct ScanTopK {
     static constexpr const char* op = "scan.topk";
-    Array queries;        // (nq, d), or the blocks of block-sparse ones
-    StoredBlocks blocks;  // on a CPU
+    Array queries;  // (nq, d), or the blocks of block-sparse ones
+    StoredBlocks blocks;
     ScanItems items;
     Array bias;         // (n,), or absent
     IdLists exclude;    // items that a query must not get
@@ -174,8 +175,8 @@ struct ScanRank {
 /// out[i][j]: the score of query i and item ids[i][j].
 struct ScanPairs {
     static constexpr const char* op = "scan.score_pairs";
-    Array queries;        // (nq, d), or the blocks of block-sparse ones
-    StoredBlocks blocks;  // on a CPU
+    Array queries;  // (nq, d), or the blocks of block-sparse ones
+    StoredBlocks blocks;
     ScanItems items;
     Array ids;   // (nq, m) int64
     Array bias;  // (n,), or absent
@@ -250,7 +251,8 @@ void run(const ScanLogSumExp&, Cpu);
 void run(const ScanHinge&, Cpu);
 
 // On a GPU, where ids cannot be checked before: an excluded or known id outside the items names none, the rank of a
-// target outside them or of score NaN is NaN, and so is the score of a pair; the nearest to a row with NaN is -1.
+// target outside them or of score NaN is NaN, and so is the score of a pair; the nearest to a row with NaN is -1; a
+// stored block outside the row is left out.
 void run(const ScanTopK&, Cuda);
 void run(const ScanNearest&, Cuda);
 void run(const ScanRank&, Cuda);
