@@ -297,6 +297,44 @@ def residual_case(docs, centroids=8192):
     )
 
 
+def packing_case(docs):
+    """Documents of 180 tokens to int8."""
+    padded = torch.randn(docs, 180, D, device=DEVICE)
+    sets = pv.Ragged.from_padded(padded)
+
+    def eager(padded):
+        steps = 127 / padded.abs().amax(-1, keepdim=True)
+        return ((padded * steps).round() + 128).to(torch.uint8).view(-1, D)
+
+    yield Case(
+        f"maxsim.pack, {docs:,} documents of 180, int8",
+        padded.nbytes * 10 // 4,  # tokens and codes are read once more, for bounds
+        lambda: pv.maxsim.pack(sets, "int8").state().tensors["values"],
+        eager,
+        (padded,),
+        tolerance={"rtol": 0, "atol": 1},
+        documents=docs,
+    )
+
+
+def sparse_case(items):
+    """One query as the blocks of its encoding, among encodings in float32."""
+    encoder = pv.fde.Encoder(D)
+    tokens, rows = torch.randn(1, 32, D, device=DEVICE), torch.randn(items, encoder.output_dim, device=DEVICE)
+    query = encoder.encode_queries(tokens, sparse=True)
+    dense = query.to_dense()
+    share = query.values.numel() / dense.numel()
+    yield Case(
+        f"scan.topk, 1 query with {share:.0%} of its blocks, {items:,} x {encoder.output_dim:,}, k = 10",
+        rows.nbytes * share,
+        lambda: pv.scan.topk(query, rows, 10)[0],
+        lambda dense, rows: (dense @ rows.T).topk(10).values,
+        (dense, rows),
+        compiled=False,
+        tolerance={"rtol": 1e-3, "atol": 0.1},
+    )
+
+
 FLOPS = {"unit": "TFLOP/s", "compiled": False}
 
 
@@ -447,6 +485,8 @@ def main():
         one_query_cases(items),
         float_cases(items),
         fde_cases(20_000),
+        sparse_case(min(200_000, free // 4 // (4 * 10_240))),
+        packing_case(100_000),
         maxsim_cases(min(1_000_000, free // 2 // (180 * D * 2))),
         residual_case(1_000_000),
     ):
