@@ -495,6 +495,20 @@ def test_an_encoder_can_be_dropped_while_a_graph_is_captured(rng, on_device, gpu
     assert_exact(pv.fde.Encoder(8).partition(tokens), pv.fde.Encoder(8).partition(on_host(tokens)))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "residual4"])
+def test_packing_can_be_captured_in_a_graph(rng, on_device, gpu, dtype):
+    tokens, centroids = on_device(sample(rng, 900, 20)), on_device(sample(rng, 9, 20))
+    sets = pv.Ragged(tokens, [0, 200, 200, 900])
+    options = {"centroids": centroids} if dtype == "residual4" else {}
+    expected = {name: on_host(x) for name, x in pv.maxsim.pack(sets, dtype, **options).state().tensors.items()}
+    graph = gpu.cuda.CUDAGraph()
+    with gpu.cuda.graph(graph):
+        packed = pv.maxsim.pack(sets, dtype, **options)
+    graph.replay()
+    for name, x in packed.state().tensors.items():
+        assert_exact(x, expected[name])
+
+
 @pytest.mark.parametrize("nq", [2, 70])
 def test_a_search_can_be_captured_in_a_graph(rng, on_device, gpu, nq):
     q, x = on_device(sample(rng, nq, 32)), on_device(sample(rng, 3000, 32))

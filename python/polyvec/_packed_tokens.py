@@ -426,15 +426,16 @@ def _encoded(op: str, docs: Ragged, dtype: str, parts: dict[str, Any], num_threa
     codes = empty(tokens, (n, _stored_width(dtype, docs.dim)), STORED[dtype])
     if STORED[dtype] != "uint8":
         _backend.run(op, "maxsim_pack", tokens, tokens, codes, None, num_threads=num_threads)
-        return PackedTokens(Ragged(codes, docs.offsets), dtype, docs.dim)
+        return PackedTokens(docs.with_values(codes), dtype, docs.dim)
+    offsets = docs.placed_offsets
     scales, bounds = empty(tokens, (n,), "float32"), empty(tokens, (len(docs), 3), "float32")
-    packed = PackedTokens(Ragged(codes, docs.offsets), dtype, docs.dim, scales=scales, bounds=bounds, **parts)
+    packed = PackedTokens(docs.with_values(codes), dtype, docs.dim, scales=scales, bounds=bounds, **parts)
     if dtype == "int8":
         _backend.run(op, "maxsim_pack", tokens, tokens, codes, scales, num_threads=num_threads)
     else:
         _backend.run(
             op, "maxsim_compress", tokens,
-            tokens, docs.placed_offsets, codes, scales, *(parts[name] for name in _PARTS[1:]),
+            tokens, offsets, codes, scales, *(parts[name] for name in _PARTS[1:]),
             num_threads=num_threads,
         )  # fmt: skip
     _backend.run(op, "maxsim_bounds", tokens, tokens, packed._stored(), bounds, num_threads=num_threads)

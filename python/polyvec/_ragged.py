@@ -137,6 +137,12 @@ class Ragged:
             return cls(x[torch.from_numpy(keep).to(x.device)], offsets)
         return cls(x[to_device_of(x, keep)] if device_name(x) != "cpu" else x[keep], offsets)
 
+    def with_values(self, values: Any) -> Ragged:
+        """Return as many other rows, there, in the same sets: offsets on a GPU are not copied again."""
+        sets = type(self).__new__(type(self))
+        sets.values, sets._offsets, sets._placed = values, self._offsets, self._placed
+        return sets
+
     @property
     def offsets(self) -> npt.NDArray[np.int64]:
         """Where each set begins, shape (n + 1,), on the host."""
