@@ -7,7 +7,7 @@ import pathlib
 
 import pytest
 
-FOLDER = pathlib.Path(os.environ.get("POLYVEC_DATA", pathlib.Path(__file__).parents[2] / "shared" / "data"))
+FOLDER = pathlib.Path(os.environ.get("POLYVEC_DATA") or pathlib.Path(__file__).parents[2] / "shared" / "data")
 
 
 @pytest.fixture(scope="session")
