@@ -278,8 +278,8 @@ def test_knn_graph(compare, data, threads):
         return graph[1].reshape(-1, 15)
 
     def rival():
-        index = pynndescent.NNDescent(x, metric="cosine", n_neighbors=16, n_jobs=threads, random_state=0)
-        return index.neighbor_graph[0][:, 1:]
+        index = pynndescent.NNDescent(x, metric="cosine", n_neighbors=17, n_jobs=threads, random_state=0)
+        return index.neighbor_graph[0][:, 1:16]  # of 16, .95 is just missed
 
     def check(ids):
         assert np.mean([len(np.intersect1d(a, b)) for a, b in zip(ids, truth, strict=True)]) / 15 > 0.95
