@@ -347,6 +347,17 @@ def test_indexing_and_taking(lib, sets):
         ragged.take([0, 4])
 
 
+def test_slices(lib, sets):
+    ragged = pv.Ragged.from_list([lib(one) for one in sets])
+    for some in (slice(None), slice(1, 3), slice(2, None), slice(-1, None), slice(4, None), slice(3, 1), slice(-9, 9)):
+        part = ragged[some]
+        assert type(part.values) is type(ragged.values)
+        same_sets(part, sets[some])
+    same_sets(ragged[::-2], sets[::-2])
+    values = np.concatenate(sets)
+    assert np.shares_memory(pv.Ragged(values, OFFSETS)[1:].values, values)
+
+
 def test_repr(lib):
     assert repr(pv.Ragged(lib(np.zeros((5, 3), np.float32)), [0, 5])) == "Ragged(1 sets, 5 rows, d=3, float32)"
 

@@ -40,6 +40,8 @@ class Ragged:
     >>> sets = pv.Ragged(np.ones((5, 2), np.float32), [0, 2, 2, 5])
     >>> len(sets), sets.lengths.tolist(), sets[2].shape
     (3, [2, 0, 3], (3, 2))
+    >>> sets[1:]  # consecutive sets share their rows with these
+    Ragged(2 sets, 3 rows, d=2, float32)
     """
 
     __slots__ = ("_offsets", "_placed", "values")
@@ -170,7 +172,13 @@ class Ragged:
     def __len__(self) -> int:
         return int((self._placed if self._offsets is None else self._offsets).shape[0]) - 1
 
-    def __getitem__(self, i: int) -> Any:
+    def __getitem__(self, i: int | slice) -> Any:
+        if isinstance(i, slice):
+            begin, end, step = i.indices(len(self))
+            if step != 1:
+                return self.take(np.arange(begin, end, step))
+            offsets = self.offsets[begin : max(begin, end) + 1]
+            return Ragged(self.values[int(offsets[0]) : int(offsets[-1])], offsets - offsets[0])
         if not -len(self) <= i < len(self):
             raise IndexError(f"Ragged: index must be in [{-len(self)}, {len(self)}), got {i}")
         i %= len(self)
