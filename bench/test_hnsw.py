@@ -274,7 +274,7 @@ def test_knn_graph(compare, data, threads):
     truth = pv.scan.topk(x, x, 16, metric="ip")[1][:, 1:]
 
     def ours(storage):
-        graph = pv.hnsw.knn_graph(x, 15, metric="cosine", storage=storage, ef_construction=24, num_threads=threads)
+        graph = pv.hnsw.knn_graph(x, 15, metric="cosine", storage=storage, ef_construction=32, num_threads=threads)
         return graph[1].reshape(-1, 15)
 
     def rival():
