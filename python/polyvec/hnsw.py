@@ -27,7 +27,7 @@ _QUERIES = 512  # compared with all vectors between two reports of progress
 _CHUNK = 1024  # vectors linked between two reports of progress; searches may run in between
 
 
-class Index:
+class Index(_files.Saved):
     """Find the nearest of many vectors by walking a graph of neighbours: a few thousand comparisons, not all of them.
 
     Hierarchical navigable small worlds: every vector is linked with up to 2 m near vectors in different directions,
@@ -90,6 +90,8 @@ class Index:
     (array([[1., 4.]], dtype=float32), array([[20, 10]]))
     """
 
+    _KIND = "hnsw.Index"
+
     def __init__(
         self,
         dim: int,
@@ -101,7 +103,7 @@ class Index:
         ef_construction: int = 200,
         seed: int = 0,
     ) -> None:
-        op = "hnsw.Index"
+        op = self._KIND
         self._params: dict[str, Any] = {
             "dim": as_count(op, "dim", dim),
             "metric": choice(op, "metric", metric, ("cosine", "ip", "l2")),
@@ -458,26 +460,6 @@ class Index:
         frozen._core = _core.hnsw_freeze(self._core, _backend.threads("hnsw.Index.freeze", num_threads))
         return frozen
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the index to one file, which replaces an existing one only when it is complete.
-
-        Parameters
-        ----------
-        path : path
-
-        Raises
-        ------
-        OSError
-            The system's own: a missing folder, no permission, a full disk. An existing file is untouched then.
-
-        Notes
-        -----
-        A safetensors file with checksums: tensors `vectors`, `links`, `levels`, `upper_links`, `ids`, `removed`, with
-        "int8" `codes` and `factors`, and frozen `codes` and `frame` (c, and the signs that make R). bfloat16 is written
-        as its bits (U16).
-        """
-        _files.save(path, "hnsw.Index", self.state())
-
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, mmap: bool = False) -> Index:
         """Read an index that `save` wrote.
@@ -505,7 +487,7 @@ class Index:
         Everything is verified before use: checksums, shapes, ids, every link. With mmap only the bytes of vectors and
         codes are not: damage there changes scores, and can do no more.
         """
-        return _files.load(path, "hnsw.Index", cls.from_state, mmap=mmap, lazy=("vectors", "codes"))
+        return _files.load(path, cls._KIND, cls.from_state, mmap=mmap, lazy=("vectors", "codes"))
 
     def state(self) -> State:
         """Return what `save` writes.
@@ -514,6 +496,11 @@ class Index:
         -------
         State
             Read-only tensors that share the index's memory until its next change, and the parameters.
+
+        Notes
+        -----
+        The tensors are `vectors`, `links`, `levels`, `upper_links`, `ids`, `removed`, with "int8" `codes` and
+        `factors`, and frozen `codes` and `frame` (c, and the signs that make R). bfloat16 is written as its bits (U16).
         """
         tensors, entry = _core.hnsw_state(self._core)
         return State(tensors, {**self._params, "entry": entry, **({"frozen": True} if self.frozen else {})})
