@@ -13,6 +13,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "prefetch.hpp"
+
 #if !defined(POLYVEC_ISA) || !defined(POLYVEC_VECTOR_BYTES)
 #error "the build defines POLYVEC_ISA (a namespace) and POLYVEC_VECTOR_BYTES for every kernel file"
 #endif
@@ -86,18 +88,6 @@ POLYVEC_INLINE Vec<T> load(const T* p) noexcept {
 template <class T>
 POLYVEC_INLINE void store(T* p, Vec<T> v) noexcept {
     *reinterpret_cast<typename VecOf<T>::unaligned*>(p) = v;
-}
-
-// Fetch the cache line of p for reading; p may lie outside any array. The volatile asm forms are needed: GCC
-// 12 drops __builtin_prefetch in unrolled loops when it believes two of them redundant.
-POLYVEC_INLINE void prefetch(const void* p) noexcept {
-#if defined(__x86_64__)
-    asm volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(p)));
-#elif defined(__aarch64__)
-    asm volatile("prfm pldl1keep, %a0" : : "p"(p));
-#else
-    __builtin_prefetch(p);
-#endif
 }
 
 // Fetch the cache line of p for writing: a store that finds its line absent waits for it, and the stores after it wait

@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "prefetch.hpp"
+
 namespace polyvec {
 
 /// Row k of what is gathered is rows[ids[k]]; rows: null when absent.

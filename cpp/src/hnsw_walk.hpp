@@ -18,18 +18,6 @@
 
 namespace polyvec::hnsw {
 
-/// Asks for a cache line, which need not exist. Not __builtin_prefetch: GCC 12 takes a function that does nothing else
-/// for one without effect, and drops its calls.
-inline void prefetch(const void* p) {
-#if defined(__x86_64__)
-    asm volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(p)));
-#elif defined(__aarch64__)
-    asm volatile("prfm pldl1keep, %a0" : : "p"(p));
-#else
-    __builtin_prefetch(p);
-#endif
-}
-
 /// A slot and its distance as one integer that orders by distance, then slot.
 using Entry = std::uint64_t;
 constexpr Entry followed = 1;  // bit 0: the slot's links have been
