@@ -401,6 +401,7 @@ POLYVEC_INLINE void expanded_tiles_from(size_t first, const typename Format::Ele
     const size_t row_bytes = padded<Format>(d) * Format::bits / 8, end = row_words<Format>(d);
     const auto words_from = [&](size_t i) { return end - i < chunk ? end - i : chunk; };
     const auto bytes_before = [](size_t i) { return i * Format::elements * Format::bits / 8; };
+    const Rows<unsigned char> rows{tokens.first, tokens.count, row_bytes, tokens.next};
     alignas(64) Element pieces[2][J * chunk];
     Element *here = pieces[0], *other = pieces[1];
     if (first + J <= tokens.count) {
@@ -432,10 +433,7 @@ POLYVEC_INLINE void expanded_tiles_from(size_t first, const typename Format::Ele
                 to += chunk;
                 from += row_bytes;
             };
-            const size_t far = first + rows_ahead<Product, R>;
-            const unsigned char* there =
-                (far < tokens.count ? tokens.first + far * row_bytes : tokens.next + (far - tokens.count) * row_bytes) +
-                bytes_before(i);
+            const unsigned char* there = rows[first + rows_ahead<Product, R>] + bytes_before(i);
             const Element *row[J], *ahead[J];
 #pragma GCC unroll 1
             for (int j = 0; j < J; ++j, there += row_bytes) {
