@@ -6,7 +6,7 @@ import pytest
 import polyvec as pv
 
 
-@pytest.mark.parametrize("first_stage", ["hnsw", "pq", "flat"])
+@pytest.mark.parametrize("first_stage", ["centroids", "hnsw", "pq", "flat"])
 def test_search(curve, data, threads, first_stage):
     """By number of candidates, beside exact MaxSim of all documents."""
     tokens = np.load(data / "scifact" / "tokens.npz")

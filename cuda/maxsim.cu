@@ -455,6 +455,8 @@ bool score_by_tiles(const Scores& call) {
 }
 
 void score(const Scores& call) {
+    require(call.docs.format() != StoredTokens::centroid, call.op,
+            "docs must have more than centroids on a GPU: pack them as residuals");
     if (call.queries.size() == 0 || call.columns == 0) return;
     if (call.queries.tokens.dtype == DType::f64)
         return call.dtype == DType::f64 ? score_plainly<double, double>(call) : score_plainly<double, float>(call);

@@ -249,3 +249,11 @@ def test_packed_tokens_move_to_a_gpu(rng, gpu, dtype):
     assert (there.state().tensors["values"].device.type, there.to("cpu").dtype) == ("cuda", dtype)
     scores = pv.maxsim.score(placed(lambda x: gpu.from_numpy(x).cuda(), queries), there)
     gpu.testing.assert_close(scores.cpu(), gpu.from_numpy(pv.maxsim.score(queries, packed)), rtol=1e-2, atol=1e-1)
+
+
+def test_centroids_are_scored_on_a_cpu_alone(rng, on_device):
+    packed = placed_packed(on_device, pv.maxsim.pack(sample(rng, [3, 4], 8), "centroid"))
+    with pytest.raises(ValueError, match=r"^maxsim\.topk: docs must have more than centroids on a GPU: pack them as"):
+        pv.maxsim.topk(placed(on_device, sample(rng, [2], 8)), packed, 1)
+    with pytest.raises(ValueError, match=r"^maxsim\.pack: docs must be on the cpu for centroid, got"):
+        pv.maxsim.pack(placed(on_device, sample(rng, [2], 8)), "centroid")

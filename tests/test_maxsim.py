@@ -506,7 +506,7 @@ DOCS = [zeros(2, 3), zeros(4, 3)]
             lambda: pv.maxsim.pack(DOCS, "int7"),
             ValueError,
             "maxsim.pack: dtype must be one of 'float32', 'bfloat16', 'float16', 'int8', 'residual2', 'residual4', "
-            "got 'int7'",
+            "'centroid', got 'int7'",
         ),
         (
             lambda: pv.maxsim.pack(zeros(1, 2, 3, dtype=np.float64)),

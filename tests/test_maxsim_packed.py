@@ -70,12 +70,52 @@ def test_residuals(rng, isa, d, bits, normalize):
     assert_scores(pv.maxsim.score(queries, packed), wide_queries, np.split(wide, arrays[4][1:-1]))
 
 
-@pytest.mark.parametrize("dtype", [*PACKED, "residual4", "residual2"])
+def centroid_tokens(rng, lengths, d, n=50):
+    """Tokens packed as centroids, and the centroids that they are."""
+    docs, centroids = sample(rng, lengths, d), rng.standard_normal((n, d)).astype(np.float32)
+    packed = pv.maxsim.pack(docs, "centroid", centroids=centroids)
+    return packed, [centroids[nearest(x, centroids)] for x in docs], centroids
+
+
+@pytest.mark.parametrize("d", [1, 3, 16, 130])
+@pytest.mark.parametrize("n", [1, 2, 50, 3000])
+def test_centroids_are_scored_to_half_a_step_a_token(rng, isa, n, d):
+    packed, docs, centroids = centroid_tokens(rng, DOC_TOKENS, d, n)
+    assert (packed.dtype, packed.dim, packed.state().tensors["values"].shape) == ("centroid", d, (sum(DOC_TOKENS), 1))
+    queries = sample(rng, QUERY_TOKENS, d)
+    scores, expected = pv.maxsim.score(queries, packed), ref.score(queries, docs)
+    products = [q.astype(np.float64) @ centroids.T for q in queries]
+    steps = np.array([np.sum(np.ptp(p, axis=1)) / 255 for p in products])[:, None]
+    rounding = 1e-5 * np.abs(ref.scale(queries, docs))
+    full = np.isfinite(expected)
+    assert_exact(scores[~full], expected[~full])
+    assert (np.abs(scores[full] - expected[full]) <= (0.5 * steps + rounding)[full]).all()
+
+
+def test_centroids_of_huge_elements_have_finite_scores():
+    centroids = np.array([[1e18, 1e18], [-1e18, -1e18], [1, 0]], np.float32)
+    packed = pv.maxsim.pack([centroids[:2], centroids[2:]], "centroid", centroids=centroids)
+    scores = pv.maxsim.score([np.full((1, 2), 1e21, np.float32)], packed)
+    assert np.isfinite(scores).all()
+    assert scores[0, 0] > scores[0, 1]
+
+
+def test_centroid_candidates_hold_the_best_of_colbert(data):
+    arrays = np.load(data / "colbert-nanofiqa" / "tokens.npz")
+    docs, queries = (pv.Ragged(arrays[f"{kind}_tokens"], arrays[f"{kind}_offsets"]) for kind in ("doc", "query"))
+    _, expected = pv.maxsim.topk(queries, docs, 10)
+    found = pv.maxsim.topk(queries, pv.maxsim.pack(docs, "centroid"), 100)[1]
+    assert ranking.recall(found, expected) >= 0.95
+
+
+@pytest.mark.parametrize("dtype", [*PACKED, "residual4", "residual2", "centroid"])
 def test_batches_slices_threads_and_topk_change_no_bit(rng, isa, dtype):
     lengths = rng.integers(0, 40, 60)
     queries = sample(rng, [5, 0, 32, 17, 90, 1, *[20] * 10], 40)
     if dtype in PACKED:
         packed = pv.maxsim.pack(sample(rng, lengths, 40), dtype)
+    elif dtype == "centroid":
+        packed = centroid_tokens(rng, lengths, 40)[0]
     else:
         packed = pv.maxsim.from_residuals(*compressed(rng, lengths, 40, int(dtype[-1]))[0])
     scores = pv.maxsim.score(queries, packed)
@@ -92,10 +132,10 @@ def test_batches_slices_threads_and_topk_change_no_bit(rng, isa, dtype):
 
 
 @pytest.mark.parametrize("mmap", [False, True])
-@pytest.mark.parametrize("dtype", [*PACKED, "residual4"])
+@pytest.mark.parametrize("dtype", [*PACKED, "residual4", "centroid"])
 def test_save_and_load(rng, tmp_path, lib, dtype, mmap):
     queries, lengths = sample(rng, [3, 20], 8), [3, 0, 5]
-    if dtype in PACKED:
+    if dtype in (*PACKED, "centroid"):
         packed = pv.maxsim.pack([lib(x) for x in sample(rng, lengths, 8)], dtype)
     else:
         packed = pv.maxsim.from_residuals(*(lib(x) for x in compressed(rng, lengths, 8, 4)[0]))
@@ -132,11 +172,11 @@ def test_pack_residuals(rng, lib, d, bits):
     np.testing.assert_allclose(parts["bounds"][:, 0], largest, rtol=1e-4, atol=1e-30)
 
 
-@pytest.mark.parametrize("dtype", ["float32", *PACKED, "residual4", "residual2"])
+@pytest.mark.parametrize("dtype", ["float32", *PACKED, "residual4", "residual2", "centroid"])
 def test_append(rng, lib, dtype):
     docs, centroids = sample(rng, [3, 0, 5, 40], 20), rng.standard_normal((9, 20)).astype(np.float32)
     more, queries = sample(rng, [1, 0, 9], 20), sample(rng, [4, 30], 20)
-    options = {"centroids": lib(centroids)} if dtype.startswith("residual") else {}
+    options = {} if dtype in ("float32", *PACKED) else {"centroids": lib(centroids)}
     packed = pv.maxsim.pack([lib(x) for x in docs], dtype, **options)
     grown = packed.append(more).append([lib(x) for x in docs])
     assert (len(packed), len(grown), grown.dtype) == (4, 11, dtype)
@@ -176,6 +216,9 @@ def test_moving_to_a_gpu_that_torch_does_not_find(monkeypatch):
     text = r"^PackedTokens\.to: device must be cpu, as torch finds no GPU, got cuda:1$"
     with pytest.raises(pv.CudaError, match=text):
         packed.to("cuda:1")
+    text = r"^PackedTokens\.to: device must be cpu for tokens packed as centroids, got cuda$"
+    with pytest.raises(pv.CudaError, match=text):
+        pv.maxsim.pack(np.ones((2, 3, 4), np.float32), "centroid").to("cuda")
 
 
 def test_extreme_elements():
@@ -241,6 +284,21 @@ def ones(*shape, dtype=np.float32):
             lambda: pv.maxsim.pack([ones(2, 3)], "residual2", centroids=ones(0, 3)),
             ValueError,
             "maxsim.pack: centroids must have shape (n, 3), got (0, 3)",
+        ),
+        (
+            lambda: pv.maxsim.pack([ones(2, 1)], "centroid", centroids=ones(65537, 1)),
+            ValueError,
+            "maxsim.pack: centroids must be at most 65536, got 65537",
+        ),
+        (
+            lambda: pv.maxsim.score([ones(2, 3) * np.nan], pv.maxsim.pack([ones(2, 3)], "centroid")),
+            ValueError,
+            "maxsim.score: queries must be finite, got NaN or Inf in row 0",
+        ),
+        (
+            lambda: pv.maxsim.certified_topk([ones(2, 3)], pv.maxsim.pack([ones(2, 3)], "centroid"), [ones(2, 3)], 1),
+            TypeError,
+            "maxsim.certified_topk: packed must be int8 or residual codes, got centroid",
         ),
         (
             lambda: pv.maxsim.pack([ones(2, 3)], "int8").append([ones(2, 4)]),

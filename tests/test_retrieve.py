@@ -21,17 +21,24 @@ def sample_docs(rng, n, dim=16, longest=9):
     return [d / np.linalg.norm(d, axis=1, keepdims=True) for d in docs]
 
 
+def scifact(n_queries):
+    sample = load_file(SCIFACT / "tokens.safetensors")
+    docs = pv.Ragged(sample["doc_tokens"] * sample["scale"], sample["doc_offsets"])
+    return docs, pv.Ragged(sample["query_tokens"] * sample["scale"], sample["query_offsets"]).take(range(n_queries))
+
+
 def small_encoder(dim=16):
     return pv.fde.Encoder(dim, repetitions=10, simhash_bits=3, projection_dim=8)
 
 
 def build(first_stage, docs, **arguments):
-    index = pv.retrieve.MultiVectorIndex(16, encoder=small_encoder(), first_stage=first_stage)
+    encoder = None if first_stage == "centroids" else small_encoder()
+    index = pv.retrieve.MultiVectorIndex(16, encoder=encoder, first_stage=first_stage)
     index.add(docs, **arguments)
     return index
 
 
-STAGES = ["hnsw", "pq", "flat"]
+STAGES = ["centroids", "hnsw", "pq", "flat"]
 
 
 @pytest.mark.parametrize("first_stage", STAGES)
@@ -46,10 +53,10 @@ def test_every_candidate_gives_the_exact_result(rng, first_stage):
 
 @pytest.mark.parametrize("first_stage", STAGES)
 def test_candidates_find_most_of_the_exact_result(first_stage):
-    sample = load_file(SCIFACT / "tokens.safetensors")
-    docs = pv.Ragged(sample["doc_tokens"] * sample["scale"], sample["doc_offsets"])
-    queries = pv.Ragged(sample["query_tokens"] * sample["scale"], sample["query_offsets"]).take(range(100))
-    encoder = pv.fde.Encoder(128, repetitions=20, simhash_bits=4, projection_dim=8)
+    docs, queries = scifact(100)
+    encoder = None
+    if first_stage != "centroids":
+        encoder = pv.fde.Encoder(128, repetitions=20, simhash_bits=4, projection_dim=8)
     index = pv.retrieve.MultiVectorIndex(128, encoder=encoder, first_stage=first_stage)
     index.add(docs)
     exact = pv.maxsim.topk(queries, docs, 10)[1]
@@ -89,6 +96,29 @@ def test_adding_in_parts_is_adding_at_once(rng):
     assert_exact(parts.ids, ids)
     for a, b in zip(whole.search(queries, 7, candidates=50), parts.search(queries, 7, candidates=50), strict=True):
         assert_exact(a, b)
+
+
+def test_centroids_are_trained_again_as_documents_come():
+    """Four times as many tokens have twice as many centroids, and candidates are as good as if all had come at once."""
+    docs, queries = scifact(100)
+    exact = pv.maxsim.topk(queries, docs, 10)[1]
+    whole, parts = (pv.retrieve.MultiVectorIndex(128) for _ in range(2))
+    whole.add(docs)
+    counts = []
+    for begin, end in ((0, 1), (1, 2), (2, 100), (100, 110), (110, len(docs))):
+        parts.add(docs[begin:end])
+        counts.append(len(parts.state().tensors["stage.centroids"]))
+    wanted = 2 ** int(np.log2(16 * len(docs.values) ** 0.5))
+    assert counts[-1] == len(whole.state().tensors["stage.centroids"]) == wanted
+    assert counts[2] == counts[3] > 2 * counts[1]
+    found, in_parts = (ranking.recall(index.search(queries, 10, candidates=50)[1], exact) for index in (whole, parts))
+    assert found >= 0.9
+    assert in_parts > found - 0.02
+
+
+def test_the_default_stage_depends_on_the_encoder():
+    assert pv.retrieve.MultiVectorIndex(16).first_stage == "centroids"
+    assert pv.retrieve.MultiVectorIndex(16, encoder=small_encoder()).first_stage == "hnsw"
 
 
 def test_default_ids_go_on_from_the_largest(rng):
@@ -177,7 +207,7 @@ def test_a_failed_add_changes_nothing(rng):
             assert_exact(a, b)
 
 
-@pytest.mark.parametrize("first_stage", ["hnsw", "flat"])
+@pytest.mark.parametrize("first_stage", ["centroids", "hnsw", "flat"])
 def test_an_interrupted_block_leaves_whole_blocks(rng, first_stage):
     docs = sample_docs(rng, 600)
 
@@ -185,12 +215,12 @@ def test_an_interrupted_block_leaves_whole_blocks(rng, first_stage):
         if done > 300:
             raise KeyboardInterrupt
 
-    index = pv.retrieve.MultiVectorIndex(16, encoder=small_encoder(), first_stage=first_stage)
+    index = build(first_stage, [])
     with pytest.raises(KeyboardInterrupt):
         index.add(docs, progress=stop)
     kept = len(index)
     assert kept in (256, 512)
-    index._stage.add(np.ones((5, index.encoder.output_dim), np.float32), None)  # as a block cut short leaves it
+    index._stage.add(pv.Ragged(np.ones((5, 16), np.float32), np.arange(6)), None)  # as a block cut short leaves it
     _scores, ids = index.search(docs[:4], 3, candidates=100)
     assert (ids < kept).all()
     index.add(docs[kept:])
@@ -204,7 +234,12 @@ def test_an_interrupted_block_leaves_whole_blocks(rng, first_stage):
         (
             lambda: pv.retrieve.MultiVectorIndex(16, first_stage="tree"),
             ValueError,
-            "MultiVectorIndex: first_stage must be one of 'hnsw', 'pq', 'flat', got 'tree'",
+            "MultiVectorIndex: first_stage must be one of 'centroids', 'hnsw', 'pq', 'flat', got 'tree'",
+        ),
+        (
+            lambda: pv.retrieve.MultiVectorIndex(8, encoder=small_encoder(8), first_stage="centroids"),
+            ValueError,
+            f'MultiVectorIndex: encoder must be None with first_stage "centroids", got {small_encoder(8)!r}',
         ),
         (
             lambda: pv.retrieve.MultiVectorIndex(16, encoder=small_encoder(8)),

@@ -9,13 +9,19 @@
 namespace polyvec::POLYVEC_ISA {
 namespace {
 
-/// Calls f<R>(first token) for each panel of n tokens: full ones, then narrow ones where a full one would be at least
-/// half empty.
+/// Calls f<R>(first token) for each panel of n tokens: full ones, and a last one no wider than it must be.
 template <class T, class F>
 POLYVEC_INLINE void for_each_panel(size_t n, F f) noexcept {
+    constexpr size_t L = lanes<T>;
     size_t first = 0;
-    for (; first + panel_width<T> / 2 < n; first += panel_width<T>) f.template operator()<panel_registers>(first);
-    for (; first < n; first += lanes<T>) f.template operator()<1>(first);
+    for (; first + panel_width<T> <= n; first += panel_width<T>) f.template operator()<panel_registers>(first);
+    const size_t left = n - first;
+    if constexpr (panel_registers == 4) {
+        if (left > 3 * L) return f.template operator()<4>(first);
+        if (left > 2 * L) return f.template operator()<3>(first);
+    }
+    if (left > L) return f.template operator()<2>(first);
+    if (left > 0) f.template operator()<1>(first);
 }
 
 template <class T>
@@ -172,6 +178,58 @@ constexpr NarrowMaxsimKernel make_narrow() {
     return kernel;
 }
 
+// ---- tokens of which only the centroids are kept: a look into a table and a maximum of bytes each
+
+// Word k of a row of the table holds the bytes of the tokens k, L + k, 2 L + k, 3 L + k: a shift and a mask widen those
+// of L tokens in their order.
+constexpr size_t centroid_panel = lanes<uint8_t>;
+
+void round_products(const float* products, size_t n_centroids, const CentroidPanel& panel) noexcept {
+    constexpr size_t L = lanes<float>;
+    constexpr float largest = 0x1.fffffep127f;  // what overflows must not make steps infinite
+    Vec<float> least[4], inverse[4];
+    for (size_t j = 0; j < 4; ++j) {
+        Vec<float> low = broadcast(largest), high = broadcast(-largest);
+        for (size_t c = 0; c < n_centroids; ++c) {
+            const Vec<float> x = load(products + c * centroid_panel + j * L);
+            low = min(x, low);
+            high = max(x, high);
+        }
+        low = max(low, broadcast(-largest));
+        high = min(max(high, low), broadcast(largest));
+        const Vec<float> step = high / 255 - low / 255;
+        least[j] = low;
+        inverse[j] = select(step > 0, 1 / step, Vec<float>{});
+        store(panel.least + j * L, low);
+        store(panel.step + j * L, step);
+    }
+    for (size_t c = 0; c < n_centroids; ++c) {
+        Vec<int32_t> word{};
+        for (size_t j = 0; j < 4; ++j) {
+            const Vec<float> x = load(products + c * centroid_panel + j * L);
+            const Vec<float> steps = min(max((x - least[j]) * inverse[j], Vec<float>{}), broadcast(255.0f));
+            word |= __builtin_convertvector(steps + 0.5f, Vec<int32_t>) << static_cast<int>(8 * j);
+        }
+        store(panel.bytes + c * centroid_panel, (Vec<uint8_t>)word);
+    }
+}
+
+void centroid_maxima(const CentroidPanel& panel, const uint16_t* ids, size_t n, float* best) noexcept {
+    constexpr size_t L = lanes<float>;
+    Vec<uint8_t> most[2] = {};
+    size_t k = 0;
+    for (; k + 4 <= n; k += 4) {
+        for (size_t j = 0; j < 4; ++j) most[j % 2] = max(load(panel.bytes + ids[k + j] * centroid_panel), most[j % 2]);
+    }
+    for (; k < n; ++k) most[0] = max(load(panel.bytes + ids[k] * centroid_panel), most[0]);
+    const auto words = (Vec<int32_t>)max(most[0], most[1]);
+    const Vec<float> none = broadcast(n == 0 ? -__builtin_inff() : 0);
+    for (size_t j = 0; j < 4; ++j) {
+        const auto steps = __builtin_convertvector(words >> static_cast<int>(8 * j) & 255, Vec<float>);
+        store(best + j * L, load(panel.least + j * L) + load(panel.step + j * L) * steps + none);
+    }
+}
+
 }  // namespace
 
 extern const MaxsimKernels maxsim_kernels;
@@ -181,6 +239,7 @@ const MaxsimKernels maxsim_kernels{make<float>(),
                                    make_narrow<Float16>(),
                                    make_narrow<Int8>(),
                                    make_narrow<Residual<4>>(),
-                                   make_narrow<Residual<2>>()};
+                                   make_narrow<Residual<2>>(),
+                                   {centroid_panel, round_products, centroid_maxima}};
 
 }  // namespace polyvec::POLYVEC_ISA

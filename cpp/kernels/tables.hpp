@@ -196,10 +196,27 @@ struct NarrowMaxsimKernel {
     void (*pack_weights)(const signed char* weights, unsigned char* table) noexcept;
 };
 
+/// What a panel of panel_width query tokens scores against centroids, in steps: the product of token i with centroid c
+/// is least[i] + step[i] * bytes[c * panel_width + i], to half a step.
+struct CentroidPanel {
+    std::uint8_t* bytes;
+    float *least, *step;
+};
+
+/// MaxsimKernel of tokens of which only the centroids are kept.
+struct CentroidMaxsimKernel {
+    std::size_t panel_width;
+    /// products: (n_centroids, panel_width).
+    void (*round)(const float* products, std::size_t n_centroids, const CentroidPanel& panel) noexcept;
+    /// best[i] = the greatest of the scores of token i with the centroids `ids`, -inf without.
+    void (*maxima)(const CentroidPanel& panel, const std::uint16_t* ids, std::size_t n, float* best) noexcept;
+};
+
 struct MaxsimKernels {
     MaxsimKernel<float> f32;
     MaxsimKernel<double> f64;
     NarrowMaxsimKernel bf16, f16, i8, residual4, residual2;
+    CentroidMaxsimKernel centroid;
 };
 
 /// A panel of queries (ScanKernel::pack) and a block of consecutive rows of a table.

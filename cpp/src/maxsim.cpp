@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "polyvec/aligned.hpp"
@@ -15,7 +16,6 @@ namespace polyvec {
 namespace {
 
 constexpr std::int64_t panel_bytes = 1 << 18;         // a group's panels, which stay in L2 while documents pass by
-constexpr std::int64_t least_panels = 8;              // of a full group: little of the last panel is wasted
 constexpr std::int64_t products_per_piece = 1 << 23;  // a piece of work: a tenth of a millisecond, a few at worst
 constexpr std::int64_t max_block = 1 << 14;           // tokens of a piece, a document counting as one at least
 constexpr std::int64_t most_alone = 1 << 10;          // queries with documents of their own in panels at a time
@@ -42,8 +42,11 @@ public:
 
     FloatPanels(const StoredTokens& docs, std::int64_t d) : docs_(docs), d_(d), kernel_(typed<T>(*kernels().maxsim)) {}
 
+    static constexpr bool group_by_group = false;    // documents stay in the cache, groups pass by
+    static constexpr std::int64_t least_panels = 8;  // of a full group: little of the last panel is wasted
     std::int64_t width() const { return kernel_.panel_width; }
     std::int64_t token_bytes() const { return d_ * static_cast<std::int64_t>(sizeof(T)); }
+    std::int64_t products() const { return d_; }  // a query token and a document token, or what takes as long
     void reserve(std::int64_t tokens) { panels_ = aligned<T>(tokens * d_); }
 
     void pack(const T* tokens, std::int64_t n, std::int64_t at) const {
@@ -121,8 +124,11 @@ public:
         kernel_.pack_weights(rounded, weights_.get());
     }
 
+    static constexpr bool group_by_group = false;
+    static constexpr std::int64_t least_panels = 8;
     std::int64_t width() const { return float_kernel_.panel_width; }
     std::int64_t token_bytes() const { return panel_words_ * static_cast<std::int64_t>(sizeof(std::uint32_t)); }
+    std::int64_t products() const { return d_; }
     void reserve(std::int64_t tokens) {
         panels_ = aligned<std::uint32_t>(tokens * panel_words_);
         centroid_scores_ = aligned<float>(tokens * centroids_);
@@ -162,6 +168,73 @@ private:
     Aligned<unsigned char> weights_;
 };
 
+/// The same for tokens of which only the centroids are kept: panels are the queries' products with all centroids.
+class CentroidPanels {
+public:
+    using Score = float;
+
+    CentroidPanels(const StoredTokens& docs, std::int64_t d)
+        : docs_(docs),
+          d_(d),
+          centroids_(docs.centroids.dim(0)),
+          kernel_(kernels().maxsim->centroid),
+          float_kernel_(kernels().maxsim->f32) {}
+
+    static constexpr bool group_by_group = true;  // a group's panels stay in the cache, documents pass by
+    static constexpr std::int64_t least_panels = 2;
+    std::int64_t width() const { return kernel_.panel_width; }
+    std::int64_t token_bytes() const { return centroids_; }
+    std::int64_t products() const { return 1; }
+    void reserve(std::int64_t tokens) {
+        bytes_ = aligned<std::uint8_t>(tokens * centroids_);
+        least_ = aligned<float>(tokens);
+        step_ = aligned<float>(tokens);
+    }
+
+    void pack(const float* tokens, std::int64_t n, std::int64_t at) const {
+        const Aligned<float> floats = aligned<float>(width() * d_), products = aligned<float>(width() * centroids_);
+        std::fill_n(products.get(), width() * centroids_, 0.0f);
+        for (std::int64_t i = 0; i < n; i += width()) {
+            const std::int64_t count = std::min(n - i, width());
+            float_kernel_.pack(tokens + i * d_, count, d_, floats.get());
+            float_kernel_.products(floats.get(), count, docs_.centroids.as<const float>(), centroids_, d_,
+                                   products.get(), width());
+            kernel_.round(products.get(), centroids_, panel(at + i));
+        }
+    }
+
+    void maxima(const Group& group, std::int64_t doc, std::int64_t, float* best) const {
+        const std::uint16_t* ids = docs_.tokens.as<const std::uint16_t>() + docs_.begin(doc);
+        for (std::int64_t i = 0; i < group.tokens; i += width())
+            kernel_.maxima(panel(group.panels + i), ids, docs_.length(doc), best + i);
+    }
+
+private:
+    CentroidPanel panel(std::int64_t at) const {
+        return {bytes_.get() + at * centroids_, least_.get() + at, step_.get() + at};
+    }
+
+    const StoredTokens& docs_;
+    std::int64_t d_, centroids_;
+    const CentroidMaxsimKernel& kernel_;
+    const MaxsimKernel<float>& float_kernel_;
+    Aligned<std::uint8_t> bytes_;
+    Aligned<float> least_, step_;
+};
+
+/// Calls f<Panels>() for the panels that documents of this form take.
+template <class Op, class F>
+void with_panels(const Op& op, F f) {
+    if (op.docs.format() == StoredTokens::centroid)
+        f.template operator()<CentroidPanels>();
+    else if (op.docs.format() != StoredTokens::floats)
+        f.template operator()<NarrowPanels>();
+    else if (op.queries.tokens.dtype == DType::f32)
+        f.template operator()<FloatPanels<float>>();
+    else
+        f.template operator()<FloatPanels<double>>();
+}
+
 /// Queries packed once for any number of documents. Which queries share a group changes no bit of their scores.
 template <class Panels>
 class Scorer {
@@ -174,7 +247,7 @@ public:
            const More&... more)
         : queries_(queries), docs_(docs), missing_(missing), d_(queries.dim()), panels_(docs, d_, more...) {
         const std::int64_t row_bytes = std::max<std::int64_t>(1, panels_.token_bytes());
-        const std::int64_t full = alone ? 0 : std::max(panel_bytes / row_bytes, least_panels * panels_.width());
+        const std::int64_t full = alone ? 0 : std::max(panel_bytes / row_bytes, Panels::least_panels * panels_.width());
         std::int64_t room = 0;
         for (std::int64_t q = 0; q < queries.size(); ++q) {
             const std::int64_t tokens = queries.length(q);
@@ -199,8 +272,8 @@ public:
     /// of `tokens` tokens.
     void cut(std::int64_t begin, std::int64_t end, const std::int64_t* ids, std::int64_t tokens, std::int64_t group,
              std::vector<Block>& blocks) const {
-        const std::int64_t full =
-            std::clamp<std::int64_t>(products_per_piece / std::max<std::int64_t>(1, tokens * d_), 1, max_block);
+        const std::int64_t full = std::clamp<std::int64_t>(
+            products_per_piece / std::max<std::int64_t>(1, tokens * panels_.products()), 1, max_block);
         std::int64_t size = full;
         for (std::int64_t i = begin; i < end; ++i) {
             if (size >= full) {
@@ -210,6 +283,12 @@ public:
             blocks.back().end = i + 1;
             size += std::max<std::int64_t>(1, docs_.length(ids ? ids[i] : i));
         }
+    }
+
+    /// The block and the group of a piece of work, where every block meets every group.
+    std::pair<std::int64_t, std::int64_t> parts(std::int64_t piece, std::int64_t blocks) const {
+        const auto n = static_cast<std::int64_t>(groups.size());
+        return Panels::group_by_group ? std::pair{piece % blocks, piece / blocks} : std::pair{piece / n, piece % n};
     }
 
     /// Calls body(piece, maxima) for every piece; `maxima` has room for those of a document.
@@ -232,10 +311,16 @@ public:
             const T least = zero ? T{0} : -std::numeric_limits<T>::infinity();
             const T* maximum = maxima;
             for (std::int64_t q = group.begin; q < group.end; ++q) {
-                double sum = 0;
-                for (const T* last = maximum + queries_.length(q); maximum < last; ++maximum)
-                    sum += std::max(*maximum, least);
-                if (empty && queries_.length(q) > 0) sum = missing_.empty;
+                const std::int64_t tokens = queries_.length(q);
+                double sums[4] = {};  // one alone would wait for each of its additions
+                std::int64_t t = 0;
+                for (; t + 4 <= tokens; t += 4) {
+                    for (std::int64_t j = 0; j < 4; ++j) sums[j] += std::max(maximum[t + j], least);
+                }
+                for (; t < tokens; ++t) sums[t % 4] += std::max(maximum[t], least);
+                double sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+                maximum += tokens;
+                if (empty && tokens > 0) sum = missing_.empty;
                 out[(q - group.begin) * stride + i - block.begin] = static_cast<T>(sum);
             }
         }
@@ -262,8 +347,9 @@ void score(const MaxsimScore& op, int num_threads, const More&... more) {
     scorer.cut(0, nd, nullptr, scorer.most_tokens, 0, blocks);
     T* out = op.out.as<T>();
     scorer.for_each_piece(blocks.size() * groups, num_threads, [&](std::int64_t piece, T* maxima) {
-        const Block& block = blocks[piece / groups];
-        const Group& group = scorer.groups[piece % groups];
+        const auto [b, g] = scorer.parts(piece, blocks.size());
+        const Block& block = blocks[b];
+        const Group& group = scorer.groups[g];
         scorer.score(group, block, nullptr, maxima, out + group.begin * nd + block.begin, nd);
     });
 }
@@ -286,9 +372,11 @@ std::vector<TopK> best_of(const TokenSets& queries, const StoredTokens& docs, Mi
     std::vector<TopK> best(nq, TopK(k));
     std::vector<std::mutex> taken(groups);
     scorer.for_each_piece(blocks.size() * (listed ? 1 : groups), num_threads, [&](std::int64_t piece, T* maxima) {
-        const Block& block = blocks[listed ? piece : piece / groups];
-        const std::int64_t g = listed ? block.group : piece % groups, n = block.end - block.begin;
+        const auto [b, g] = listed ? std::pair{piece, blocks[piece].group}
+                                   : scorer.parts(piece, static_cast<std::int64_t>(blocks.size()));
+        const Block& block = blocks[b];
         const Group& group = scorer.groups[g];
+        const std::int64_t n = block.end - block.begin;
         std::vector<T> scores((group.end - group.begin) * n);
         scorer.score(group, block, ids, maxima, scores.data(), n);
         const std::lock_guard lock(taken[g]);
@@ -518,27 +606,16 @@ void certify(const MaxsimCertifiedTopk& op, std::int64_t begin, std::int64_t end
 }  // namespace
 
 void run(const MaxsimScore& op, Cpu cpu) {
-    if (op.docs.format() != StoredTokens::floats) {
-        in_slices(op, op.queries.size(), [&](std::int64_t begin, std::int64_t end) {
-            MaxsimScore slice = op;
-            slice.queries.offsets = rows(op.queries.offsets, begin, end + 1);
-            slice.out = rows(op.out, begin, end);
-            score<NarrowPanels>(slice, cpu.num_threads);
-        });
-    } else if (op.queries.tokens.dtype == DType::f32) {
-        score<FloatPanels<float>>(op, cpu.num_threads);
-    } else {
-        score<FloatPanels<double>>(op, cpu.num_threads);
-    }
+    in_slices(op, op.queries.size(), [&](std::int64_t begin, std::int64_t end) {
+        MaxsimScore slice = op;
+        slice.queries.offsets = rows(op.queries.offsets, begin, end + 1);
+        slice.out = rows(op.out, begin, end);
+        with_panels(op, [&]<class Panels>() { score<Panels>(slice, cpu.num_threads); });
+    });
 }
 
 void run(const MaxsimScorePairs& op, Cpu cpu) {
-    if (op.docs.format() != StoredTokens::floats)
-        score_pairs<NarrowPanels>(op, cpu.num_threads);
-    else if (op.queries.tokens.dtype == DType::f32)
-        score_pairs<FloatPanels<float>>(op, cpu.num_threads);
-    else
-        score_pairs<FloatPanels<double>>(op, cpu.num_threads);
+    with_panels(op, [&]<class Panels>() { score_pairs<Panels>(op, cpu.num_threads); });
 }
 
 void run(const MaxsimScoreMatrix& op, Cpu cpu) {
@@ -546,20 +623,14 @@ void run(const MaxsimScoreMatrix& op, Cpu cpu) {
 }
 
 void run(const MaxsimTopk& op, Cpu cpu) {
-    if (op.docs.format() != StoredTokens::floats) {
-        in_slices(op, op.queries.size(), [&](std::int64_t begin, std::int64_t end) {
-            MaxsimTopk slice = op;
-            slice.queries.offsets = rows(op.queries.offsets, begin, end + 1);
-            slice.candidates.offsets = rows(op.candidates.offsets, begin, end + 1);
-            slice.scores = rows(op.scores, begin, end);
-            slice.ids = rows(op.ids, begin, end);
-            topk<NarrowPanels>(slice, cpu.num_threads);
-        });
-    } else if (op.queries.tokens.dtype == DType::f32) {
-        topk<FloatPanels<float>>(op, cpu.num_threads);
-    } else {
-        topk<FloatPanels<double>>(op, cpu.num_threads);
-    }
+    in_slices(op, op.queries.size(), [&](std::int64_t begin, std::int64_t end) {
+        MaxsimTopk slice = op;
+        slice.queries.offsets = rows(op.queries.offsets, begin, end + 1);
+        slice.candidates.offsets = rows(op.candidates.offsets, begin, end + 1);
+        slice.scores = rows(op.scores, begin, end);
+        slice.ids = rows(op.ids, begin, end);
+        with_panels(op, [&]<class Panels>() { topk<Panels>(slice, cpu.num_threads); });
+    });
 }
 
 void run(const MaxsimCertifiedTopk& op, Cpu cpu) {

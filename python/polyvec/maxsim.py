@@ -99,7 +99,7 @@ def _queries_and_docs(
         return sets, (like.values, like.placed_offsets, None, None, None, None), like.offsets
     if docs.dim != sets.dim:
         raise ValueError(f"{op}: docs must have the same d as queries ({sets.dim}), got {docs.dim}")
-    if "scales" in docs._tensors():
+    if docs.dtype not in _HALVES:
         _backend.require_finite(op, "queries", sets.values, num_threads)
     return sets, docs._stored(), docs._sets.offsets
 

@@ -4,46 +4,51 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from polyvec import _backend, _files, fde, hnsw, hypercomplex, maxsim, quantize, scan
+from polyvec import _backend, _files, fde, hypercomplex, maxsim, scan
 from polyvec._arrays import as_array, as_count, as_ids, choice, is_torch, outputs
+from polyvec._first_stages import FIRST_STAGES, Rows, first_stage_of
 from polyvec._progress import Progress, reporting
 from polyvec._ragged import Ragged, as_ragged
 
 __all__ = ["LinkPredictor", "MultiVectorIndex"]
 
-FIRST_STAGES = ("hnsw", "pq", "flat")
 _BLOCK = 256  # documents encoded and indexed at a time: bounds the memory of their encodings
 
 
 class MultiVectorIndex(_files.Saved):
     """Find the best documents for a query when both are sets of vectors.
 
-    Documents are encoded as one vector each (`fde.Encoder`), a first stage finds candidates by inner product, and
-    exact MaxSim on the kept token vectors ranks them: score(q, d) = sum_i max_j <q_i, d_j>.
+    A first stage finds candidates, and exact MaxSim on the kept token vectors ranks them:
+    score(q, d) = sum_i max_j <q_i, d_j>.
 
     Parameters
     ----------
     dim : int
         Width of the token vectors.
     encoder : fde.Encoder, optional
-        `fde.Encoder(dim)` when None.
-    first_stage : {"hnsw", "pq", "flat"}
-        What searches the encodings: a graph; product-quantised codes (256 centroids for every 8 dimensions, trained on
-        the first documents added, at least 256 of them); or all of them, exactly.
+        `fde.Encoder(dim)` when None. "centroids" has none.
+    first_stage : {"centroids", "hnsw", "pq", "flat"}, optional
+        "centroids" scores all documents with each token rounded to the nearest of a few thousand centroids
+        (`maxsim.pack`). The others encode a document as one vector (`fde.Encoder`) and search the encodings: by a
+        graph; by product-quantised codes (256 centroids for every 8 dimensions, trained on the first documents added,
+        at least 256 of them); or all of them, exactly. None: "hnsw" where an encoder is given, else "centroids".
 
     Notes
     -----
-    Memory a document: its tokens (4 * dim bytes each), its encoding (4 * output_dim bytes; 5 * output_dim with "hnsw",
-    output_dim / 8 with "pq"), and the graph's links. Searches may run at the same time; `add` must run alone.
+    Memory a document: its tokens (4 * dim bytes each), and 2 bytes a token with "centroids", else its encoding
+    (4 * output_dim bytes; 5 * output_dim with "hnsw", output_dim / 8 with "pq") and the graph's links. Centroids are
+    trained on the documents of the first `add`, and anew, with all tokens assigned again, whenever there are four times
+    as many tokens. Searches may run at the same time; `add` must run alone.
 
     References
     ----------
-    MUVERA: Multi-Vector Retrieval via Fixed Dimensional Encodings (Dhulipala et al. 2024), sections 2 and 3.2.
+    PLAID (Santhanam et al. 2022), section 4.2 (centroids); MUVERA: Multi-Vector Retrieval via Fixed Dimensional
+    Encodings (Dhulipala et al. 2024), sections 2 and 3.2 (the others).
 
     Examples
     --------
@@ -59,17 +64,23 @@ class MultiVectorIndex(_files.Saved):
 
     _KIND = "retrieve.MultiVectorIndex"
 
-    def __init__(self, dim: int, *, encoder: fde.Encoder | None = None, first_stage: str = "hnsw") -> None:
+    def __init__(self, dim: int, *, encoder: fde.Encoder | None = None, first_stage: str | None = None) -> None:
         op = "MultiVectorIndex"
         self.dim = as_count(op, "dim", dim)
-        self.encoder = fde.Encoder(self.dim) if encoder is None else encoder
-        if self.encoder.dim != self.dim:
-            raise ValueError(f"{op}: encoder must have dim {self.dim}, got {self.encoder.dim}")
+        if first_stage is None:
+            first_stage = "centroids" if encoder is None else "hnsw"
         self.first_stage = choice(op, "first_stage", first_stage, FIRST_STAGES)
+        if encoder is not None and first_stage == "centroids":
+            raise ValueError(f'{op}: encoder must be None with first_stage "centroids", got {encoder!r}')
+        if encoder is None and first_stage != "centroids":
+            encoder = fde.Encoder(self.dim)
+        if encoder is not None and encoder.dim != self.dim:
+            raise ValueError(f"{op}: encoder must have dim {self.dim}, got {encoder.dim}")
+        self.encoder = encoder
         self._ids = np.empty(0, np.int64)
-        self._tokens = _Rows(self.dim, np.float32)
+        self._tokens = Rows(self.dim, np.float32)
         self._offsets = np.zeros(1, np.int64)
-        self._stage: _Stage = _STAGES[first_stage](self.encoder.output_dim)
+        self._stage = first_stage_of(first_stage, self.dim, encoder)
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -126,7 +137,7 @@ class MultiVectorIndex(_files.Saved):
         sets = as_ragged(op, "docs", docs, dim=self.dim)
         _backend.require_finite(op, "docs", sets.values, num_threads)
         new_ids = self._new_ids(op, ids, len(sets))
-        self._stage.prepare(op, self.encoder, sets, num_threads)
+        self._stage.prepare(op, self._documents(), sets, num_threads)
         with reporting(op, progress, len(sets), "documents") as report:
             for start in range(0, len(sets), _BLOCK):
                 block = slice(start, min(start + _BLOCK, len(sets)))
@@ -154,9 +165,8 @@ class MultiVectorIndex(_files.Saved):
         n = len(self)  # a block that Ctrl-C cut short may have left more in the parts: they are cut back first
         begin, end = int(sets.offsets[block.start]), int(sets.offsets[block.stop])
         part = Ragged(np.asarray(sets.values[begin:end]), sets.offsets[block.start : block.stop + 1] - begin)
-        encodings = self.encoder.encode_docs(part, num_threads=num_threads)
         self._stage.truncate(n)
-        self._stage.add(encodings, num_threads)
+        self._stage.add(part, num_threads)
         self._tokens.truncate(int(self._offsets[n]))
         self._tokens.append(part.values)
         self._offsets = np.concatenate([self._offsets[: n + 1], part.offsets[1:] + self._offsets[n]])
@@ -194,7 +204,7 @@ class MultiVectorIndex(_files.Saved):
 
         Notes
         -----
-        Cost a query: one encoding, one first-stage search, `candidates` MaxSim scores.
+        Cost a query: one search of the first stage, `candidates` MaxSim scores. "centroids": see `maxsim.pack`.
         """
         op = "MultiVectorIndex.search"
         k = as_count(op, "k", k)
@@ -203,8 +213,7 @@ class MultiVectorIndex(_files.Saved):
         sets = as_ragged(op, "queries", queries, dim=self.dim)
         lists = None
         if candidates < len(self):
-            encodings = self.encoder.encode_queries(sets, num_threads=num_threads)
-            lists = _candidate_lists(self._stage.search(np.asarray(encodings), candidates, num_threads), len(self))
+            lists = _candidate_lists(self._stage.search(sets, candidates, num_threads), len(self))
         documents = self._documents()
         scores, rows = maxsim.topk(sets, documents, k, candidates=lists, out=out, num_threads=num_threads)
         return scores, self._to_ids(rows)
@@ -226,14 +235,17 @@ class MultiVectorIndex(_files.Saved):
         Returns
         -------
         State
-            Tokens, encoder and first stage, which share the index's memory, and the parameters.
+            Tokens, encoder (if any) and first stage, which share the index's memory, and the parameters.
         """
         documents = self._documents()
         own = _files.State(
             {"tokens": documents.values, "offsets": documents.offsets, "ids": self._ids},
             {"dim": self.dim, "first_stage": self.first_stage},
         )
-        return _files.join(documents=own, encoder=self.encoder.state(), stage=self._stage.state())
+        parts = {"documents": own, "stage": self._stage.state()}
+        if self.encoder is not None:
+            parts["encoder"] = self.encoder.state()
+        return _files.join(**parts)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, mmap: bool = False) -> MultiVectorIndex:
@@ -276,13 +288,15 @@ class MultiVectorIndex(_files.Saved):
             A state that does not fit together.
         """
         own = _files.part(state, "documents")
-        encoder = fde.Encoder.from_state(_files.part(state, "encoder"))
-        index = cls(own.params["dim"], encoder=encoder, first_stage=own.params["first_stage"])
+        first_stage, encoder = own.params["first_stage"], None
+        if first_stage != "centroids":
+            encoder = fde.Encoder.from_state(_files.part(state, "encoder"))
+        index = cls(own.params["dim"], encoder=encoder, first_stage=first_stage)
         documents = Ragged(own.tensors["tokens"], own.tensors["offsets"])
-        index._stage = type(index._stage).from_state(_files.part(state, "stage"))
+        index._stage.restore(_files.part(state, "stage"))
         if not len(documents) == len(own.tensors["ids"]) == len(index._stage) or documents.dim != index.dim:
             raise ValueError("tokens, ids and first stage must agree in length and width")
-        index._tokens = _Rows.of(documents.values)
+        index._tokens = Rows.of(documents.values)
         index._offsets, index._ids = documents.offsets, own.tensors["ids"]
         return index
 
@@ -293,191 +307,6 @@ def _candidate_lists(rows: npt.NDArray[np.int64], n: int) -> tuple[npt.NDArray[n
     offsets = np.zeros(len(rows) + 1, np.int64)
     np.cumsum(found.sum(1), out=offsets[1:])
     return offsets, rows[found]
-
-
-class _Rows:
-    """A matrix that grows: capacity doubles, so that adding costs a copy a row on average."""
-
-    def __init__(self, width: int, dtype: Any) -> None:
-        self._data = np.empty((0, width), dtype)
-        self._n = 0
-
-    @classmethod
-    def of(cls, data: npt.NDArray[Any]) -> _Rows:
-        rows = cls(data.shape[1], data.dtype)
-        rows._data, rows._n = data, len(data)
-        return rows
-
-    def __len__(self) -> int:
-        return self._n
-
-    def append(self, rows: npt.NDArray[Any]) -> None:
-        need = self._n + len(rows)
-        if need > len(self._data):
-            grown = np.empty((max(need, 2 * len(self._data)), self._data.shape[1]), self._data.dtype)
-            grown[: self._n] = self._data[: self._n]
-            self._data = grown
-        self._data[self._n : need] = rows
-        self._n = need
-
-    def truncate(self, n: int) -> None:
-        self._n = min(self._n, n)
-
-    def view(self) -> npt.NDArray[Any]:
-        return self._data[: self._n]
-
-
-class _Stage(Protocol):
-    """What finds candidates among the encodings; rows are numbered in the order of `add`."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def nbytes(self) -> int: ...
-
-    def prepare(self, op: str, encoder: fde.Encoder, docs: Ragged, num_threads: int | None) -> None:
-        """Learn what `add` needs, or raise before anything changes."""
-
-    def add(self, encodings: npt.NDArray[np.float32], num_threads: int | None) -> None: ...
-
-    def truncate(self, n: int) -> None:
-        """Keep the first n rows."""
-
-    def search(self, queries: npt.NDArray[np.float32], k: int, num_threads: int | None) -> npt.NDArray[np.int64]: ...
-
-    def state(self) -> _files.State: ...
-
-    @classmethod
-    def from_state(cls, state: _files.State) -> _Stage: ...
-
-
-class _FlatStage:
-    """All encodings, scanned exactly."""
-
-    def __init__(self, dim: int) -> None:
-        self._rows = _Rows(dim, np.float32)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    @property
-    def nbytes(self) -> int:
-        return self._rows.view().nbytes
-
-    def prepare(self, op: str, encoder: fde.Encoder, docs: Ragged, num_threads: int | None) -> None:
-        pass
-
-    def add(self, encodings: npt.NDArray[np.float32], num_threads: int | None) -> None:
-        self._rows.append(encodings)
-
-    def truncate(self, n: int) -> None:
-        self._rows.truncate(n)
-
-    def search(self, queries: npt.NDArray[np.float32], k: int, num_threads: int | None) -> npt.NDArray[np.int64]:
-        ids: Any = scan.topk(queries, self._rows.view(), k, num_threads=num_threads)[1]
-        return ids  # type: ignore[no-any-return]
-
-    def state(self) -> _files.State:
-        return _files.State({"encodings": self._rows.view()}, {})
-
-    @classmethod
-    def from_state(cls, state: _files.State) -> _FlatStage:
-        encodings = state.tensors["encodings"]
-        stage = cls(encodings.shape[1])
-        stage._rows = _Rows.of(encodings)
-        return stage
-
-
-class _CodeStage:
-    """Product-quantised encodings, scanned: 8 dimensions a byte."""
-
-    _TRAIN_DOCS = 8192
-
-    def __init__(self, dim: int) -> None:
-        self._quantizer = quantize.ProductQuantizer(dim, dim // 8, bits=8, metric="ip")
-        self._codes = _Rows(dim // 8, np.uint8)
-
-    def __len__(self) -> int:
-        return len(self._codes)
-
-    @property
-    def nbytes(self) -> int:
-        return self._codes.view().nbytes
-
-    def prepare(self, op: str, encoder: fde.Encoder, docs: Ragged, num_threads: int | None) -> None:
-        if self._quantizer.codebooks is not None:
-            return
-        if len(docs) < 256:
-            raise ValueError(f'{op}: docs must be at least 256 to train first_stage "pq", got {len(docs)}')
-        sample = docs.take(np.linspace(0, len(docs) - 1, min(len(docs), self._TRAIN_DOCS)).astype(np.int64))
-        self._quantizer.fit(np.asarray(encoder.encode_docs(sample, num_threads=num_threads)), num_threads=num_threads)
-
-    def add(self, encodings: npt.NDArray[np.float32], num_threads: int | None) -> None:
-        self._codes.append(self._quantizer.encode(encodings, num_threads=num_threads))
-
-    def truncate(self, n: int) -> None:
-        self._codes.truncate(n)
-
-    def search(self, queries: npt.NDArray[np.float32], k: int, num_threads: int | None) -> npt.NDArray[np.int64]:
-        ids: Any = self._quantizer.search(queries, self._codes.view(), k, num_threads=num_threads)[1]
-        return ids  # type: ignore[no-any-return]
-
-    def state(self) -> _files.State:
-        codes = _files.State({"codes": self._codes.view()}, {"dim": self._quantizer.dim})
-        return _files.join(codes=codes, quantizer=self._quantizer.state())
-
-    @classmethod
-    def from_state(cls, state: _files.State) -> _CodeStage:
-        codes = _files.part(state, "codes")
-        stage = cls(codes.params["dim"])
-        stage._quantizer = quantize.ProductQuantizer.from_state(_files.part(state, "quantizer"))
-        if stage._quantizer.dim != codes.params["dim"] or codes.tensors["codes"].shape[1:] != (stage._quantizer.m,):
-            raise ValueError("codes must be those of the quantizer")
-        stage._codes = _Rows.of(codes.tensors["codes"])
-        return stage
-
-
-class _GraphStage:
-    """A graph over the encodings."""
-
-    def __init__(self, dim: int) -> None:
-        self._index = hnsw.Index(dim, metric="ip", storage="int8")
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    @property
-    def nbytes(self) -> int:
-        return self._index.nbytes
-
-    def prepare(self, op: str, encoder: fde.Encoder, docs: Ragged, num_threads: int | None) -> None:
-        pass
-
-    def add(self, encodings: npt.NDArray[np.float32], num_threads: int | None) -> None:
-        first = len(self)
-        self._index.add(encodings, np.arange(first, first + len(encodings)), num_threads=num_threads)
-
-    def truncate(self, n: int) -> None:
-        extra = self._index.ids[self._index.ids >= n]
-        if len(extra):
-            self._index.remove(extra)
-
-    def search(self, queries: npt.NDArray[np.float32], k: int, num_threads: int | None) -> npt.NDArray[np.int64]:
-        ids: Any = self._index.search(queries, k, num_threads=num_threads)[1]
-        return ids  # type: ignore[no-any-return]
-
-    def state(self) -> _files.State:
-        return self._index.state()
-
-    @classmethod
-    def from_state(cls, state: _files.State) -> _GraphStage:
-        index = hnsw.Index.from_state(state)
-        stage = cls(index.dim)
-        stage._index = index
-        return stage
-
-
-_STAGES: dict[str, Any] = {"hnsw": _GraphStage, "pq": _CodeStage, "flat": _FlatStage}
 
 
 class LinkPredictor:

@@ -15,6 +15,7 @@ namespace polyvec {
 ///   bfloat16           d uint16, to an even number
 ///   float16            d float16
 ///   int8               d uint8 to a multiple of 4: scales[t] * (element - 128)
+///   centroid           one uint16: the token is centroids[it]
 ///   residual           d codes of 4 or 2 bits to a multiple of 4, the first in the highest bits of a byte, each with
 ///                      its lowest bit first: scales[t] * (centroids[centroid_ids[t]] + weights[code]), each weight
 ///                      rounded to a multiple of weight_unit
@@ -24,11 +25,12 @@ struct StoredTokens : TokenSets {
     Array centroids;     // (n, d) float32
     Array weights;       // (16 or 4,) float32
 
-    enum Format { floats, bfloat16, float16, int8, residual4, residual2 };
+    enum Format { floats, bfloat16, float16, int8, centroid, residual4, residual2 };
 
     Format format() const {
         switch (tokens.dtype) {
             case DType::u16:
+                return centroids ? centroid : bfloat16;
             case DType::bf16:
                 return bfloat16;
             case DType::f16:
@@ -48,6 +50,8 @@ struct StoredTokens : TokenSets {
                 return tokens.dtype == DType::bf16 ? d : (d + 1) / 2 * 2;
             case int8:
                 return quads * 4;
+            case centroid:
+                return 1;
             case residual4:
                 return quads * 2;
             case residual2:
@@ -72,11 +76,13 @@ struct StoredTokens : TokenSets {
         require_offsets(op, offsets, n);
         if (tokens.dtype == DType::u8) require_entries(op, scales, DType::f32, n);
         if (centroids) {
-            require_entries(op, centroid_ids, DType::i32, n);
             require_ndim(op, centroids, 2);
             require_dtype(op, centroids, DType::f32);
             require_contiguous(op, centroids);
             require_dim(op, centroids, 1, d, "the same d as queries");
+        }
+        if (centroids && format() != centroid) {
+            require_entries(op, centroid_ids, DType::i32, n);
             require_ndim(op, weights, 1);
             require(weights.dim(0) == 16 || weights.dim(0) == 4, op, "bucket_weights must have 4 or 16 entries, got ",
                     weights.dim(0));
