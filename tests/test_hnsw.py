@@ -270,24 +270,53 @@ def test_more_threads_build_a_graph_as_good(rng):
 
 
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
-@pytest.mark.parametrize("storage", STORAGES)
-def test_knn_graph(rng, isa, metric, storage):
-    x = sample(rng, 1500, 12)
-    if storage in HALVES:
-        x = rounded(x if metric == "l2" else ref.unit(x), storage)
-    indptr, indices, distances = pv.hnsw.knn_graph(x, 9, metric=metric, storage=storage)
+@pytest.mark.parametrize("dtype", ["float32", *HALVES])
+@pytest.mark.parametrize("n", [1500, 2500])
+def test_knn_graph(rng, isa, metric, dtype, n):
+    x = sample(rng, n, 12)
+    given = x if dtype == "float32" else arrays_of(x, dtype)[1]
+    x = rounded(x, dtype)
+    indptr, indices, distances = pv.hnsw.knn_graph(given, 9, metric=metric)
     assert (indptr.dtype, indices.dtype, distances.dtype) == (np.int64, np.int64, np.float32)
-    assert_exact(indptr, np.arange(0, 1500 * 9 + 1, 9))
-    found, distances = indices.reshape(1500, 9), distances.reshape(1500, 9)
-    assert np.all(found != np.arange(1500)[:, None])
+    assert_exact(indptr, np.arange(0, n * 9 + 1, 9))
+    found, distances = indices.reshape(n, 9), distances.reshape(n, 9)
+    assert np.all(found != np.arange(n)[:, None])
     assert np.all(np.diff(distances, axis=1) >= 0)
-    assert ref.recall(found, ref.neighbors(x, 9, metric)[1]) > 0.98
+    assert ref.recall(found, ref.neighbors(x, 9, metric)[1]) > 0.97
     exact = np.take_along_axis(ref.score(x, x, metric), found, 1)
     size = np.take_along_axis(scale(x, x, metric), found, 1) + 1
-    if metric == "l2" or storage not in HALVES:  # rounded vectors are not quite of norm 1
-        assert_reduction(distances, exact if metric == "l2" else 1 - exact, size, length=12)
-    again = pv.hnsw.knn_graph(x, 9, metric=metric, storage=storage, num_threads=7)
+    assert_reduction(distances, exact if metric == "l2" else 1 - exact, size, length=12)
+    again = pv.hnsw.knn_graph(given, 9, metric=metric, num_threads=7)
     assert_exact(again[1], indices)
+
+
+def test_knn_graph_by_probes_and_passes(rng):
+    """More of either find more; all clusters find all but what bytes confuse."""
+    x = sample(rng, 4000, 24)
+    truth = ref.neighbors(x, 10, "l2")[1]
+
+    def recall(**options):
+        found = pv.hnsw.knn_graph(x, 10, **options)
+        neighbors = np.split(found[1], found[0][1:-1])
+        return np.mean([len(np.intersect1d(a, b)) for a, b in zip(neighbors, truth, strict=True)]) / 10
+
+    few, more, refined = recall(probes=2, passes=0), recall(probes=8, passes=0), recall(probes=2, passes=2)
+    assert few + 0.2 < more
+    assert few + 0.2 < refined
+    assert recall(probes=1000, passes=0) > 0.99
+    assert recall(probes=1, passes=0) < few
+
+
+def test_knn_graph_reports_progress_and_stops(rng):
+    x, calls = sample(rng, 3000, 8), []
+    pv.hnsw.knn_graph(x, 5, passes=1, progress=lambda done, total: calls.append((done, total)))
+    assert calls[-1] == (6000, 6000)
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pv.hnsw.knn_graph(x, 5, progress=stop)
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 5, 6])

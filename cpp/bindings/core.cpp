@@ -4,6 +4,7 @@
 #include "fde.hpp"
 #include "hnsw.hpp"
 #include "hypercomplex.hpp"
+#include "knn_graph.hpp"
 #include "maxsim.hpp"
 #include "polyvec/finite.hpp"
 #include "polyvec/isa.hpp"
@@ -81,6 +82,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
     bind_quantize<Cpu>(m);
     bind_codes<Cpu>(m);
     bind_clusters<Cpu>(m);
+    bind_knn_graph<Cpu>(m);
     bind_soft_assign<Cpu>(m);
     bind_quantize_pq<Cpu>(m);
     bind_quantize_pq_loss<Cpu>(m);

@@ -156,16 +156,6 @@ inline void bind_hnsw(py::module_& m) {
             index.search(x, ef, s, a, Cpu{static_cast<int>(where)});
         },
         py::arg("index"), py::arg("queries"), py::arg("ef"), py::arg("scores"), py::arg("ids"), py::arg("where"));
-    m.def(
-        "hnsw_neighbors",
-        [](const HnswIndex& index, std::int64_t ef, const py::object& scores, const py::object& ids,
-           std::intptr_t where) {
-            Args args = args_for<Cpu>(HnswIndex::neighbors_op, where);
-            const Array s = args.out("scores", scores), a = args.out("ids", ids);
-            const py::gil_scoped_release nogil;
-            index.neighbors(ef, s, a, Cpu{static_cast<int>(where)});
-        },
-        py::arg("index"), py::arg("ef"), py::arg("scores"), py::arg("ids"), py::arg("where"));
 }
 
 }  // namespace polyvec

@@ -278,12 +278,14 @@ std::int64_t require_results(const char* op, const Array& scores, const Array& i
     return k;
 }
 
-/// Answers query i with the k best of `ef` candidates: aim(walk, i) sets a walk's target, start(walk, i, ef) starts it,
-/// own(i) is left out of the answer.
-template <class Aim, class Start, class Own>
-void answer(const Graph& graph, IdleWalks& idle, std::int64_t ef, const Array& scores, const Array& ids, Cpu cpu,
-            Aim aim, Start start, Own own) {
-    const std::int64_t nq = scores.dim(0), k = scores.dim(1);
+}  // namespace
+
+void HnswIndex::search(const Array& queries, std::int64_t ef, const Array& scores, const Array& ids, Cpu cpu) const {
+    const auto lock = reading();
+    const Graph& graph = *graph_;
+    require_vectors(search_op, queries, params_.dim);
+    const std::int64_t nq = queries.dim(0), k = require_results(search_op, scores, ids, nq, ef);
+    ef = std::min(std::max(ef, k), graph.live);
     const std::int64_t grain = std::clamp<std::int64_t>(nq / 16, Walks::together, 64);
     // Among many removed slots a walk takes n / live steps for one that counts; past this it costs more than a scan.
     const bool scan = static_cast<double>(graph.live) * graph.live <= static_cast<double>(ef) * graph.n;
@@ -292,14 +294,15 @@ void answer(const Graph& graph, IdleWalks& idle, std::int64_t ef, const Array& s
     const bool negate = graph.params.metric != Metric::l2;
     const float worst = negate ? -std::numeric_limits<float>::infinity() : std::numeric_limits<float>::infinity();
     const int each = static_cast<int>(std::clamp<std::int64_t>(nq, 1, Walks::together));
-    Walks walks(graph, idle, ef, workers_for(nq, grain, cpu.num_threads), each);
+    Walks walks(graph, idle_, ef, workers_for(nq, grain, cpu.num_threads), each);
+    const auto aim = [&](Walk& walk, std::int64_t i) { walk.target.set(row_of(queries, i), queries.dtype); };
     const auto keep = [&](Walk& walk, std::int64_t i) {
         float* score = scores.as<float>() + i * k;
         std::int64_t* id = ids.as<std::int64_t>() + i * k;
         std::int64_t found = 0;
         for (const Entry entry : walk.found(0)) {
             if (found == k) break;
-            if (std::isnan(distance_of(entry)) || slot_of(entry) == own(i)) continue;
+            if (std::isnan(distance_of(entry))) continue;
             score[found] = negate ? 0.0f - distance_of(entry) : distance_of(entry);
             id[found++] = graph.ids[slot_of(entry)];
         }
@@ -319,7 +322,7 @@ void answer(const Graph& graph, IdleWalks& idle, std::int64_t ef, const Array& s
             worker, begin, end,
             [&](Walk& walk, std::int64_t i) {
                 aim(walk, i);
-                start(walk, i);
+                walk.start(ef, 0, graph.live < graph.n);
             },
             [&](Walk& walk, std::int64_t i) {
                 if (frozen) walk.measure_nearest(k + 1);
@@ -327,31 +330,6 @@ void answer(const Graph& graph, IdleWalks& idle, std::int64_t ef, const Array& s
                 keep(walk, i);
             });
     });
-}
-
-}  // namespace
-
-void HnswIndex::search(const Array& queries, std::int64_t ef, const Array& scores, const Array& ids, Cpu cpu) const {
-    const auto lock = reading();
-    const Graph& graph = *graph_;
-    require_vectors(search_op, queries, params_.dim);
-    const std::int64_t k = require_results(search_op, scores, ids, queries.dim(0), ef);
-    ef = std::min(std::max(ef, k), graph.live);
-    const auto aim = [&](Walk& walk, std::int64_t i) { walk.target.set(row_of(queries, i), queries.dtype); };
-    const auto start = [&](Walk& walk, std::int64_t) { walk.start(ef, 0, graph.live < graph.n); };
-    answer(graph, idle_, ef, scores, ids, cpu, aim, start, [](std::int64_t) { return no_link; });
-}
-
-void HnswIndex::neighbors(std::int64_t ef, const Array& scores, const Array& ids, Cpu cpu) const {
-    const auto lock = reading();
-    const Graph& graph = *graph_;
-    require(graph.live == graph.n, neighbors_op, "no vector of the index may have been removed");
-    const std::int64_t k = require_results(neighbors_op, scores, ids, graph.n, ef);
-    ef = std::min(std::max(ef, k) + 1, graph.live);
-    const auto slot = [](std::int64_t i) { return static_cast<std::uint32_t>(i); };
-    const auto aim = [&](Walk& walk, std::int64_t i) { walk.target.set(slot(i)); };
-    const auto start = [&](Walk& walk, std::int64_t i) { walk.start_at(slot(i), ef); };
-    answer(graph, idle_, ef, scores, ids, cpu, aim, start, slot);
 }
 
 }  // namespace polyvec

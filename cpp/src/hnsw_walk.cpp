@@ -125,13 +125,6 @@ void Walk::start(std::size_t ef, int wide, bool skip_removed) {
     start_from(graph_->entry, graph_->levels[graph_->entry]);
 }
 
-void Walk::start_at(std::uint32_t slot, std::size_t ef) {
-    ef_ = ef;
-    wide_ = 0;
-    skip_removed_ = false;
-    start_from(slot, 0);
-}
-
 void Walk::start_from(std::uint32_t slot, int level) {
     level_ = level;
     float distance;

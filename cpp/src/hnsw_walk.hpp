@@ -141,8 +141,6 @@ public:
     /// From the graph's entry down to level 0. At levels above `wide` the nearest slot is kept, at the others `ef`.
     /// Where `skip_removed`, removed slots are followed as others are, but take no place in the pool.
     void start(std::size_t ef, int wide, bool skip_removed);
-    /// From a slot, at level 0 only.
-    void start_at(std::uint32_t slot, std::size_t ef);
     /// One step; false: the walk is at its end.
     bool step();
 

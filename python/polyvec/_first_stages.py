@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from polyvec import _files, fde, hnsw, maxsim, quantize, scan
-from polyvec._packed_tokens import MOST_CENTROIDS, centroid_count, nearest_centroids, train_centroids
+from polyvec._kmeans import train_centroids
+from polyvec._packed_tokens import MOST_CENTROIDS, centroid_count, nearest_centroids
 from polyvec._ragged import Ragged
 
 Floats = npt.NDArray[np.float32]

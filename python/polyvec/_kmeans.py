@@ -420,3 +420,24 @@ def step(
         x, centroids, labels, inertia, updated, metric,
         num_threads=num_threads,
     )  # fmt: skip
+
+
+def train_centroids(op: str, x: Any, k: int, num_threads: int | None) -> Any:
+    """Return centroids that begin as rows of x, evenly taken: 4 steps of k-means on at most 16 rows for each."""
+    n, dim = int(x.shape[0]), int(x.shape[1])
+    centroids, updated = (empty(x, (1, k, dim), "float32") for _ in range(2))
+    if n == 0:
+        centroids[:] = 0
+        return centroids[0]
+    rows = min(n, 16 * k)
+    sample = x[np.arange(rows) * n // rows]
+    centroids[0] = sample[np.arange(k) * rows // k]
+    labels, inertia = empty(x, (1, rows), "int64"), np.empty(1)
+    for _ in range(4):
+        _backend.run(
+            op, "quantize_kmeans_step", x,
+            sample[None], centroids, labels, inertia, updated, "l2",
+            num_threads=num_threads,
+        )  # fmt: skip
+        centroids, updated = updated, centroids
+    return centroids[0]

@@ -10,6 +10,7 @@ import numpy as np
 from polyvec import _backend, _files
 from polyvec._arrays import as_array, as_count, as_ids, choice, device_name, empty, is_torch, joined, rows_of
 from polyvec._errors import CudaError
+from polyvec._kmeans import train_centroids
 from polyvec._ragged import Ragged, as_ragged
 
 STORED = {
@@ -416,27 +417,6 @@ def _finite_sets(op: str, docs: Any, dim: int | None, num_threads: int | None) -
 def centroid_count(tokens: int) -> int:
     """Return how many centroids so many tokens get."""
     return max(1, min(tokens, 1 << int(16 * tokens**0.5).bit_length() >> 1))
-
-
-def train_centroids(op: str, tokens: Any, k: int, num_threads: int | None) -> Any:
-    """Return centroids that begin as tokens, evenly taken."""
-    n, dim = int(tokens.shape[0]), int(tokens.shape[1])
-    centroids, updated = (empty(tokens, (1, k, dim), "float32") for _ in range(2))
-    if n == 0:
-        centroids[:] = 0
-        return centroids[0]
-    rows = min(n, 16 * k)
-    sample = tokens[np.arange(rows) * n // rows]
-    centroids[0] = sample[np.arange(k) * rows // k]
-    labels, inertia = empty(tokens, (1, rows), "int64"), np.empty(1)
-    for _ in range(4):
-        _backend.run(
-            op, "quantize_kmeans_step", tokens,
-            sample[None], centroids, labels, inertia, updated, "l2",
-            num_threads=num_threads,
-        )  # fmt: skip
-        centroids, updated = updated, centroids
-    return centroids[0]
 
 
 def nearest_centroids(op: str, tokens: Any, centroids: Any, num_threads: int | None) -> Any:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from polyvec import _backend, _core, _files
 from polyvec._arrays import Array, ArrayT, as_array, as_count, as_float32, as_ids, choice, output, outputs, require_cpu
 from polyvec._files import State
+from polyvec._knn_graph import knn_graph
 from polyvec._progress import Progress, reporting
 
 __all__ = ["Index", "knn_graph"]
@@ -531,79 +532,3 @@ class Index(_files.Saved):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Index.from_state, (self.state(),)
-
-
-def knn_graph(
-    x: ArrayT,
-    k: int,
-    *,
-    metric: Literal["cosine", "l2"] = "l2",
-    storage: Storage = "float32",
-    rerank: Kept | None = None,
-    m: int = 16,
-    ef_construction: int = 64,
-    seed: int = 0,
-    ef: int | None = None,
-    progress: Progress = None,
-    num_threads: int | None = None,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Find the k nearest other rows of every row: the graph that UMAP, t-SNE and clustering start from.
-
-    Parameters
-    ----------
-    x : array of shape (n, d), float32 | float16 | bfloat16
-    k : int
-        Neighbours of a row; the row itself is not among them, its copies are.
-    metric : {"l2", "cosine"}
-        "l2": *squared* distances; take the root for tools that expect Euclidean ones. "cosine": 1 - cosine.
-    storage, rerank, m, ef_construction, seed
-        Of the `Index` that is built on the way.
-    ef : int, optional
-        Candidates kept for a row; k + 16 by default. More give better recall and take longer.
-    progress : bool or callable, optional
-        As for `Index.add`.
-    num_threads : int, optional
-        CPU threads; the process setting when None.
-
-    Returns
-    -------
-    indptr : array of shape (n + 1,), int64
-    indices : array of shape (number of neighbours,), int64
-    distances : array of that shape, float32
-        A sparse matrix by rows (CSR): the neighbours of row i are ``indices[indptr[i] : indptr[i + 1]]``, nearest
-        first. There are k of them, or all other rows that were found where these are fewer.
-
-    Raises
-    ------
-    ValueError
-        Another number of axes, NaN or Inf, k or ef below 1.
-    TypeError
-        x of another dtype.
-
-    Notes
-    -----
-    The search for a row's neighbours begins at the row. Same result for any number of threads. With scipy:
-    ``csr_matrix((distances, indices, indptr), (n, n))``; for UMAP's `precomputed_knn` reshape to (n, k).
-
-    Examples
-    --------
-    >>> import numpy as np, polyvec as pv
-    >>> pv.hnsw.knn_graph(np.array([[0], [1], [3]], np.float32), 1)
-    (array([0, 1, 2, 3]), array([1, 0, 1]), array([1., 1., 4.], dtype=float32))
-    """
-    op = "hnsw.knn_graph"
-    rows: Any = as_array(op, "x", x, dtypes=_FLOATS, ndim=2)
-    k = as_count(op, "k", k)
-    ef = k + 16 if ef is None else as_count(op, "ef", ef)
-    choice(op, "metric", metric, ("l2", "cosine"))
-    _backend.require_finite(op, "x", rows, num_threads)
-    n, d = (int(length) for length in rows.shape)
-    index = Index(d, metric=metric, storage=storage, rerank=rerank, m=m, ef_construction=ef_construction, seed=seed)
-    index.add(rows, progress=progress, num_threads=num_threads)
-    distances, indices = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
-    _backend.run(op, "hnsw_neighbors", indices, index._core, ef, distances, indices, num_threads=num_threads)
-    if metric == "cosine":
-        np.subtract(1, distances, out=distances)
-    found = indices >= 0
-    indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(found.sum(axis=1))])
-    return indptr, indices[found], distances[found]

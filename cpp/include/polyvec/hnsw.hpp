@@ -106,8 +106,7 @@ public:
     static constexpr const char *add_op = "hnsw.Index.add", *search_op = "hnsw.Index.search",
                                 *get_op = "hnsw.Index.get", *remove_op = "hnsw.Index.remove",
                                 *ids_op = "hnsw.Index.ids", *load_op = "hnsw.Index.load",
-                                *freeze_op = "hnsw.Index.freeze", *neighbors_op = "hnsw.knn_graph",
-                                *fit_op = "hnsw.Index.fit_queries";
+                                *freeze_op = "hnsw.Index.freeze", *fit_op = "hnsw.Index.fit_queries";
 
     explicit HnswIndex(const HnswParams& params);
 
@@ -145,10 +144,6 @@ public:
 
     /// Fills `scores` and `ids` (nq, k); l2 scores are distances. At least max(ef, k) candidates are kept.
     void search(const Array& queries, std::int64_t ef, const Array& scores, const Array& ids, Cpu cpu) const;
-
-    /// As search with every vector as a query, in the order of adding, without the vector itself among its results; no
-    /// vector may have been removed. Walks begin at the vector.
-    void neighbors(std::int64_t ef, const Array& scores, const Array& ids, Cpu cpu) const;
 
     /// Shares memory with the index until the next change, which then works on a copy.
     HnswState state() const;
