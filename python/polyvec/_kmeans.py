@@ -393,8 +393,13 @@ def lloyd(
     tolerance: float,
     report: Any,
     num_threads: int | None,
+    *,
+    label: bool = True,
 ) -> tuple[Any, Any, npt.NDArray[np.float64], int]:
-    """Iterate on problems (problems, n, d) from centroids (problems, k, d) until all have converged."""
+    """Iterate on problems (problems, n, d) from centroids (problems, k, d) until all have converged.
+
+    Unless `label`, the centroids alone count: the last time they move, rows are not labelled anew.
+    """
     problems, n, _ = (int(s) for s in x.shape)
     buffers = [empty(x, tuple(start.shape), "float32") for _ in range(2)]
     labels = empty(x, (problems, n), "int64")
@@ -402,6 +407,8 @@ def lloyd(
     centroids = start
     for iteration in range(max_iter + 1):
         last = iteration == max_iter
+        if last and not label:
+            break
         updated = None if last else buffers[iteration % 2]
         step(op, x, centroids, labels, inertia, updated, metric, num_threads)
         if last or (previous <= (1 + tolerance) * inertia).all():
