@@ -113,7 +113,8 @@ def kmeans(
     Notes
     -----
     2 n k d flops an iteration; means and inertia are accumulated in float64, in the order of the rows. Memory: 24 bytes
-    a row beside x; n x k distances are never stored.
+    a row beside x; n x k distances are never stored. With AVX2 and from 64 columns on, bytes compare rows with most
+    centroids, within bounds that are proven, and float32 decides between those that are left.
 
     With `minibatch` all iterations run, whatever the tolerance; the inertia of x may rise from one to the next. Of a
     memory map the rows of the start and of the batches are read, then once all rows, in blocks, for labels and inertia.
