@@ -7,6 +7,11 @@ import polyvec as pv
 
 
 def test_kmeans(compare, faiss, glosses):
+    """Ours labels rows six times, the last for the result; faiss five times.
+
+    By float32 both take what sgemm takes, so that at the AVX2 level ours would be 1.2 times slower: there bytes leave 3
+    to 7 of the 256 centroids, in 0.45 of the time; to round the rows takes 0.1, to decide another 0.1.
+    """
     x, k, iterations = glosses[:16384], 256, 5
     ours = pv.quantize.kmeans(x, k, init="random", max_iter=iterations, tolerance=0).inertia
 

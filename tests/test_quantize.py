@@ -63,6 +63,41 @@ def test_a_step_is_exact_on_whole_numbers(rng, isa, k, d):
         assert_exact(updated[p], expected[2].astype(np.float32))
 
 
+@pytest.mark.parametrize(("n", "k", "d"), [(401, 260, 67), (450, 128, 128), (300, 100, 261), (2200, 1100, 64)])
+@pytest.mark.parametrize("shift", [0, 100])
+def test_a_step_with_many_means_is_exact_on_whole_numbers(rng, isa, n, k, d, shift):
+    x, centroids = whole(rng, 1, n, d) + shift, whole(rng, 1, k, d) + shift
+    x[0, ::3] = centroids[0, rng.integers(0, k, len(x[0, ::3]))] + whole(rng, *x[0, ::3].shape, size=1)
+    found = kmeans_step(x, centroids)
+    expected = ref.kmeans_step(x[0], centroids[0])
+    assert_exact(found[0][0], expected[0])
+    assert found[1][0] == expected[1]
+    assert_exact(found[2][0], expected[2].astype(np.float32))
+    for ours, theirs in zip(kmeans_step(x, centroids, num_threads=3), found, strict=True):
+        assert_exact(ours, theirs)
+
+
+@pytest.mark.parametrize("scale", [1, 1e-20, 1e10])
+def test_many_means_that_are_about_equally_far(rng, isa, scale):
+    x = (sample(rng, 1, 300, 256) * 0.1 * scale).astype(np.float32)
+    x[0, 7] = 0
+    centroids = np.concatenate([np.eye(256), -np.eye(256)])[None].astype(np.float32) * np.float32(scale)
+    labels, _, _ = kmeans_step(x, centroids)
+    table = ref.losses(x[0] / np.float32(scale), centroids[0] / np.float32(scale))
+    chosen = np.take_along_axis(table, labels[0][:, None], 1)[:, 0]
+    assert_reduction(
+        chosen.astype(np.float32), table.min(1), (1 + np.linalg.norm(x[0], axis=1).max() / scale) ** 2, length=256
+    )
+
+
+@pytest.mark.parametrize("size", [1e15, 1e25, 3e38])
+def test_many_means_of_large_rows(rng, isa, size):
+    x = rng.uniform(-size, size, (300, 64)).astype(np.float32)
+    result = pv.quantize.kmeans(x, 256, init="random", max_iter=2)
+    assert np.isin(result.labels, np.arange(256)).all()
+    assert np.isfinite(result.centroids).all()
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("d", [1, 5, 16, 35])
 def test_a_step_equals_the_definition(rng, isa, metric, d):

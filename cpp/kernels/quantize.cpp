@@ -1,12 +1,15 @@
-// Sums of clusters for k-means, and the nearest codewords of short rows.
+// Sums of clusters for k-means, the nearest codewords of short rows, and the means that may be nearest to long ones.
 //
 // Sums and losses of short rows are taken row by row, in the order of the rows: what they are added to, or compared
 // with, lies in the level-1 cache, and to go cluster by cluster would cost more than to add.
 //
 // Rows of up to 16 elements stay in registers while all codewords pass by: the register tile of a scan would reload its
-// panel, its best scores and its ids for every few codewords. Which codeword is nearest is decided by fused
-// multiply-adds at every level: one without them (base) keeps the second best score, too, and decides anew where it is
-// so close that rounding may have.
+// panel, its best scores and its ids for every few codewords. 16 registers do not hold the rows: they are loaded for
+// every four codewords, two at a time, which halves the loads of codewords; a maximum and a number counted up in its
+// lanes take the place of a second selection and of a broadcast, which wait for the multiplier. AVX2 on Zen 3, 4, 8 and
+// 16 elements, GFLOP/s of 96: 43, 51, 51 with one row in registers, 60, 71, 80 so. Which codeword is nearest is decided
+// by fused multiply-adds at every level: one without them (base) keeps the second best score, too, and decides anew
+// where it is so close that rounding may have.
 #include "tables.hpp"
 #include "tile.hpp"
 
@@ -44,11 +47,14 @@ constexpr bool fused = true;
 constexpr bool fused = false;
 #endif
 
-/// J codewords of D elements against R registers of rows. `second` is kept where products are not fused.
+constexpr bool few_registers = tile_registers == 12;
+
+/// J codewords of D elements against R registers of rows. `second` is kept where products are not fused; `number`, of
+/// the first codeword, where registers are few.
 template <size_t D, size_t R, size_t J>
 POLYVEC_INLINE void compare_codewords(const Vec<float> (&x)[D][R], const float* codewords, const float* offsets,
                                       size_t first, Vec<float> (&best)[R], Vec<float> (&second)[R],
-                                      Vec<int32_t> (&id)[R]) noexcept {
+                                      Vec<int32_t> (&id)[R], Vec<int32_t>& number) noexcept {
     Vec<float> score[J][R];
 #pragma GCC unroll 8
     for (size_t j = 0; j < J; ++j) {
@@ -57,21 +63,39 @@ POLYVEC_INLINE void compare_codewords(const Vec<float> (&x)[D][R], const float* 
     }
 #pragma GCC unroll 16
     for (size_t i = 0; i < D; ++i) {
+        Vec<float> row[R];
+        for (size_t r = 0; r < R; ++r) {
+            row[r] = x[i][r];
+            if constexpr (few_registers) keep_in_register(row[r]);  // loaded once, not by each product
+        }
 #pragma GCC unroll 8
         for (size_t j = 0; j < J; ++j) {
             const Vec<float> c = broadcast(codewords[(first + j) * D + i]);
 #pragma GCC unroll 2
-            for (size_t r = 0; r < R; ++r) score[j][r] = fma(x[i][r], c, score[j][r]);
+            for (size_t r = 0; r < R; ++r) {
+                score[j][r] = fma(row[r], c, score[j][r]);
+                if constexpr (few_registers) keep_in_register(score[j][r]);
+            }
         }
     }
 #pragma GCC unroll 8
     for (size_t j = 0; j < J; ++j) {
 #pragma GCC unroll 2
         for (size_t r = 0; r < R; ++r) {
-            const Mask<float> better = score[j][r] > best[r];
             if constexpr (!fused) second[r] = max(min(score[j][r], best[r]), second[r]);
-            best[r] = select(better, score[j][r], best[r]);
-            id[r] = select(better, broadcast(static_cast<int32_t>(first + j)), id[r]);
+            if constexpr (few_registers) {
+                const Vec<float> top = max(score[j][r], best[r]);
+                id[r] = select(top != best[r], number, id[r]);
+                best[r] = top;
+            } else {
+                const Mask<float> better = score[j][r] > best[r];
+                best[r] = select(better, score[j][r], best[r]);
+                id[r] = select(better, broadcast(static_cast<int32_t>(first + j)), id[r]);
+            }
+        }
+        if constexpr (few_registers) {
+            number += 1;
+            keep_in_register(number);
         }
     }
 }
@@ -93,7 +117,7 @@ int32_t nearest_fused(const ShortRows& rows, const float* row) noexcept {
 
 template <size_t D>
 void nearest_of_width(const ShortRows& rows, int32_t* ids) noexcept {
-    constexpr size_t R = L == 16 && D <= 8 ? 2 : 1, J = L == 16 && R == 1 ? 8 : 4;
+    constexpr size_t R = few_registers || (L == 16 && D <= 8) ? 2 : 1, J = L == 16 && R == 1 ? 8 : 4;
     float largest = 0;  // |c|^2 / 2
     for (size_t c = 0; !fused && c < rows.k; ++c) largest = -rows.offsets[c] > largest ? -rows.offsets[c] : largest;
     for (size_t first = 0; first < rows.n; first += R * L) {
@@ -101,15 +125,16 @@ void nearest_of_width(const ShortRows& rows, int32_t* ids) noexcept {
         alignas(64) float panel[D * R * L] = {};
         pack_panel(panel, rows.first + first * rows.stride, count, rows.stride, rows.d, R * L);
         Vec<float> x[D][R], best[R], second[R];
-        Vec<int32_t> id[R] = {};
+        Vec<int32_t> id[R] = {}, number = {};
         for (size_t i = 0; i < D; ++i) {
             for (size_t r = 0; r < R; ++r) x[i][r] = load(panel + (i * R + r) * L);
         }
         for (size_t r = 0; r < R; ++r) best[r] = second[r] = broadcast(-__builtin_inff());
         size_t c = 0;
         for (; c + J <= rows.k; c += J)
-            compare_codewords<D, R, J>(x, rows.codewords, rows.offsets, c, best, second, id);
-        for (; c < rows.k; ++c) compare_codewords<D, R, 1>(x, rows.codewords, rows.offsets, c, best, second, id);
+            compare_codewords<D, R, J>(x, rows.codewords, rows.offsets, c, best, second, id, number);
+        for (; c < rows.k; ++c)
+            compare_codewords<D, R, 1>(x, rows.codewords, rows.offsets, c, best, second, id, number);
         int32_t nearest[R * L];
         for (size_t r = 0; r < R; ++r) store(nearest + r * L, id[r]);
         for (size_t k = 0; k < count; ++k) ids[first + k] = nearest[k];
@@ -233,9 +258,158 @@ void sum_short(const ShortRows& rows, const int64_t* labels, int64_t first, int6
     }
 }
 
+#if defined(POLYVEC_BYTE_PAIRS) && POLYVEC_VECTOR_BYTES == 32
+
+// A product of bytes and its addition are two operations for 32 multiplications, where AVX2 takes four by float32: 256
+// means of 384 elements take 952 ns a row on Zen 3, and 200 to pack it, 2192 by float32. Sums stay in 16 bits: to widen
+// them on the way would cost what finer steps save.
+
+/// Words of four bytes, those of means unsigned. A sum may overflow on the way, not in the end.
+struct CoarseProduct {
+    using Sum = int16_t;
+    template <int R>
+    static constexpr int rows = Multiply<float>::rows<R>;
+
+    POLYVEC_INLINE static Vec<int16_t> start(const uint32_t* panel, int r) noexcept {
+        return (Vec<int16_t>)load(panel + r * static_cast<int>(lanes<uint32_t>));
+    }
+    POLYVEC_INLINE static Vec<int16_t> add(Vec<uint32_t> mean, Vec<uint32_t> row, Vec<int16_t> sum) noexcept {
+        return sum + multiply_byte_pairs(mean, row);
+    }
+};
+
+constexpr size_t coarse_width = panel_registers * L;
+
+/// What sums start from, the words, and the steps, norms and errors of the rows.
+size_t coarse_words(size_t d) {
+    return (d + 3) / 4 + 4;
+}
+
+void pack_coarse(const float* rows, const float* center, size_t n, size_t d, void* panel) noexcept {
+    const size_t words = (d + 3) / 4;
+    const float most = coarse_norm - __builtin_sqrtf(static_cast<float>(d / 2 + 2)) / 2;  // before rounding
+    uint32_t* const first = static_cast<uint32_t*>(panel) + coarse_width;
+    float* const steps = reinterpret_cast<float*>(first + words * coarse_width);
+    Vec<uint8_t> lowest[4];  // shuffles the lowest bytes of the words of each half of a register into its word v
+    for (size_t v = 0; v < 4; ++v) {
+        Vec<uint32_t> index = broadcast(~0u);
+        index[v] = index[v + 4] = 0x0c080400;
+        lowest[v] = (Vec<uint8_t>)index;
+    }
+    for (size_t k = 0; k < coarse_width; k += L) {
+        const size_t count = n < k ? 0 : n - k < L ? n - k : L;
+        float inverse[L] = {};
+        Vec<float> error[L] = {};
+        Vec<int16_t> share{};
+        for (size_t j = 0; j < L; ++j) {
+            Vec<float> top{}, squares{};
+            const auto add = [&](Vec<float> x) __attribute__((always_inline)) {
+                top = max(abs(x), top);
+                squares = fma(x, x, squares);
+            };
+            size_t i = j < count ? 0 : d;
+            const float* row = rows + (k + j) * d;
+            for (; i + L <= d; i += L) add(load(row + i) - load(center + i));
+            if (i < d) add(load_first(row + i, d - i) - load_first(center + i, d - i));
+            float halves[2] = {};
+            for (size_t lane = 0; lane < L; ++lane) halves[lane / 2 % 2] += squares[lane];
+            const float half = __builtin_sqrtf(halves[0] > halves[1] ? halves[0] : halves[1]);
+            const float by_norm = half / most, by_size = reduce_max(top) / 127;
+            const float step = by_norm > by_size ? by_norm : by_size;
+            inverse[j] = step > 0 ? 1 / step : 0;
+            steps[k + j] = step;
+            steps[coarse_width + k + j] = __builtin_sqrtf(halves[0] + halves[1]) * (1 + 0x1p-10f);
+        }
+        for (size_t i = 0; i < words; i += L) {
+            Vec<uint32_t> block[L] = {};
+            for (size_t j = 0; j < count; ++j) {
+                Vec<float> squares{};
+                const auto add = [&](size_t v, Vec<float> x, Vec<float> middle) __attribute__((always_inline)) {
+                    const Vec<float> value = (x - middle) * inverse[j], shifted = value + 0x1.8p23f;
+                    const Vec<float> rest = value - (shifted - 0x1.8p23f);
+                    squares = fma(rest, rest, squares);
+                    block[j] |= (Vec<uint32_t>)shuffle_bytes((Vec<uint8_t>)shifted, lowest[v]);
+                };
+                const float* row = rows + (k + j) * d;
+                if (4 * (i + L) <= d) {
+#pragma GCC unroll 4
+                    for (size_t v = 0; v < 4; ++v) add(v, load(row + 4 * i + v * L), load(center + 4 * i + v * L));
+                } else {
+                    for (size_t v = 0; v < 4; ++v)
+                        add(v, load_part(row, i / 2 + v, d), load_part(center, i / 2 + v, d));
+                }
+                error[j] += squares;
+            }
+            transpose(block, typename LaneRange<0, L>::type{});
+            for (size_t j = 0; j < L; ++j) {
+                const size_t word = i + j % 4 * 2 + j / 4;
+                if (word < words) store(first + word * coarse_width + k, block[j]);
+                share -= multiply_byte_pairs(broadcast(0x40404040u), block[j]);
+            }
+        }
+        store(first - coarse_width + k, (Vec<uint32_t>)share);
+        for (size_t j = 0; j < L; ++j)
+            steps[2 * coarse_width + k + j] = __builtin_sqrtf(reduce_add(error[j])) * (1 + 0x1p-10f) * steps[k + j];
+    }
+}
+
+size_t candidates(const CoarseMeans& means, const void* panel, float* floor, ScanHit* hits) noexcept {
+    constexpr int R = panel_registers;
+    const size_t words = (means.d + 3) / 4;
+    const uint32_t* first_word = static_cast<const uint32_t*>(panel) + coarse_width;
+    const auto* steps = reinterpret_cast<const float*>(first_word + words * coarse_width);
+    ScanHit* hit = hits;
+    const auto find = [&]<int J>(size_t first, const Vec<int16_t>(&acc)[J][R]) __attribute__((always_inline)) {
+        const auto slack = [&](int j, int r) __attribute__((always_inline)) {
+            const size_t c = first + static_cast<size_t>(j);
+            const Vec<float> size = load(steps + coarse_width + r * L), error = load(steps + 2 * coarse_width + r * L);
+            return fma(error, broadcast(means.size[c]),
+                       fma(size, broadcast(means.error[c]), broadcast(means.rounding[c])));
+        };
+        Vec<float> upper[J][R];
+        Mask<float> found{};
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            const Vec<float> step = load(steps + r * L), least = load(floor + r * L);
+#pragma GCC unroll 12
+            for (int j = 0; j < J; ++j) {
+                const size_t c = first + static_cast<size_t>(j);
+                const Vec<int32_t> sum = multiply_pairs((Vec<uint32_t>)acc[j][r], broadcast(0x00010001u));
+                const Vec<float> product = __builtin_convertvector(sum, Vec<float>) * broadcast(means.scale[c]);
+                upper[j][r] = fma(product, step, slack(j, r) + broadcast(means.offset[c]));
+                found |= upper[j][r] >= least;
+            }
+        }
+        if (!any(found)) return;
+        float pairs[J * coarse_width];
+        for (int r = 0; r < R; ++r) {
+            Vec<float> least = load(floor + r * L);
+            for (int j = 0; j < J; ++j) {
+                least = max(upper[j][r] - 2 * slack(j, r), least);
+                store(pairs + (j * R + r) * L, upper[j][r]);
+            }
+            store(floor + r * L, least);
+        }
+        for (size_t k = 0; k < J * coarse_width; k += L) {
+            for (uint32_t set = bits(load(pairs + k) >= load(floor + k % coarse_width)); set; set &= set - 1) {
+                const size_t at = k + static_cast<size_t>(__builtin_ctz(set));
+                *hit++ = {pairs[at], static_cast<uint32_t>(first * coarse_width + at)};
+            }
+        }
+    };
+    for_each_tile<R>(first_word, Rows<uint32_t>{reinterpret_cast<const uint32_t*>(means.bytes), means.n, words}, words,
+                     find, CoarseProduct{});
+    return static_cast<size_t>(hit - hits);
+}
+
+#else
+constexpr std::nullptr_t coarse_words = nullptr, pack_coarse = nullptr, candidates = nullptr;
+#endif
+
 }  // namespace
 
 extern const QuantizeKernels quantize_kernels;
-const QuantizeKernels quantize_kernels{sum_rows, nearest_short, nearest_two, loss_short, sum_short};
+const QuantizeKernels quantize_kernels{sum_rows,  nearest_short, nearest_two, loss_short,
+                                       sum_short, coarse_words,  pack_coarse, candidates};
 
 }  // namespace polyvec::POLYVEC_ISA

@@ -228,7 +228,7 @@ POLYVEC_INLINE Vec<float> load_int8(const unsigned char* p) noexcept {
 #if POLYVEC_VECTOR_BYTES >= 32
 #define POLYVEC_BYTE_SHUFFLE 1
 
-// In each 128-bit lane, the bytes of `table` that the bytes of `index`, 0 to 15, select.
+// In each 128-bit lane, the bytes of `table` that the bytes of `index`, 0 to 15, select; 255 selects 0.
 POLYVEC_INLINE Vec<uint8_t> shuffle_bytes(Vec<uint8_t> table, Vec<uint8_t> index) noexcept {
 #if POLYVEC_VECTOR_BYTES == 64
     return (Vec<uint8_t>)_mm512_shuffle_epi8((__m512i)table, (__m512i)index);

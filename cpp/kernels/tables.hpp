@@ -435,6 +435,21 @@ struct MeansBlock {
     std::size_t n, d;
 };
 
+/// Rows are compared coarsely by sums of products of bytes in 16 bits: those of a row's elements 0, 1, 4, 5, ... and of
+/// the others. A sum fits where the elements of either half, in steps, have norms of at most coarse_norm on both sides,
+/// a product of two pairs where means are at most coarse_mean steps.
+constexpr float coarse_norm = 181;
+constexpr int coarse_mean = 63;
+
+/// `n` means of d elements, less a center: bytes (n, d rounded up to a multiple of 4), each 64 + a number of steps, 64
+/// behind the elements. |mean - scale * steps| is at most `error`, and |scale * steps| at most `size`; `rounding`
+/// bounds what float32 loses in <row, mean> + offset beside that. Rows less the center are compared with them.
+struct CoarseMeans {
+    const std::uint8_t* bytes;
+    const float *scale, *offset, *size, *error, *rounding;
+    std::size_t n, d;
+};
+
 struct QuantizeKernels {
     /// The sum of n rows of x (., d), each times scale[row] unless scale is null, in this order and in float64.
     void (*sum_rows)(const float* x, const std::int64_t* rows, std::size_t n, std::size_t d, const float* scale,
@@ -450,6 +465,15 @@ struct QuantizeKernels {
     /// short_sum(width)). Codewords play no part.
     void (*sum_short)(const ShortRows&, const std::int64_t* labels, std::int64_t first, std::int64_t last,
                       double* sums) noexcept;
+    /// Words of 32 bits of a panel of coarse rows, for each row. Null, as the two after it, where the level has no such
+    /// products, or none that are worth it.
+    std::size_t (*coarse_words)(std::size_t d);
+    /// Packs n rows (., d), at most panel_width, less the center.
+    void (*pack_coarse)(const float* rows, const float* center, std::size_t n, std::size_t d, void* panel) noexcept;
+    /// Writes the pairs whose <row, mean> + offset may be the greatest of the row, with an upper bound of it, in the
+    /// order of the means, and returns their number. ScanHit::at is mean * panel_width + lane. floor[lane] rises to a
+    /// lower bound of the greatest: pairs that were written before it rose and lie below are for the caller to leave.
+    std::size_t (*candidates)(const CoarseMeans&, const void* panel, float* floor, ScanHit* hits) noexcept;
 };
 
 /// Numbers that the sum of short rows takes: half a register of float32 is widened at a time.

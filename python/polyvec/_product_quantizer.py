@@ -294,7 +294,7 @@ class ProductQuantizer(CodebookCodec):
             pieces = self._cut(rows, rotation)
             if start is None:
                 start = seed_centroids(op, pieces, codewords, "l2", "k-means++", rng, num_threads)
-            centroids, _, _, _ = lloyd(op, pieces, start, "l2", max_iter, 1e-4, report, num_threads)
+            centroids, _, _, _ = lloyd(op, pieces, start, "l2", max_iter, 1e-4, report, num_threads, label=False)
             if self.loss == "anisotropic":
                 self._reduce_loss(op, pieces, centroids, report, num_threads)
         self.codebooks, self.rotation_matrix = centroids, rotation

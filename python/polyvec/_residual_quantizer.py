@@ -394,7 +394,7 @@ def _cluster(
             centroids = seed_centroids(op, part, k, "l2", "k-means++", rng, num_threads)
         else:
             centroids = np.pad(centroids, ((0, 0), (0, 0), (0, width - centroids.shape[2])))
-        centroids, _, _, done = lloyd(op, part, centroids, "l2", max_iter, 1e-4, report, num_threads)
+        centroids, _, _, done = lloyd(op, part, centroids, "l2", max_iter, 1e-4, report, num_threads, label=False)
         report(max_iter - done)
     found: Floats = centroids[0] @ directions.T
     return found
