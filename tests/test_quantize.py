@@ -340,7 +340,7 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("metric", ["ip", "l2"])
-@pytest.mark.parametrize(("bits", "m"), [(8, 1), (8, 5), (8, 300), (4, 1), (4, 9), (4, 601)])
+@pytest.mark.parametrize(("bits", "m"), [(8, 1), (8, 5), (8, 300), (4, 1), (4, 9), (4, 601), (4, 2100)])
 def test_packed_codes_and_some_of_them(rng, isa, bits, m, metric):
     """More subspaces than a sum of 16 bits holds, blocks that are not full, masks that are empty, sparse and full."""
     pq = quantizer(rng, m, 2, bits, metric)
