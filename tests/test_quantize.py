@@ -378,6 +378,10 @@ def test_the_best_lie_side_by_side(rng, isa, bits, k):
         for table in (codes, packed):
             assert_same(pq.search(queries, table, k), expected)
             assert_same(pq.search(queries, table, k, num_threads=2), expected)
+        for mask in (good, ~good, rng.random(n) < 0.5):
+            some = np.flatnonzero(mask)
+            scores, ids = pq.search(queries, codes[some], k)
+            assert_same(pq.search(queries, packed, k, include=mask), (scores, np.append(some, -1)[ids]))
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -507,9 +507,21 @@ size_t select_nibbles(const PqScan& scan, PqHit* hits) noexcept {
     }
     PqHit* hit = hits;
     size_t block = 0;
-    for (; block + blocks_at_once <= scan.blocks; block += blocks_at_once)
-        hit = select_blocks<blocks_at_once>(scan, floor, block, hit);
-    for (; block < scan.blocks; ++block) hit = select_blocks<1>(scan, floor, block, hit);
+    const auto one_by_one = [&](size_t end) {
+        for (; block < end; ++block) hit = select_blocks<1>(scan, floor, block, hit);
+    };
+    while (block + blocks_at_once <= scan.blocks) {
+        size_t wanted = blocks_at_once;
+        for (size_t g = 0; scan.allowed && g < blocks_at_once; ++g)
+            wanted -= none_allowed(scan.allowed + (block + g) * nibble_block / 8, nibble_block / 8);
+        if (wanted > blocks_at_once / 2) {
+            hit = select_blocks<blocks_at_once>(scan, floor, block, hit);
+            block += blocks_at_once;
+        } else {
+            one_by_one(block + blocks_at_once);
+        }
+    }
+    one_by_one(scan.blocks);
     return static_cast<size_t>(hit - hits);
 }
 

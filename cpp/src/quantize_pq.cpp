@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <mutex>
 #include <numeric>
@@ -137,8 +138,17 @@ std::vector<std::uint8_t> included_bits(const Array& include, std::int64_t n) {
             bits[ids[i] / 8] |= static_cast<std::uint8_t>(1 << ids[i] % 8);
     } else {
         const auto* values = include.as<const std::uint8_t>();
-        for (std::int64_t i = 0; i < n; ++i)
-            bits[i / 8] |= static_cast<std::uint8_t>(static_cast<int>(values[i] != 0) << i % 8);
+        std::int64_t i = 0;
+        if constexpr (std::endian::native == std::endian::little) {
+            for (; i + 8 <= n; i += 8) {
+                constexpr std::uint64_t low_bits = 0x7f7f7f7f7f7f7f7f;
+                std::uint64_t eight;
+                std::memcpy(&eight, values + i, 8);
+                const std::uint64_t set = (((eight & low_bits) + low_bits) | eight) >> 7 & 0x0101010101010101;
+                bits[i / 8] = static_cast<std::uint8_t>(set * 0x0102040810204080 >> 56);  // its bit k is byte k of set
+            }
+        }
+        for (; i < n; ++i) bits[i / 8] |= static_cast<std::uint8_t>(static_cast<int>(values[i] != 0) << i % 8);
     }
     return bits;
 }
@@ -299,6 +309,13 @@ protected:
         return id < shape_.n && (allowed_.empty() || (allowed_[id / 8] >> id % 8 & 1) != 0);
     }
 
+    /// Codes [begin, end) that take part; begin is a multiple of 8.
+    std::int64_t count_allowed(std::int64_t begin, std::int64_t end) const {
+        if (allowed_.empty()) return end - begin;
+        return std::transform_reduce(allowed_.begin() + begin / 8, allowed_.begin() + (end + 7) / 8, std::int64_t{0},
+                                     std::plus<>(), [](std::uint8_t bits) { return std::popcount(bits); });
+    }
+
     void merge(std::int64_t first, const std::vector<TopK>& found) {
         const std::lock_guard lock(merging_);
         for (std::size_t q = 0; q < found.size(); ++q) best_[first + q].merge(found[q]);
@@ -371,7 +388,7 @@ private:
         }
         std::vector<TopK> found(count, TopK(shape_.k));
         std::vector<Candidates> candidates = build_tables(first, count, own);
-        if (shape_.nibbles && shape_.packed && allowed_.empty() && shape_.k <= (end - begin) / sampled)
+        if (shape_.nibbles && shape_.packed && shape_.k <= count_allowed(begin, end) / sampled)
             guess(begin, end, candidates, own);
         pass(begin, end, 0, count, candidates, own, found);
         for (std::int64_t q = 0; q < count; ++q) {
@@ -404,15 +421,22 @@ private:
         const double share = static_cast<double>(shape_.k) / sampled;
         const auto rank = static_cast<std::size_t>(share + 4 * std::sqrt(share) + 4);
         const auto count = static_cast<std::int64_t>(candidates.size());
-        std::vector<std::int32_t> sums(std::min(count, most()) * n);
+        std::vector<std::int32_t> sums(std::min(count, most()) * n), counted(allowed_.empty() ? 0 : n);
+        for (std::size_t v = 0; v < counted.size(); ++v) {
+            const auto at = static_cast<std::int64_t>(v);
+            counted[v] = allows(begin + at / shape_.block * sampled * shape_.block + at % shape_.block) ? -1 : 0;
+        }
         for (std::int64_t q = 0; q < count;) {
             const std::int64_t queries = together(count - q);
             kernel_.sums_of_nibbles(scan_of(shape_.codes + begin * shape_.columns, blocks, q, queries, own), sampled,
                                     sums.data(), static_cast<std::size_t>(n));
-            for (std::int64_t j = 0; j < queries; ++j)
-                candidates[q + j].guess(kernel_.value_of_rank(sums.data() + j * n, static_cast<std::size_t>(n), rank,
+            for (std::int64_t j = 0; j < queries; ++j) {
+                std::int32_t* own_sums = sums.data() + j * n;
+                for (std::size_t v = 0; v < counted.size(); ++v) own_sums[v] &= counted[v];
+                candidates[q + j].guess(kernel_.value_of_rank(own_sums, static_cast<std::size_t>(n), rank,
                                                               candidates[q + j].sum_bits(),
                                                               candidates[q + j].bucket_bits()));
+            }
             q += queries;
         }
     }
