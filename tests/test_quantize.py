@@ -375,7 +375,7 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("metric", ["ip", "l2"])
-@pytest.mark.parametrize(("bits", "m"), [(8, 1), (8, 5), (8, 300), (4, 1), (4, 9), (4, 601)])
+@pytest.mark.parametrize(("bits", "m"), [(8, 1), (8, 5), (8, 300), (4, 1), (4, 9), (4, 601), (4, 2100)])
 def test_packed_codes_and_some_of_them(rng, isa, bits, m, metric):
     """More subspaces than a sum of 16 bits holds, blocks that are not full, masks that are empty, sparse and full."""
     pq = quantizer(rng, m, 2, bits, metric)
@@ -413,6 +413,10 @@ def test_the_best_lie_side_by_side(rng, isa, bits, k):
         for table in (codes, packed):
             assert_same(pq.search(queries, table, k), expected)
             assert_same(pq.search(queries, table, k, num_threads=2), expected)
+        for mask in (good, ~good, rng.random(n) < 0.5):
+            some = np.flatnonzero(mask)
+            scores, ids = pq.search(queries, codes[some], k)
+            assert_same(pq.search(queries, packed, k, include=mask), (scores, np.append(some, -1)[ids]))
 
 
 @pytest.mark.parametrize("bits", [8, 4])

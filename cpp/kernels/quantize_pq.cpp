@@ -8,7 +8,8 @@
 //     4 bits   16 codes a block. AVX-512 VBMI: 4 bytes of a code become one lane, an index of 8 bits is the code and
 //              its place in the lane, `vpermb` looks up 4 subspaces of 16 codes, `vpdpbusd` adds them up.
 //              AVX2, AVX-512: a shuffle an entry. What a step adds to one byte of a register is rounded to 8 bits
-//              together, so that it is added up in bytes, and then in sums of 16 bits.
+//              together, so that it is added up in bytes, and then in sums of 16 bits. For several queries nibbles are
+//              unpacked once, into the nearest cache: 512 entries (4 blocks, one query) take 44 operations, 4 a cycle.
 //     8 bits   64 codes a block, sums of 16 bits. AVX-512 VBMI: two `vpermi2b` look up a byte of 64 codes. AVX2: a
 //              tree of 16 shuffles and 15 blends looks up a byte of 32 codes, which pays for a few queries.
 //
@@ -157,8 +158,7 @@ struct Interleave<First, 0, Distance, K...> {
     using type = Lanes<K...>;
 };
 
-// ---- 4 bits: sums[q][g * 16 + v] of code v of block g, for Q queries and G blocks. Codes `ahead` bytes behind these
-// are fetched.
+// ---- 4 bits
 
 constexpr size_t nibble_block = 16;
 
@@ -203,66 +203,138 @@ POLYVEC_INLINE void sum_nibbles(const PqScan& scan, const uint8_t* codes, [[mayb
 
 #elif defined(POLYVEC_BYTE_SHUFFLE)
 
-constexpr size_t most_queries = 4;
-template <size_t Q>
-constexpr size_t blocks_at_once = 1;
+constexpr size_t most_queries = 8;
+constexpr size_t shorts_last = 256;      // steps of at most 255: 65,280 at most
+constexpr size_t unpacked_at_once = 32;  // steps of 4 blocks: 16 KB of nibbles
+constexpr size_t prefetched = 8;         // blocks ahead
 
-/// Writes or adds the 16 sums of bytes in the lanes of 16 bits of `all` (which add a lane's high byte 256 times) and
-/// `high`.
-POLYVEC_INLINE void add_lanes(Vec<uint16_t> all, Vec<uint16_t> high, bool add, int32_t* sums) noexcept {
-    const auto narrow = [](auto v) {
-        if constexpr (lanes_of<decltype(v)> == 32) {
-            const auto half = lower_half(v) + upper_half(v);
-            return lower_half(half) + upper_half(half);
-        } else {
-            return lower_half(v) + upper_half(v);
-        }
-    };
-    using Sums = VecOf<uint16_t, 2 * nibble_block>;
-    using Some = VecOf<uint16_t, 2 * L>;
-    uint16_t codes[nibble_block];
-    *reinterpret_cast<Sums::unaligned*>(codes) =
-        shuffle(narrow(all - (high << 8)), narrow(high), typename Interleave<0, 8, 8>::type{});
-    for (size_t v = 0; v < nibble_block; v += L) {
-        const Some::type some = *reinterpret_cast<const Some::unaligned*>(codes + v);
-        const auto wide = __builtin_convertvector(some, Vec<int32_t>);
-        store(sums + v, add ? load(sums + v) + wide : wide);
+/// The sums of a block in 16 bits: those of even codes, then those of odd ones.
+using BlockSums = VecOf<uint16_t, 2 * nibble_block>;
+
+/// From lanes of 16 bits: `even` and `odd` hold 8 codes each, as often as 128 bits fit in.
+template <class V>
+POLYVEC_INLINE BlockSums::type block_sums(V even, V odd) noexcept {
+    if constexpr (sizeof even == 16) {
+        return shuffle(even, odd, typename LaneRange<0, 16>::type{});
+    } else if constexpr (sizeof even == 32) {
+        return shuffle(even, odd, Lanes<0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23>{}) +
+               shuffle(even, odd, Lanes<8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31>{});
+    } else {
+        return block_sums(lower_half(even) + upper_half(even), lower_half(odd) + upper_half(odd));
     }
 }
 
-template <size_t Q, size_t G>
-POLYVEC_INLINE void sum_nibbles(const PqScan& scan, const uint8_t* codes, [[maybe_unused]] size_t ahead,
-                                int32_t* sums) noexcept {
-    static_assert(G == 1);
-    constexpr size_t B = sizeof(Vec<uint8_t>), parts = 64 / B, steps_at_once = 256;  // 255 a step: 65,280 at most
+constexpr size_t parts = 64 / sizeof(Vec<uint8_t>);  // registers of a step of a block
+
+POLYVEC_INLINE void unpack(const uint8_t* code, Vec<uint8_t> (&low)[parts], Vec<uint8_t> (&high)[parts]) noexcept {
     const Vec<uint8_t> nibble = broadcast(uint8_t{15});
-    for (size_t first = 0; first == 0 || first < scan.n_steps; first += steps_at_once) {
-        const size_t last = scan.n_steps - first < steps_at_once ? scan.n_steps : first + steps_at_once;
-        Vec<uint16_t> all[Q] = {}, high[Q] = {};
-#pragma GCC unroll 1
-        for (size_t k = first; k < last; ++k) {
-            const size_t step = static_cast<size_t>(scan.steps[k]);
-            Vec<uint8_t> low_nibbles[parts], high_nibbles[parts];
+    for (size_t p = 0; p < parts; ++p) {
+        Vec<uint8_t> bytes = load(code + p * sizeof bytes);
+        keep_in_register(bytes);  // or GCC loads them twice
+        low[p] = bytes & nibble;
+        high[p] = (Vec<uint8_t>)((Vec<uint16_t>)bytes >> 4) & nibble;
+    }
+}
+
+/// The nibbles of n steps of G blocks that lie `stride` bytes apart: step by step, and there block by block, 128 bytes
+/// each, the low ones first.
+template <size_t G>
+POLYVEC_INLINE void unpack_steps(const uint8_t* codes, size_t stride, const int32_t* steps, size_t n,
+                                 uint8_t* out) noexcept {
+    for (size_t k = 0; k < n; ++k) {
+        for (size_t g = 0; g < G; ++g, out += 128) {
+            const uint8_t* code = codes + g * stride + static_cast<size_t>(steps[k]) * 64;
+            prefetch(code + prefetched * stride);
+            Vec<uint8_t> low[parts], high[parts];
+            unpack(code, low, high);
             for (size_t p = 0; p < parts; ++p) {
-                const Vec<uint8_t> code = load(codes + step * 64 + p * B);
-                low_nibbles[p] = code & nibble;
-                high_nibbles[p] = (Vec<uint8_t>)((Vec<uint16_t>)code >> 4) & nibble;
-            }
-            for (size_t q = 0; q < Q; ++q) {
-                const uint8_t* table = scan.tables + q * scan.table_size + step * 128;
-                Vec<uint8_t> bytes{};
-                for (size_t p = 0; p < parts; ++p) {
-                    bytes += shuffle_bytes(load(table + p * B), low_nibbles[p]);
-                    bytes += shuffle_bytes(load(table + p * B + 64), high_nibbles[p]);
-                }
-                const auto entries = (Vec<uint16_t>)bytes;
-                all[q] += entries;
-                high[q] += entries >> 8;
-                keep_in_register(all[q]);
-                keep_in_register(high[q]);
+                store(out + p * sizeof low[p], low[p]);
+                store(out + 64 + p * sizeof low[p], high[p]);
             }
         }
-        for (size_t q = 0; q < Q; ++q) add_lanes(all[q], high[q], first > 0, sums + q * nibble_block);
+    }
+}
+
+/// Adds what n steps of G blocks give one query to its sums, or sets them. Unpacked nibbles are the indices that a
+/// shuffle reads from memory in the same operation, tables stay in registers for all blocks.
+template <size_t G, bool Unpacked>
+POLYVEC_INLINE void sum_steps(const uint8_t* codes, size_t stride, const uint8_t* tables, const int32_t* steps,
+                              size_t n, bool add, BlockSums::type* sums) noexcept {
+    constexpr size_t B = sizeof(Vec<uint8_t>);
+    Vec<uint16_t> all[G] = {}, odd[G] = {};
+    const size_t run = n > 0 && static_cast<size_t>(steps[n - 1] - steps[0]) == n - 1 ? n : 1;  // of successive steps
+    const uint8_t* code = codes;
+    for (size_t k = 0; k < n; k += run) {
+        const uint8_t* table = tables + static_cast<size_t>(steps[k]) * 128;
+        if constexpr (!Unpacked) code = codes + static_cast<size_t>(steps[k]) * 64;
+#pragma GCC unroll 1
+        for (const uint8_t* end = table + run * 128; table < end; table += 128) {
+            Vec<uint8_t> low_table[parts], high_table[parts];
+            for (size_t p = 0; p < parts; ++p) {
+                low_table[p] = load(table + p * B);
+                high_table[p] = load(table + 64 + p * B);
+            }
+            for (size_t g = 0; g < G; ++g) {
+                Vec<uint8_t> low[parts], high[parts], bytes{};
+                if constexpr (Unpacked) {
+                    for (size_t p = 0; p < parts; ++p) {
+                        low[p] = load(code + g * 128 + p * B);
+                        high[p] = load(code + g * 128 + 64 + p * B);
+                    }
+                } else {
+                    prefetch(code + (g + prefetched) * stride);
+                    unpack(code + g * stride, low, high);
+                }
+                for (size_t p = 0; p < parts; ++p)
+                    bytes += shuffle_bytes(low_table[p], low[p]) + shuffle_bytes(high_table[p], high[p]);
+                const auto entries = (Vec<uint16_t>)bytes;
+                all[g] += entries;
+                odd[g] += entries >> 8;
+                keep_in_register(all[g]);
+                keep_in_register(odd[g]);
+            }
+            code += Unpacked ? G * 128 : 64;
+        }
+    }
+    for (size_t g = 0; g < G; ++g) {
+        const auto sum = block_sums(all[g] - (odd[g] << 8), odd[g]);  // `all` has the odd ones 256 times
+        sums[g] = add ? sums[g] + sum : sum;
+    }
+}
+
+/// sums[q * G + g]: steps [first, last), `shorts_last` of them at most, of G blocks that lie `stride` bytes apart.
+template <size_t G>
+POLYVEC_INLINE void sum_in_shorts(const PqScan& scan, const uint8_t* codes, size_t stride, size_t first, size_t last,
+                                  BlockSums::type* sums) noexcept {
+    if (scan.queries < 4) {  // too few to unpack for
+        for (size_t q = 0; q < scan.queries; ++q)
+            sum_steps<G, false>(codes, stride, scan.tables + q * scan.table_size, scan.steps + first, last - first,
+                                false, sums + q * G);
+        return;
+    }
+    alignas(64) uint8_t nibbles[unpacked_at_once * G * 128];
+    for (size_t k = first; k == first || k < last; k += unpacked_at_once) {
+        const size_t n = last - k < unpacked_at_once ? last - k : unpacked_at_once;
+        unpack_steps<G>(codes, stride, scan.steps + k, n, nibbles);
+        for (size_t q = 0; q < scan.queries; ++q)
+            sum_steps<G, true>(nibbles, 0, scan.tables + q * scan.table_size, scan.steps + k, n, k > first,
+                               sums + q * G);
+    }
+}
+
+/// sums[q * distance + code] of G blocks that lie `stride` bytes apart, any number of steps.
+template <size_t G>
+POLYVEC_INLINE void sum_nibbles(const PqScan& scan, const uint8_t* codes, size_t stride, int32_t* sums,
+                                size_t distance) noexcept {
+    BlockSums::type some[most_queries * G];
+    for (size_t first = 0; first == 0 || first < scan.n_steps; first += shorts_last) {
+        const size_t last = scan.n_steps - first < shorts_last ? scan.n_steps : first + shorts_last;
+        sum_in_shorts<G>(scan, codes, stride, first, last, some);
+        for (size_t i = 0; i < scan.queries * G; ++i) {
+            const auto in_order = shuffle(some[i], some[i], typename Interleave<0, 8, 8>::type{});
+            int32_t* to = sums + i / G * distance + i % G * nibble_block;
+            for (size_t v = 0; v < nibble_block; ++v) to[v] = (first > 0 ? to[v] : 0) + in_order[v];
+        }
     }
 }
 
@@ -379,6 +451,91 @@ POLYVEC_INLINE PqHit* scan_group(const PqScan& scan, size_t block, PqHit* hit, S
     return emit<Block, Q, G>(scan, sums, allowed, first, hit);
 }
 
+#if defined(POLYVEC_BYTE_SHUFFLE) && !defined(POLYVEC_NARROW_PRODUCTS)
+
+constexpr size_t blocks_at_once = 4;
+
+/// Out of line: few blocks have a hit. The order of the hits is that of the lanes.
+template <size_t G>
+[[gnu::noinline]] PqHit* emit_shorts(const BlockSums::type* sums, uint16_t floor, size_t query, const uint8_t* allowed,
+                                     size_t first, PqHit* hit) noexcept {
+    for (size_t g = 0; g < G; ++g) {
+        uint16_t lanes[nibble_block];
+        *reinterpret_cast<BlockSums::unaligned*>(lanes) = sums[g];
+        for (uint32_t set = bits(sums[g] >= floor - BlockSums::type{}); set; set &= set - 1) {
+            const auto lane = static_cast<size_t>(__builtin_ctz(set));
+            const size_t code = g * nibble_block + lane % 8 * 2 + lane / 8;
+            if (allowed && !(allowed[code / 8] >> code % 8 & 1)) continue;
+            *hit++ = {lanes[lane], static_cast<uint32_t>((first + code) * most_queries + query)};
+        }
+    }
+    return hit;
+}
+
+template <size_t G>
+POLYVEC_INLINE PqHit* select_blocks(const PqScan& scan, const uint16_t* floor, size_t block, PqHit* hit) noexcept {
+    const size_t first = block * nibble_block, stride = scan.columns * nibble_block;
+    const uint8_t* allowed = scan.allowed ? scan.allowed + first / 8 : nullptr;
+    if (allowed && none_allowed(allowed, G * nibble_block / 8)) return hit;
+    const uint8_t* codes = scan.codes + block * stride;
+    if (scan.n_steps <= shorts_last) {
+        BlockSums::type sums[most_queries * G];
+        sum_in_shorts<G>(scan, codes, stride, 0, scan.n_steps, sums);
+        for (size_t q = 0; q < scan.queries; ++q) {
+            decltype(sums[0] >= sums[0]) reached{};
+            for (size_t g = 0; g < G; ++g) reached |= sums[q * G + g] >= floor[q] - BlockSums::type{};
+            if (bits(reached)) hit = emit_shorts<G>(sums + q * G, floor[q], q, allowed, first, hit);
+        }
+        return hit;
+    }
+    constexpr size_t n = G * nibble_block;
+    int32_t sums[most_queries * n];
+    sum_nibbles<G>(scan, codes, stride, sums, n);
+    for (size_t i = 0; i < scan.queries * n; ++i) {
+        const size_t q = i / n, code = i % n;
+        if (sums[i] >= scan.floor[q] && (!allowed || (allowed[code / 8] >> code % 8 & 1) != 0))
+            *hit++ = {sums[i], static_cast<uint32_t>((first + code) * most_queries + q)};
+    }
+    return hit;
+}
+
+size_t select_nibbles(const PqScan& scan, PqHit* hits) noexcept {
+    uint16_t floor[most_queries];
+    for (size_t q = 0; q < scan.queries; ++q) {
+        const int32_t x = scan.floor[q];
+        floor[q] = static_cast<uint16_t>(x < 0 ? 0 : x > 65535 ? 65535 : x);
+    }
+    PqHit* hit = hits;
+    size_t block = 0;
+    const auto one_by_one = [&](size_t end) {
+        for (; block < end; ++block) hit = select_blocks<1>(scan, floor, block, hit);
+    };
+    while (block + blocks_at_once <= scan.blocks) {
+        size_t wanted = blocks_at_once;
+        for (size_t g = 0; scan.allowed && g < blocks_at_once; ++g)
+            wanted -= none_allowed(scan.allowed + (block + g) * nibble_block / 8, nibble_block / 8);
+        if (wanted > blocks_at_once / 2) {
+            hit = select_blocks<blocks_at_once>(scan, floor, block, hit);
+            block += blocks_at_once;
+        } else {
+            one_by_one(block + blocks_at_once);
+        }
+    }
+    one_by_one(scan.blocks);
+    return static_cast<size_t>(hit - hits);
+}
+
+void sums_of_nibbles(const PqScan& scan, size_t distance, int32_t* sums, size_t stride) noexcept {
+    const size_t bytes = distance * scan.columns * nibble_block;
+    size_t block = 0;
+    for (; block + blocks_at_once <= scan.blocks; block += blocks_at_once)
+        sum_nibbles<blocks_at_once>(scan, scan.codes + block * bytes, bytes, sums + block * nibble_block, stride);
+    for (; block < scan.blocks; ++block)
+        sum_nibbles<1>(scan, scan.codes + block * bytes, bytes, sums + block * nibble_block, stride);
+}
+
+#else
+
 /// Fetches twice what one query takes in while the level-3 cache answers.
 template <size_t Q, size_t G>
 POLYVEC_INLINE void sum_nibbles_in_order(const PqScan& scan, const uint8_t* codes, int32_t* sums) noexcept {
@@ -429,9 +586,11 @@ void sums_of_nibbles(const PqScan& scan, size_t distance, int32_t* sums, size_t 
     });
 }
 
-int32_t value_of_rank(const int32_t* sums, size_t n, size_t rank, int32_t bits) noexcept {
+#endif
+
+int32_t value_of_rank(const int32_t* sums, size_t n, size_t rank, int32_t bits, int32_t zeros) noexcept {
     int32_t value = 0;
-    for (int32_t bit = bits - 1; bit >= 0; --bit) {
+    for (int32_t bit = bits - 1; bit >= zeros; --bit) {
         const int32_t higher = value | int32_t{1} << bit;
         uint32_t reached = 0;
         for (size_t i = 0; i < n; ++i) reached += sums[i] >= higher;
@@ -458,30 +617,42 @@ constexpr auto select_bytes = nullptr;
 
 // ---- scores of the few
 
+/// Byte 0 of a code; the number of codes in a block is a power of 2.
+POLYVEC_INLINE const uint8_t* code_of(const PqScores& codes, int64_t id) noexcept {
+    const auto i = static_cast<size_t>(id), first = i & ~(codes.block - 1);
+    return codes.codes + first * codes.columns + (i - first);
+}
+
+/// Codes of blocks lie over many lines: those of the `next` ones are fetched on the way.
 template <size_t J, bool Nibbles>
-POLYVEC_INLINE void add_scores(const PqScores& codes, const int64_t* ids, float* out) noexcept {
-    const size_t block = codes.block, columns = codes.columns;
-    const uint8_t* code[J];
+POLYVEC_INLINE void add_scores(const PqScores& codes, const int64_t* ids, const int64_t* next, float* out) noexcept {
+    constexpr size_t columns_of_step = Nibbles ? 4 : 1;
+    const bool in_blocks = codes.block > 1;
+    const uint8_t *code[J], *next_code[J];
     float sum[J] = {};
     for (size_t j = 0; j < J; ++j) {
-        const auto id = static_cast<size_t>(ids[j]);
-        code[j] = codes.codes + id / block * (block * columns) + id % block;
+        code[j] = code_of(codes, ids[j]);
+        next_code[j] = code_of(codes, next[j]);
         keep_in_register(sum[j]);  // without it GCC gathers the scalars into one vector
     }
-    for (size_t k = 0; k < codes.n_steps; ++k) {
-        const size_t first = static_cast<size_t>(codes.steps[k]) * (Nibbles ? 4 : 1);
-        const size_t end = !Nibbles ? first + 1 : columns - first < 4 ? columns : first + 4;
-        for (size_t column = first; column < end; ++column) {
-            for (size_t j = 0; j < J; ++j) {
-                const size_t byte = code[j][column * block];
-                if constexpr (Nibbles) {
-                    sum[j] += codes.entries[column * 32 + (byte & 15)];
-                    sum[j] += codes.entries[column * 32 + 16 + (byte >> 4)];
-                } else {
-                    sum[j] += codes.entries[column * 256 + byte];
-                }
-                keep_in_register(sum[j]);
+    for (size_t i = 0; i < codes.n_steps * columns_of_step; ++i) {
+        const size_t step = static_cast<size_t>(codes.steps[i / columns_of_step]);
+        const size_t column = step * columns_of_step + i % columns_of_step;
+        if (Nibbles && column >= codes.columns) break;  // the last step of codes that are not padded
+        const float* entries = codes.entries + column * (Nibbles ? 32 : 256);
+        const size_t at = column * codes.block;
+        if (in_blocks && i % columns_of_step == 0) {
+            for (size_t j = 0; j < J; ++j) prefetch(next_code[j] + at);
+        }
+        for (size_t j = 0; j < J; ++j) {
+            const size_t byte = code[j][at];
+            if constexpr (Nibbles) {
+                sum[j] += entries[byte & 15];
+                sum[j] += entries[16 + (byte >> 4)];
+            } else {
+                sum[j] += entries[byte];
             }
+            keep_in_register(sum[j]);
         }
     }
     for (size_t j = 0; j < J; ++j) out[j] = sum[j];
@@ -489,9 +660,14 @@ POLYVEC_INLINE void add_scores(const PqScores& codes, const int64_t* ids, float*
 
 template <bool Nibbles>
 void scores(const PqScores& codes, const int64_t* ids, size_t n, float* out) noexcept {
-    size_t i = 0;
-    for (; i + 8 <= n; i += 8) add_scores<8, Nibbles>(codes, ids + i, out + i);
-    for (; i < n; ++i) add_scores<1, Nibbles>(codes, ids + i, out + i);
+    constexpr size_t J = 8;
+    for (size_t i = 0; i < n; i += J) {
+        int64_t padded[2 * J];  // the last code again and again costs less than the last few one by one
+        float some[J];
+        for (size_t j = 0; j < 2 * J; ++j) padded[j] = ids[i + j < n ? i + j : n - 1];
+        add_scores<J, Nibbles>(codes, padded, padded + J, some);
+        for (size_t j = 0; j < J && i + j < n; ++j) out[i + j] = some[j];
+    }
 }
 
 // ---- float tables, 8 bits; V is a vector of queries, or float for one

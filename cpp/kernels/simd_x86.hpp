@@ -31,6 +31,13 @@ POLYVEC_INLINE uint32_t bits(M mask) noexcept {
 #endif
 }
 
+#if POLYVEC_VECTOR_BYTES >= 32
+POLYVEC_INLINE uint32_t bits(VecOf<int16_t, 32>::type mask) noexcept {
+    return static_cast<uint32_t>(
+        _mm_movemask_epi8(_mm_packs_epi16((__m128i)lower_half(mask), (__m128i)upper_half(mask))));
+}
+#endif
+
 template <class M>
 POLYVEC_INLINE bool any(M mask) noexcept {
     return bits(mask) != 0;

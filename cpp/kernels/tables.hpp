@@ -367,9 +367,9 @@ struct PqKernels {
     std::size_t (*select_nibbles)(const PqScan&, PqHit* hits) noexcept;
     /// sums[query * stride + code]: what select_nibbles compares with the floors. Blocks lie `distance` blocks apart.
     void (*sums_of_nibbles)(const PqScan&, std::size_t distance, std::int32_t* sums, std::size_t stride) noexcept;
-    /// The largest value below 2^bits that at least `rank` of n sums reach.
-    std::int32_t (*value_of_rank)(const std::int32_t* sums, std::size_t n, std::size_t rank,
-                                  std::int32_t bits) noexcept;
+    /// The largest multiple of 2^zeros below 2^bits that at least `rank` of n sums reach.
+    std::int32_t (*value_of_rank)(const std::int32_t* sums, std::size_t n, std::size_t rank, std::int32_t bits,
+                                  std::int32_t zeros) noexcept;
     std::size_t (*select_bytes)(const PqScan&, PqHit* hits) noexcept;
     /// out[i] = the score of code ids[i]: the float32 sum of its entries in the order of the subspaces.
     void (*score_nibbles)(const PqScores&, const std::int64_t* ids, std::size_t n, float* out) noexcept;

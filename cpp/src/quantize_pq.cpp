@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <mutex>
 #include <numeric>
@@ -137,8 +138,17 @@ std::vector<std::uint8_t> included_bits(const Array& include, std::int64_t n) {
             bits[ids[i] / 8] |= static_cast<std::uint8_t>(1 << ids[i] % 8);
     } else {
         const auto* values = include.as<const std::uint8_t>();
-        for (std::int64_t i = 0; i < n; ++i)
-            bits[i / 8] |= static_cast<std::uint8_t>(static_cast<int>(values[i] != 0) << i % 8);
+        std::int64_t i = 0;
+        if constexpr (std::endian::native == std::endian::little) {
+            for (; i + 8 <= n; i += 8) {
+                constexpr std::uint64_t low_bits = 0x7f7f7f7f7f7f7f7f;
+                std::uint64_t eight;
+                std::memcpy(&eight, values + i, 8);
+                const std::uint64_t set = (((eight & low_bits) + low_bits) | eight) >> 7 & 0x0101010101010101;
+                bits[i / 8] = static_cast<std::uint8_t>(set * 0x0102040810204080 >> 56);  // its bit k is byte k of set
+            }
+        }
+        for (; i < n; ++i) bits[i / 8] |= static_cast<std::uint8_t>(static_cast<int>(values[i] != 0) << i % 8);
     }
     return bits;
 }
@@ -206,15 +216,27 @@ public:
     /// No code with a lower sum is wanted. Everything is, where tables are not finite.
     std::int32_t floor() const { return std::max(floor_, guess_); }
 
-    /// Leaves out what cannot be among the best if k sums are as high as this, which `complete` tells in the end.
+    /// Leaves out what cannot be among the best if k codes have sums as high as this and what was rounded off their
+    /// entries is what is usual, half of a step, which `complete` tells in the end.
     void guess(std::int32_t sum) {
-        const std::int32_t floor = (sum >> shift_ << shift_) - margin_;
+        const std::int32_t floor = sum - margin_ / 2;
         if (exact_ && floor > 0) guess_ = floor;
     }
     bool complete() const { return floor_ >= guess_; }
 
+    /// Forgets the guess and the sums. What was found keeps the floor where it is.
+    void restart() {
+        guess_ = std::numeric_limits<std::int32_t>::min();
+        std::fill(counts_.begin(), counts_.end(), 0u);
+        top_ = 0;
+        above_ = 0;
+    }
+
     /// Every sum is below 2^this.
     int sum_bits() const { return std::bit_width(static_cast<std::uint32_t>(255 * rounding_.rounded)); }
+
+    /// Sums are counted in buckets of 2^this values.
+    int bucket_bits() const { return shift_; }
 
     /// Whether the candidates are so many that they should be rescored.
     bool push(std::int32_t sum, std::int64_t id) {
@@ -232,26 +254,27 @@ public:
         return sums_.size() >= limit_;
     }
 
-    /// Those that have not been rescored and still reach the floor.
-    const std::vector<std::int64_t>& open() {
-        std::size_t kept = 0;
-        for (std::size_t i = 0; i < ids_.size(); ++i) {
-            ids_[kept] = ids_[i];
-            kept += sums_[i] >= floor();
+    /// Moves out those that reach the floor, of them only the best by their sums (about k) unless `all`.
+    void take(bool all, std::vector<std::int64_t>& ids) {
+        const std::int32_t least = all ? floor() : std::max(floor(), static_cast<std::int32_t>(top_ << shift_));
+        std::size_t taken = 0, kept = 0;
+        ids.resize(ids_.size());
+        for (std::size_t i = 0; i < ids_.size(); ++i) {  // without a branch
+            const std::int64_t id = ids_[i];
+            const std::int32_t sum = sums_[i];
+            ids[taken] = ids_[kept] = id;
+            sums_[kept] = sum;
+            taken += sum >= least;
+            kept += sum < least;
         }
+        ids.resize(taken);
         ids_.resize(kept);
-        return ids_;
+        sums_.resize(kept);
+        if (all) {
+            ids_.clear();
+            sums_.clear();
+        }
     }
-
-    /// They have been, and only scores of at least `threshold` are still wanted.
-    void rescored(float threshold) {
-        sums_.clear();
-        ids_.clear();
-        raise_to(threshold);
-    }
-
-private:
-    double size_in_steps() const { return rounding_.step > 0 ? rounding_.size / rounding_.step : 0; }
 
     /// Sums that cannot reach `score` are below the floor.
     void raise_to(float score) {
@@ -259,6 +282,9 @@ private:
         const double sum = std::floor((score - rounding_.offset) / rounding_.step - most_);
         if (sum > floor_) floor_ = static_cast<std::int32_t>(std::min(sum, 2e9));
     }
+
+private:
+    double size_in_steps() const { return rounding_.step > 0 ? rounding_.size / rounding_.step : 0; }
 
     PqRounding rounding_;
     std::int64_t k_;
@@ -281,6 +307,13 @@ protected:
 
     bool allows(std::int64_t id) const {
         return id < shape_.n && (allowed_.empty() || (allowed_[id / 8] >> id % 8 & 1) != 0);
+    }
+
+    /// Codes [begin, end) that take part; begin is a multiple of 8.
+    std::int64_t count_allowed(std::int64_t begin, std::int64_t end) const {
+        if (allowed_.empty()) return end - begin;
+        return std::transform_reduce(allowed_.begin() + begin / 8, allowed_.begin() + (end + 7) / 8, std::int64_t{0},
+                                     std::plus<>(), [](std::uint8_t bits) { return std::popcount(bits); });
     }
 
     void merge(std::int64_t first, const std::vector<TopK>& found) {
@@ -315,7 +348,7 @@ public:
 
     void run(int num_threads) {
         const std::int64_t nq = op_.queries.dim(0), threads = workers_for(most_pieces, 1, num_threads);
-        group_ = std::clamp<std::int64_t>(cache_bytes / shape_.stride(), 1, most_in_group);
+        group_ = std::max<std::int64_t>(1, std::min({cache_bytes / shape_.stride(), most_in_group, nq}));
         const std::int64_t groups = (nq + group_ - 1) / group_;
         const std::int64_t wanted = threads > 1 ? (pieces_per_thread * threads) / std::max<std::int64_t>(1, groups) : 0;
         range_ = std::min(shape_.n / std::max<std::int64_t>(1, wanted), most_bytes / shape_.columns);
@@ -355,13 +388,12 @@ private:
         }
         std::vector<TopK> found(count, TopK(shape_.k));
         std::vector<Candidates> candidates = build_tables(first, count, own);
-        const std::vector<Candidates> anew = candidates;
-        if (shape_.nibbles && shape_.packed && allowed_.empty() && shape_.k <= (end - begin) / sampled)
+        if (shape_.nibbles && shape_.packed && shape_.k <= count_allowed(begin, end) / sampled)
             guess(begin, end, candidates, own);
         pass(begin, end, 0, count, candidates, own, found);
         for (std::int64_t q = 0; q < count; ++q) {
             if (candidates[q].complete()) continue;
-            candidates[q] = anew[q];
+            candidates[q].restart();
             found[q] = TopK(shape_.k);
             pass(begin, end, q, q + 1, candidates, own, found);
         }
@@ -387,16 +419,24 @@ private:
     void guess(std::int64_t begin, std::int64_t end, std::vector<Candidates>& candidates, const Scratch& own) const {
         const std::int64_t blocks = (end - begin) / (sampled * shape_.block), n = blocks * shape_.block;
         const double share = static_cast<double>(shape_.k) / sampled;
-        const auto rank = static_cast<std::size_t>(share + 3 * std::sqrt(share) + 3);
+        const auto rank = static_cast<std::size_t>(share + 4 * std::sqrt(share) + 4);
         const auto count = static_cast<std::int64_t>(candidates.size());
-        std::vector<std::int32_t> sums(most() * n);
+        std::vector<std::int32_t> sums(std::min(count, most()) * n), counted(allowed_.empty() ? 0 : n);
+        for (std::size_t v = 0; v < counted.size(); ++v) {
+            const auto at = static_cast<std::int64_t>(v);
+            counted[v] = allows(begin + at / shape_.block * sampled * shape_.block + at % shape_.block) ? -1 : 0;
+        }
         for (std::int64_t q = 0; q < count;) {
             const std::int64_t queries = together(count - q);
             kernel_.sums_of_nibbles(scan_of(shape_.codes + begin * shape_.columns, blocks, q, queries, own), sampled,
                                     sums.data(), static_cast<std::size_t>(n));
-            for (std::int64_t j = 0; j < queries; ++j)
-                candidates[q + j].guess(kernel_.value_of_rank(sums.data() + j * n, static_cast<std::size_t>(n), rank,
-                                                              candidates[q + j].sum_bits()));
+            for (std::int64_t j = 0; j < queries; ++j) {
+                std::int32_t* own_sums = sums.data() + j * n;
+                for (std::size_t v = 0; v < counted.size(); ++v) own_sums[v] &= counted[v];
+                candidates[q + j].guess(kernel_.value_of_rank(own_sums, static_cast<std::size_t>(n), rank,
+                                                              candidates[q + j].sum_bits(),
+                                                              candidates[q + j].bucket_bits()));
+            }
             q += queries;
         }
     }
@@ -404,6 +444,7 @@ private:
     /// Codes [begin, end) against queries [from, to) of the group.
     void pass(std::int64_t begin, std::int64_t end, std::int64_t from, std::int64_t to,
               std::vector<Candidates>& candidates, const Scratch& own, std::vector<TopK>& found) const {
+        const int lane_bits = std::countr_zero(kernel_.most_queries);
         for (std::int64_t i = begin; i < end; i += chunk) {
             const std::int64_t block = i / shape_.block, blocks = (std::min(chunk, end - i) - 1) / shape_.block + 1;
             const std::uint8_t* codes = shape_.codes + block * shape_.block * shape_.columns;
@@ -423,7 +464,7 @@ private:
                     (shape_.nibbles ? kernel_.select_nibbles : kernel_.select_bytes)(scan, own.hits.get());
                 for (std::size_t h = 0; h < hits; ++h) {
                     const auto [sum, at] = own.hits[h];
-                    const std::int64_t id = i + at / kernel_.most_queries, lane = q + at % kernel_.most_queries;
+                    const std::int64_t id = i + (at >> lane_bits), lane = q + (at & (kernel_.most_queries - 1));
                     if (id < shape_.n && candidates[lane].push(sum, id))
                         rescore(lane, candidates[lane], own, found[lane]);
                 }
@@ -438,19 +479,25 @@ private:
         return std::min<std::int64_t>(std::bit_floor<std::uint64_t>(left), most());
     }
 
-    /// Moves the candidates that are still open to the best by their scores.
+    /// Moves the candidates to the best by their scores. Those of the k highest sums come first: their scores tell more
+    /// than their sums do about which others can be among the best.
     void rescore(std::int64_t q, Candidates& candidates, const Scratch& own, TopK& found) const {
-        const std::vector<std::int64_t>& ids = candidates.open();
-        std::vector<float> scores(ids.size());
         const PqScores codes{shape_.codes,
                              static_cast<std::size_t>(shape_.packed ? shape_.columns : shape_.code_size),
                              static_cast<std::size_t>(shape_.packed ? shape_.block : 1),
                              own.entries.get() + q * shape_.stride(),
                              own.steps[q].data(),
                              own.steps[q].size()};
-        (shape_.nibbles ? kernel_.score_nibbles : kernel_.score_bytes)(codes, ids.data(), ids.size(), scores.data());
-        for (std::size_t i = 0; i < ids.size(); ++i) found.push(scores[i], ids[i]);
-        candidates.rescored(found.threshold());
+        std::vector<std::int64_t> ids;
+        std::vector<float> scores;
+        for (const bool all : {false, true}) {
+            candidates.take(all, ids);
+            scores.resize(ids.size());
+            (shape_.nibbles ? kernel_.score_nibbles : kernel_.score_bytes)(codes, ids.data(), ids.size(),
+                                                                           scores.data());
+            for (std::size_t i = 0; i < ids.size(); ++i) found.push(scores[i], ids[i]);
+            candidates.raise_to(found.raise_threshold());
+        }
     }
 
     /// Writes the tables and the steps of `count` queries from `first` on.
@@ -479,13 +526,12 @@ private:
             candidates.emplace_back(rounding, shape_.k, threshold(first + q));
         }
         for (std::int64_t q = 0; q < count; q += most()) {  // queries that are scanned together share their steps
-            std::vector<std::int32_t> subspaces;
-            for (std::int64_t j = q; j < std::min(count, q + most()); ++j)
-                subspaces.insert(subspaces.end(), active[j].begin(), active[j].end());
-            std::sort(subspaces.begin(), subspaces.end());
-            for (const std::int32_t s : subspaces) {
-                const std::int32_t step = shape_.nibbles ? s / 8 : s;
-                if (own.steps[q].empty() || own.steps[q].back() != step) own.steps[q].push_back(step);
+            std::vector<bool> used(shape_.nibbles ? shape_.columns / 4 : shape_.columns);
+            for (std::int64_t j = q; j < std::min(count, q + most()); ++j) {
+                for (const std::int32_t s : active[j]) used[shape_.nibbles ? s / 8 : s] = true;
+            }
+            for (std::size_t step = 0; step < used.size(); ++step) {
+                if (used[step]) own.steps[q].push_back(static_cast<std::int32_t>(step));
             }
             for (std::int64_t j = q + 1; j < std::min(count, q + most()); ++j) own.steps[j] = own.steps[q];
         }

@@ -26,6 +26,7 @@ import numpy.typing as npt
 import xxhash
 from safetensors import SafetensorError, safe_open
 
+from polyvec._arrays import aligned_bytes
 from polyvec._errors import FormatError
 
 VERSION = 1
@@ -269,9 +270,7 @@ def _map(file: BinaryIO, start: int) -> Bytes:
 def _load(file: BinaryIO) -> Bytes:
     """Read the rest of the file into memory that is aligned as the file is."""
     size = os.fstat(file.fileno()).st_size - file.tell()
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    first = -memory.ctypes.data % _ALIGNMENT
-    data: Bytes = memory[first : first + size]
+    data = aligned_bytes(size)
     if file.readinto(data.data) != size:  # type: ignore[attr-defined]
         raise FormatError("is truncated")
     data.flags.writeable = False

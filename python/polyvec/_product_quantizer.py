@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from polyvec import _backend
-from polyvec._arrays import ArrayT, as_array, as_count, as_float32, as_number, choice, require_cpu
+from polyvec._arrays import ArrayT, aligned_bytes, as_array, as_count, as_float32, as_number, choice, require_cpu
 from polyvec._block_sparse import BlockSparse
 from polyvec._codec import Codec, Floats, codes_of, vectors_of
 from polyvec._kmeans import lloyd, seed_centroids, step
@@ -95,7 +96,8 @@ class CodebookCodec(Codec):
         op = f"{self._KIND}.pack"
         table = codes_of(op, codes, self.code_size)
         columns, width = self._block_shape
-        blocks = np.empty((-(-len(table) // width), columns, width), np.uint8)
+        shape = (-(-len(table) // width), columns, width)
+        blocks = aligned_bytes(math.prod(shape)).reshape(shape)  # registers of a scan never lie over two cache lines
         _backend.run(op, "quantize_pq_pack", table, table, blocks, num_threads=num_threads)
         return PackedCodes(blocks, len(table))
 

@@ -102,6 +102,12 @@ public:
     /// A score must be at least this to be taken: what a kernel compares against. It lags behind the k-th best score.
     float threshold() const { return threshold_; }
 
+    /// Raises the threshold to the k-th best score, if there are so many hits, and returns it.
+    float raise_threshold() {
+        if (k_ > 0 && hits_.size() >= k_) cut();
+        return threshold_;
+    }
+
     void push(float score, std::int64_t id) {
         if (!(score >= threshold_)) return;
         hits_.push_back({score, id});
@@ -133,9 +139,15 @@ private:
     void trim() {
         if (hits_.size() <= k_) return;
         if (k_ > 0) {
-            select_hits(hits_, k_);
-            threshold_ = hits_[k_ - 1].score;
+            cut();
+        } else {
+            hits_.clear();
         }
+    }
+
+    void cut() {
+        select_hits(hits_, k_);
+        threshold_ = hits_[k_ - 1].score;
         hits_.resize(k_);
     }
 
