@@ -14,7 +14,7 @@ template <class Exec>
 void bind_knn_graph(py::module_& m) {
     m.def(
         "knn_encode",
-        [](const py::object& x, std::int64_t first, const py::tuple& rows, std::intptr_t where) {
+        [](const py::object& x, std::int64_t first, const py::object& rows, std::intptr_t where) {
             Args args = args_for<Exec>(KnnEncode::op, where);
             const Array a = args.in("x", x);
             run_op<Exec>(KnnEncode{a, first, knn_rows(args, rows)}, where, a);
@@ -22,7 +22,7 @@ void bind_knn_graph(py::module_& m) {
         py::arg("x"), py::arg("first"), py::arg("rows"), py::arg("where"));
     m.def(
         "knn_join",
-        [](const py::tuple& rows, const py::object& begins, const py::object& probes, std::int64_t first,
+        [](const py::object& rows, const py::object& begins, const py::object& probes, std::int64_t first,
            std::int64_t last, const py::object& ids, const py::object& distances, std::intptr_t where) {
             Args args = args_for<Exec>(KnnJoin::op, where);
             const Array a = args.in("begins", begins);
@@ -42,7 +42,7 @@ void bind_knn_graph(py::module_& m) {
         py::arg("ids"), py::arg("degree"), py::arg("reverse"), py::arg("where"));
     m.def(
         "knn_refine",
-        [](const py::tuple& rows, const py::object& ids, const py::object& distances, const py::object& reverse,
+        [](const py::object& rows, const py::object& ids, const py::object& distances, const py::object& reverse,
            std::int64_t degree, std::int64_t first, std::int64_t last, const py::object& better_ids,
            const py::object& better_distances, std::intptr_t where) {
             Args args = args_for<Exec>(KnnRefine::op, where);

@@ -165,9 +165,9 @@ def hypercomplex_sum_products(
     where: int,
 ) -> None: ...
 def isa_choice() -> str: ...
-def knn_encode(x: typing.Any, first: int, rows: tuple, where: int) -> None: ...
+def knn_encode(x: typing.Any, first: int, rows: typing.Any, where: int) -> None: ...
 def knn_join(
-    rows: tuple,
+    rows: typing.Any,
     begins: typing.Any,
     probes: typing.Any,
     first: int,
@@ -177,7 +177,7 @@ def knn_join(
     where: int,
 ) -> None: ...
 def knn_refine(
-    rows: tuple,
+    rows: typing.Any,
     ids: typing.Any,
     distances: typing.Any,
     reverse: typing.Any,
