@@ -23,7 +23,7 @@ def test_search(curve, data, threads, first_stage):
     points = curve(
         lambda candidates: index.search(queries, 10, candidates=candidates, num_threads=threads)[1],
         {"exact MaxSim": lambda _: pv.maxsim.topk(queries, packed, 10, num_threads=threads)[1]},
-        settings=[25, 50, 100, 200],
+        settings=[25, 50, 80, 100, 200],
         recall=lambda ids: np.mean([len(np.intersect1d(a, b)) for a, b in zip(ids, truth, strict=True)]) / 10,
         queries=len(queries),
     )

@@ -108,7 +108,7 @@ def test_centroids_are_trained_again_as_documents_come():
     for begin, end in ((0, 1), (1, 2), (2, 100), (100, 110), (110, len(docs))):
         parts.add(docs[begin:end])
         counts.append(len(parts.state().tensors["stage.centroids"]))
-    wanted = 2 ** int(np.log2(16 * len(docs.values) ** 0.5))
+    wanted = 2 ** int(np.log2(8 * len(docs.values) ** 0.5))
     assert counts[-1] == len(whole.state().tensors["stage.centroids"]) == wanted
     assert counts[2] == counts[3] > 2 * counts[1]
     found, in_parts = (ranking.recall(index.search(queries, 10, candidates=50)[1], exact) for index in (whole, parts))
