@@ -122,14 +122,10 @@ void Walk::start(std::size_t ef, int wide, bool skip_removed) {
     ef_ = ef;
     wide_ = wide;
     skip_removed_ = skip_removed;
-    start_from(graph_->entry, graph_->levels[graph_->entry]);
-}
-
-void Walk::start_from(std::uint32_t slot, int level) {
-    level_ = level;
+    level_ = graph_->levels[graph_->entry];
     float distance;
-    target.measure(&slot, 1, &distance);
-    begin_level(entry_of(distance, slot));
+    target.measure(&graph_->entry, 1, &distance);
+    begin_level(entry_of(distance, graph_->entry));
 }
 
 void Walk::begin_level(Entry start) {

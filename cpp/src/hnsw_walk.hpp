@@ -161,7 +161,6 @@ public:
     std::int64_t task = 0;  // the caller's own
 
 private:
-    void start_from(std::uint32_t slot, int level);
     void begin_level(Entry start);
     bool look();
     void measure();

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from polyvec import _backend, scan
+from polyvec import _backend
 from polyvec._arrays import ArrayT, as_array, as_count, as_float32, choice, rows_of
 from polyvec._kmeans import train_centroids
 from polyvec._progress import Progress, reporting
@@ -125,7 +125,8 @@ def knn_graph(
         exact[some] = order[np.where(missing, 0, listed)]
         queries: Any = as_float32(given[some])  # as they are: beside 16 bits they would be rounded again
         kind = "l2" if metric == "l2" else "ip"
-        scan.score_pairs(queries, given, exact[some], metric=kind, out=distances[some], num_threads=num_threads)
+        _backend.run(op, "scan_score_pairs", queries, queries, None, None, given, None, exact[some], None,
+                     distances[some], kind, num_threads=num_threads)  # fmt: skip
         if metric == "cosine":
             distances[some] = 1 - distances[some] * inverse_norms[some, None] * inverse_norms[exact[some]]
         distances[some][missing] = np.inf
@@ -163,10 +164,12 @@ def _clusters(
     sample = _rows(op, x, np.arange(min(n, 16 * count)) * n // min(n, 16 * count), metric, num_threads)
     centroids = train_centroids(op, sample, count, num_threads)
     probed = np.empty((n, min(probes, count)), np.int64)
+    distances = np.empty(probed.shape, np.float32)
     for first in range(0, n, _CHUNK):
-        rows = np.arange(first, min(first + _CHUNK, n))
-        block = _rows(op, x, rows, metric, num_threads)
-        probed[rows] = scan.topk(block, centroids, probed.shape[1], metric="l2", num_threads=num_threads)[1]
+        some = slice(first, min(first + _CHUNK, n))
+        block = _rows(op, x, np.arange(n)[some], metric, num_threads)
+        _backend.run(op, "scan_topk", block, block, None, None, centroids, None, None, None, None, distances[some],
+                     probed[some], "l2", num_threads=num_threads)  # fmt: skip
     order = np.argsort(probed[:, 0], kind="stable")
     begins = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.bincount(probed[:, 0], minlength=count))])
     return order, begins, np.ascontiguousarray(probed[order])
