@@ -29,14 +29,7 @@ public:
         : rows_(rows),
           kernels_(*kernels().byte_distance),
           stride_(static_cast<std::size_t>(rows.codes.dim(1))),
-          query_(aligned<std::uint8_t>(rows.codes.dim(1))) {
-        // Without squares in the factors, distances are minus inner products.
-        if (!rows.squared) {
-            const auto* factors = rows.factors.as<const float>();
-            scales_.assign(factors, factors + rows.factors.size());
-            for (std::size_t i = 1; i < scales_.size(); i += 2) scales_[i] = 0;
-        }
-    }
+          query_(aligned<std::uint8_t>(rows.codes.dim(1))) {}
 
     /// Asks for a row that will be compared.
     void fetch(std::uint32_t row) const {
@@ -47,13 +40,12 @@ public:
     void operator()(std::int64_t row, const std::vector<std::uint32_t>& ids, std::vector<float>& distances) {
         distances.resize(ids.size());
         const auto* codes = rows_.codes.as<const std::uint8_t>();
-        const float* own = rows_.factors.as<const float>() + 2 * row;
-        const float* factors = rows_.squared ? rows_.factors.as<const float>() : scales_.data();
+        const auto* factors = rows_.factors.as<const float>();
+        const float *own = factors + 2 * row, factor = rows_.squared ? -2.0f : -1.0f;
         const std::int32_t sum =
             kernels_.query_of_row(codes + row * static_cast<std::int64_t>(stride_), stride_, query_.get());
-        const ByteQuery query{query_.get(), 128 * sum, rows_.squared ? -2 * own[0] : -own[0],
-                              rows_.squared ? own[1] : 0};
-        kernels_.distances(query, {codes, factors, stride_}, ids.data(), ids.size(), distances.data());
+        kernels_.distances({query_.get(), 128 * sum, factor * own[0], own[1]}, {codes, factors, stride_}, ids.data(),
+                           ids.size(), distances.data());
     }
 
 private:
@@ -61,7 +53,6 @@ private:
     const ByteDistanceKernels& kernels_;
     std::size_t stride_;
     Aligned<std::uint8_t> query_;
-    std::vector<float> scales_;
 };
 
 /// Writes the best of `found`, which it sorts, to row i.
@@ -84,12 +75,8 @@ public:
           room_(2 * kept_ + 32),
           pools_(rows * room_),
           sizes_(rows),
-          floors_(rows) {}
+          floors_(rows, -infinity) {}
 
-    void clear() {
-        std::fill(sizes_.begin(), sizes_.end(), 0);
-        std::fill(floors_.begin(), floors_.end(), -infinity);
-    }
     float floor(std::int64_t row) const { return floors_[row]; }
     void push(std::int64_t row, float value, std::int64_t id) {
         if (!(value >= floors_[row])) return;
@@ -214,7 +201,7 @@ void run(const KnnEncode& op, Cpu cpu) {
             const ByteCode code =
                 encode(op.x.as<const float>() + i * d, d, stride, 128, op.rows.codes.as<std::uint8_t>() + row * stride);
             op.rows.factors.as<float>()[2 * row] = code.scale;
-            op.rows.factors.as<float>()[2 * row + 1] = code.squares;
+            op.rows.factors.as<float>()[2 * row + 1] = op.rows.squared ? code.squares : 0;
         }
     });
 }
@@ -230,7 +217,6 @@ void run(const KnnJoin& op, Cpu cpu) {
                 probes.push_back({k > 0, op.probes.as<const std::int64_t>()[i * p + k], i});
         std::sort(probes.begin(), probes.end());
         Pools best(end - begin, op.ids.dim(1));
-        best.clear();
         Panel panel(op);
         std::vector<Probe> some;
         for (std::size_t at = 0; at < probes.size();) {

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from polyvec import _files, fde, hnsw, maxsim, quantize, scan
-from polyvec._kmeans import train_centroids
+from polyvec._kmeans import train_centroids, training_rows
 from polyvec._packed_tokens import MOST_CENTROIDS, centroid_count, nearest_centroids
 from polyvec._ragged import Ragged
 
@@ -76,21 +76,21 @@ class CentroidStage:
     """Every token as the nearest of some centroids, scored by MaxSim.
 
     Half as many centroids as `pack` trains: with all of them, products with queries and tables out of the level-2 cache
-    cost more than better candidates save (SciFact, AVX2: 100 candidates of .964 at 1,270 queries/s, of .972 at 750).
+    cost more than better candidates save.
     """
 
     def __init__(self, dim: int) -> None:
         self._dim = dim
         self._centroids = np.zeros((1, dim), np.float32)
         self._tokens = Rows(1, np.uint16)
-        self._ends = Rows(1, np.int64)  # of the documents among the tokens
+        self._offsets = Rows.of(np.zeros((1, 1), np.int64))  # of the documents among the tokens
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._offsets) - 1
 
     @property
     def nbytes(self) -> int:
-        return self._centroids.nbytes + self._tokens.view().nbytes + self._ends.view().nbytes
+        return self._centroids.nbytes + self._tokens.view().nbytes + self._offsets.view().nbytes
 
     def prepare(self, op: str, held: Ragged, docs: Ragged, num_threads: int | None) -> None:
         """Train centroids when there are to be twice as many: four times the tokens."""
@@ -98,32 +98,29 @@ class CentroidStage:
         count = min(max(1, centroid_count(n + more) // 2), MOST_CENTROIDS)
         if count < 2 * len(self._centroids):
             return
-        rows = np.arange(min(n + more, 16 * count)) * (n + more) // min(n + more, 16 * count)
+        rows = training_rows(n + more, count)
         sample = np.concatenate([held.values[rows[rows < n]], np.asarray(docs.values)[rows[rows >= n] - n]])
         centroids = train_centroids(op, sample, count, num_threads)
         tokens = Rows(1, np.uint16)
         tokens.append(nearest_centroids(op, held.values, centroids, num_threads)[:, None])
-        ends = Rows(1, np.int64)
-        ends.append(held.offsets[1:, None])
-        self._centroids, self._tokens, self._ends = centroids, tokens, ends
+        self._centroids, self._tokens, self._offsets = centroids, tokens, Rows.of(held.offsets[:, None].copy())
 
     def add(self, docs: Ragged, num_threads: int | None) -> None:
         ids = nearest_centroids("MultiVectorIndex.add", docs.values, self._centroids, num_threads)
-        self._ends.append(docs.offsets[1:, None] + len(self._tokens))
+        self._offsets.append(docs.offsets[1:, None] + len(self._tokens))
         self._tokens.append(ids[:, None])
 
     def truncate(self, n: int) -> None:
-        self._ends.truncate(n)
-        self._tokens.truncate(int(self._ends.view()[-1, 0]) if len(self._ends) else 0)
+        self._offsets.truncate(n + 1)
+        self._tokens.truncate(int(self._offsets.view()[-1, 0]))
 
     def search(self, queries: Ragged, k: int, num_threads: int | None) -> npt.NDArray[np.int64]:
         ids: Any = maxsim.topk(queries, self._packed(), k, num_threads=num_threads)[1]
         return np.asarray(ids)
 
     def _packed(self) -> maxsim.PackedTokens:
-        ends = self._ends.view()[:, 0]
-        tokens = self._tokens.view()[: ends[-1] if len(ends) else 0]
-        sets = Ragged(tokens, np.concatenate([np.zeros(1, np.int64), ends]))
+        offsets = self._offsets.view()[:, 0]
+        sets = Ragged(self._tokens.view()[: offsets[-1]], offsets)
         return maxsim.PackedTokens(sets, "centroid", self._dim, centroids=self._centroids)
 
     def state(self) -> _files.State:
@@ -135,7 +132,7 @@ class CentroidStage:
             raise ValueError("first stage must be of centroids, as wide as the tokens")
         tensors = packed.state().tensors
         self._centroids = tensors["centroids"]
-        self._tokens, self._ends = Rows.of(tensors["values"]), Rows.of(tensors["offsets"][1:, None])
+        self._tokens, self._offsets = Rows.of(tensors["values"]), Rows.of(tensors["offsets"][:, None])
 
 
 class EncodedStage:

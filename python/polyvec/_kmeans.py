@@ -430,15 +430,21 @@ def step(
     )  # fmt: skip
 
 
+def training_rows(n: int, k: int) -> npt.NDArray[np.int64]:
+    """Return the rows of n, evenly taken, that `train_centroids` looks at for k centroids: at most 16 for each."""
+    rows = min(n, 16 * k)
+    return np.arange(rows) * n // max(rows, 1)
+
+
 def train_centroids(op: str, x: Any, k: int, num_threads: int | None) -> Any:
-    """Return centroids that begin as rows of x, evenly taken: 4 steps of k-means on at most 16 rows for each."""
+    """Return centroids that begin as rows of x, evenly taken: 4 steps of k-means on the `training_rows`."""
     n, dim = int(x.shape[0]), int(x.shape[1])
     centroids, updated = (empty(x, (1, k, dim), "float32") for _ in range(2))
     if n == 0:
         centroids[:] = 0
         return centroids[0]
-    rows = min(n, 16 * k)
-    sample = x[np.arange(rows) * n // rows]
+    sample = x[training_rows(n, k)]
+    rows = int(sample.shape[0])
     centroids[0] = sample[np.arange(k) * rows // k]
     labels, inertia = empty(x, (1, rows), "int64"), np.empty(1)
     for _ in range(4):

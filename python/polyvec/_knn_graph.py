@@ -9,13 +9,13 @@ import numpy.typing as npt
 
 from polyvec import _backend
 from polyvec._arrays import ArrayT, as_array, as_count, as_float32, choice, rows_of
-from polyvec._kmeans import train_centroids
+from polyvec._kmeans import train_centroids, training_rows
 from polyvec._progress import Progress, reporting
 
 _ALL = 2048  # rows that are all compared with each other
 _CLUSTER = 56  # rows of a cluster, or more where there would be more than 3 sqrt(n) clusters
 _CHUNK = 8192  # rows between two reports of progress
-_MISSING, _BITS = 0x7FFFFFFF, 0x7FFFFFFF  # of ids: the highest bit is the kernels' own
+_MISSING = 0x7FFFFFFF  # instead of a row, which has no more bits: the highest one is the kernels' own
 
 
 def knn_graph(
@@ -120,7 +120,7 @@ def knn_graph(
     inverse_norms = _inverse_norms(given) if metric == "cosine" else np.ones(n, np.float32)
     for first in range(0, n, _CHUNK):
         some = slice(first, min(first + _CHUNK, n))
-        listed = ids[place[some]] & _BITS
+        listed = ids[place[some]] & _MISSING
         missing = listed == _MISSING
         exact[some] = order[np.where(missing, 0, listed)]
         queries: Any = as_float32(given[some])  # as they are: beside 16 bits they would be rounded again
@@ -161,7 +161,7 @@ def _clusters(
     """Return the rows in the order of their clusters, where each begins, and which each row is compared with."""
     n = int(x.shape[0])
     count = int(min(n / _CLUSTER, 3 * n**0.5))
-    sample = _rows(op, x, np.arange(min(n, 16 * count)) * n // min(n, 16 * count), metric, num_threads)
+    sample = _rows(op, x, training_rows(n, count), metric, num_threads)
     centroids = train_centroids(op, sample, count, num_threads)
     probed = np.empty((n, min(probes, count)), np.int64)
     distances = np.empty(probed.shape, np.float32)

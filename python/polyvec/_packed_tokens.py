@@ -353,7 +353,7 @@ def pack(docs: Any, dtype: str = "float32", *, centroids: Any = None, num_thread
 
     Scored against "centroid", a query token's products with all centroids are rounded to 255 steps between the least
     and the greatest: 2 n d flops a query token, then a look into a table and a maximum of bytes for each document
-    token, some 40 times as fast as `score` of float32 tokens 128 wide. The 100 best of all hold nearly all of the 10
+    token, where float32 tokens take 2 d flops. The 100 best of all hold nearly all of the 10
     exactly best: rescore them by `topk(..., candidates=...)`, as `retrieve.MultiVectorIndex` does.
 
     On a GPU tokens are stored as on a CPU, and stay there. Nothing waits for values: an element beyond 65504 is

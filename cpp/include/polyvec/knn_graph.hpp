@@ -22,7 +22,7 @@ struct KnnRows {
     static constexpr std::int64_t align = 64;  // bytes that a row is padded to a multiple of, with 128
 
     Array codes;    // (n, d rounded up) uint8
-    Array factors;  // (n, 2) float32: scale, squared length
+    Array factors;  // (n, 2) float32: scale; squared length, or 0 beside inner products
     bool squared;   // else by inner product
 
     void validate(const char* op) const {
@@ -88,11 +88,11 @@ struct KnnJoin {
         require_dtype(op, probes, DType::i64);
         require_contiguous(op, probes);
         require_dim(op, probes, 0, n, "one row a row of x");
-        const auto* probe = probes.as<const std::int64_t>();
-        require(
-            std::all_of(probe, probe + probes.size(), [&](std::int64_t c) { return c >= 0 && c < begins.dim(0) - 1; }),
-            op, "probes must be clusters");
         require(0 <= first && first <= last && last <= n, op, "first and last must be rows of x");
+        const auto* probe = probes.as<const std::int64_t>();
+        require(std::all_of(probe + first * probes.dim(1), probe + last * probes.dim(1),
+                            [&](std::int64_t c) { return c >= 0 && c < begins.dim(0) - 1; }),
+                op, "probes must be clusters");
         require_neighbors(op, ids, distances, n);
     }
 };
