@@ -180,8 +180,7 @@ constexpr NarrowMaxsimKernel make_narrow() {
 
 // ---- tokens of which only the centroids are kept: a look into a table and a maximum of bytes each
 
-// Word k of a row of the table holds the bytes of the tokens k, L + k, 2 L + k, 3 L + k: a shift and a mask widen those
-// of L tokens in their order.
+// The bytes of a centroid are words of 4: those of the tokens k, L + k, 2 L + k, 3 L + k in word k.
 constexpr size_t centroid_panel = lanes<uint8_t>;
 
 void round_products(const float* products, size_t n_centroids, const CentroidPanel& panel) noexcept {
@@ -214,19 +213,55 @@ void round_products(const float* products, size_t n_centroids, const CentroidPan
     }
 }
 
-void centroid_maxima(const CentroidPanel& panel, const uint16_t* ids, size_t n, float* best) noexcept {
-    constexpr size_t L = lanes<float>;
+POLYVEC_INLINE Vec<uint8_t> greatest_bytes(const uint8_t* bytes, const CentroidDoc& doc) noexcept {
     Vec<uint8_t> most[2] = {};
+    if (doc.start >= 0) most[0] = load(bytes + doc.start * static_cast<int64_t>(centroid_panel));
     size_t k = 0;
-    for (; k + 4 <= n; k += 4) {
-        for (size_t j = 0; j < 4; ++j) most[j % 2] = max(load(panel.bytes + ids[k + j] * centroid_panel), most[j % 2]);
+    for (; k + 4 <= doc.n; k += 4) {
+        for (size_t j = 0; j < 4; ++j) most[j % 2] = max(load(bytes + doc.ids[k + j] * centroid_panel), most[j % 2]);
     }
-    for (; k < n; ++k) most[0] = max(load(panel.bytes + ids[k] * centroid_panel), most[0]);
-    const auto words = (Vec<int32_t>)max(most[0], most[1]);
-    const Vec<float> none = broadcast(n == 0 ? -__builtin_inff() : 0);
-    for (size_t j = 0; j < 4; ++j) {
-        const auto steps = __builtin_convertvector(words >> static_cast<int>(8 * j) & 255, Vec<float>);
-        store(best + j * L, load(panel.least + j * L) + load(panel.step + j * L) * steps + none);
+    for (; k < doc.n; ++k) most[0] = max(load(bytes + doc.ids[k] * centroid_panel), most[0]);
+    return max(most[0], most[1]);
+}
+
+// Weights of a query's tokens for the even bytes and the odd ones, zero for the tokens of others.
+struct ByteWeights {
+    Vec<int16_t> even, odd;
+
+    static ByteWeights of(const CentroidQuery& query) noexcept {
+        constexpr size_t L = lanes<float>;
+        ByteWeights weights{};
+        for (size_t token = query.begin; token < query.end; ++token) {
+            const size_t byte = token % L * 4 + token / L;
+            (byte % 2 ? weights.odd : weights.even)[byte / 2] = query.weights[token - query.begin];
+        }
+        return weights;
+    }
+    POLYVEC_INLINE Vec<int32_t> sums(Vec<uint8_t> bytes) const noexcept {
+        const auto shorts = (Vec<uint16_t>)bytes;
+        return multiply_pairs((Vec<uint32_t>)(shorts & 255), (Vec<uint32_t>)even) +
+               multiply_pairs((Vec<uint32_t>)(shorts >> 8), (Vec<uint32_t>)odd);
+    }
+};
+
+void centroid_sums(const uint8_t* bytes, const CentroidDoc* docs, size_t n_docs, const CentroidQuery* queries,
+                   size_t n_queries) noexcept {
+    ByteWeights weights[centroid_panel];
+    for (size_t q = 0; q < n_queries; ++q) weights[q] = ByteWeights::of(queries[q]);
+    size_t i = 0;
+    for (; i + 4 <= n_docs; i += 4) {
+        Vec<uint8_t> most[4];
+        for (size_t j = 0; j < 4; ++j) most[j] = greatest_bytes(bytes, docs[i + j]);
+        for (size_t q = 0; q < n_queries; ++q) {
+            const Vec<int32_t> products[4] = {weights[q].sums(most[0]), weights[q].sums(most[1]),
+                                              weights[q].sums(most[2]), weights[q].sums(most[3])};
+            const auto sums = reduce_add(products);
+            for (size_t j = 0; j < 4; ++j) queries[q].sums[i + j] += sums[j];
+        }
+    }
+    for (; i < n_docs; ++i) {
+        const Vec<uint8_t> most = greatest_bytes(bytes, docs[i]);
+        for (size_t q = 0; q < n_queries; ++q) queries[q].sums[i] += reduce_add(weights[q].sums(most));
     }
 }
 
@@ -240,6 +275,6 @@ const MaxsimKernels maxsim_kernels{make<float>(),
                                    make_narrow<Int8>(),
                                    make_narrow<Residual<4>>(),
                                    make_narrow<Residual<2>>(),
-                                   {centroid_panel, round_products, centroid_maxima}};
+                                   {centroid_panel, round_products, centroid_sums}};
 
 }  // namespace polyvec::POLYVEC_ISA

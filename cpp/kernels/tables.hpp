@@ -200,10 +200,26 @@ struct NarrowMaxsimKernel {
 };
 
 /// What a panel of panel_width query tokens scores against centroids, in steps: the product of token i with centroid c
-/// is least[i] + step[i] * bytes[c * panel_width + i], to half a step.
+/// is least[i] + step[i] * byte of both, to half a step. The bytes of a centroid lie together, in an order of the
+/// kernel's own.
 struct CentroidPanel {
     std::uint8_t* bytes;
     float *least, *step;
+};
+
+/// A document of tokens of which only the centroids are kept: rows of the table, and row `start` of it.
+struct CentroidDoc {
+    const std::uint16_t* ids;
+    std::size_t n;
+    std::int64_t start;  // -1: none
+};
+
+/// Tokens [begin, end) of a panel, those of one query. To sums[i] is added weights[t - begin] times the greatest byte
+/// of token t in document i.
+struct CentroidQuery {
+    std::size_t begin, end;
+    const std::int16_t* weights;  // not negative
+    std::int64_t* sums;
 };
 
 /// MaxsimKernel of tokens of which only the centroids are kept.
@@ -211,8 +227,9 @@ struct CentroidMaxsimKernel {
     std::size_t panel_width;
     /// products: (n_centroids, panel_width).
     void (*round)(const float* products, std::size_t n_centroids, const CentroidPanel& panel) noexcept;
-    /// best[i] = the greatest of the scores of token i with the centroids `ids`, -inf without.
-    void (*maxima)(const CentroidPanel& panel, const std::uint16_t* ids, std::size_t n, float* best) noexcept;
+    /// Queries share no token.
+    void (*sums)(const std::uint8_t* bytes, const CentroidDoc* docs, std::size_t n_docs, const CentroidQuery* queries,
+                 std::size_t n_queries) noexcept;
 };
 
 struct MaxsimKernels {

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <mutex>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -42,14 +43,14 @@ public:
 
     FloatPanels(const StoredTokens& docs, std::int64_t d) : docs_(docs), d_(d), kernel_(typed<T>(*kernels().maxsim)) {}
 
-    static constexpr bool group_by_group = false;    // documents stay in the cache, groups pass by
+    static constexpr bool whole_blocks = false;      // a document meets all panels, and not a panel all documents
     static constexpr std::int64_t least_panels = 8;  // of a full group: little of the last panel is wasted
     std::int64_t width() const { return kernel_.panel_width; }
     std::int64_t token_bytes() const { return d_ * static_cast<std::int64_t>(sizeof(T)); }
     std::int64_t products() const { return d_; }  // a query token and a document token, or what takes as long
     void reserve(std::int64_t tokens) { panels_ = aligned<T>(tokens * d_); }
 
-    void pack(const T* tokens, std::int64_t n, std::int64_t at) const {
+    void pack(const T* tokens, std::int64_t n, std::int64_t at, const Missing&) const {
         kernel_.pack(tokens, n, d_, panels_.get() + at * d_);
     }
 
@@ -124,7 +125,7 @@ public:
         kernel_.pack_weights(rounded, weights_.get());
     }
 
-    static constexpr bool group_by_group = false;
+    static constexpr bool whole_blocks = false;
     static constexpr std::int64_t least_panels = 8;
     std::int64_t width() const { return float_kernel_.panel_width; }
     std::int64_t token_bytes() const { return panel_words_ * static_cast<std::int64_t>(sizeof(std::uint32_t)); }
@@ -134,7 +135,7 @@ public:
         centroid_scores_ = aligned<float>(tokens * centroids_);
     }
 
-    void pack(const float* tokens, std::int64_t n, std::int64_t at) const {
+    void pack(const float* tokens, std::int64_t n, std::int64_t at, const Missing&) const {
         std::uint32_t* panels = panels_.get() + at * panel_words_;
         kernel_.pack(tokens, n, d_, unit_, panels);
         if (centroids_ == 0) return;
@@ -168,7 +169,8 @@ private:
     Aligned<unsigned char> weights_;
 };
 
-/// The same for tokens of which only the centroids are kept: panels are the queries' products with all centroids.
+/// The same for tokens of which only the centroids are kept: panels are the queries' products with all centroids, in
+/// bytes, and a zero vector's behind them.
 class CentroidPanels {
 public:
     using Score = float;
@@ -180,39 +182,83 @@ public:
           kernel_(kernels().maxsim->centroid),
           float_kernel_(kernels().maxsim->f32) {}
 
-    static constexpr bool group_by_group = true;  // a group's panels stay in the cache, documents pass by
-    static constexpr std::int64_t least_panels = 2;
+    static constexpr bool whole_blocks = true;  // a panel stays in the cache, documents pass by
+    static constexpr std::int64_t least_panels = 16;
     std::int64_t width() const { return kernel_.panel_width; }
     std::int64_t token_bytes() const { return centroids_; }
     std::int64_t products() const { return 1; }
     void reserve(std::int64_t tokens) {
-        bytes_ = aligned<std::uint8_t>(tokens * centroids_);
+        bytes_ = aligned<std::uint8_t>(tokens * (centroids_ + 1));
         least_ = aligned<float>(tokens);
         step_ = aligned<float>(tokens);
     }
 
-    void pack(const float* tokens, std::int64_t n, std::int64_t at) const {
-        const Aligned<float> floats = aligned<float>(width() * d_), products = aligned<float>(width() * centroids_);
-        std::fill_n(products.get(), width() * centroids_, 0.0f);
+    void pack(const float* tokens, std::int64_t n, std::int64_t at, const Missing& missing) const {
+        const std::int64_t rows = centroids_ + (missing.full > 0);
+        const Aligned<float> floats = aligned<float>(width() * d_), products = aligned<float>(width() * rows);
+        std::fill_n(products.get(), width() * rows, 0.0f);
         for (std::int64_t i = 0; i < n; i += width()) {
             const std::int64_t count = std::min(n - i, width());
             float_kernel_.pack(tokens + i * d_, count, d_, floats.get());
             float_kernel_.products(floats.get(), count, docs_.centroids.as<const float>(), centroids_, d_,
                                    products.get(), width());
-            kernel_.round(products.get(), centroids_, panel(at + i));
+            kernel_.round(products.get(), rows, {bytes(at + i), least_.get() + at + i, step_.get() + at + i});
         }
     }
 
-    void maxima(const Group& group, std::int64_t doc, std::int64_t, float* best) const {
-        const std::uint16_t* ids = docs_.tokens.as<const std::uint16_t>() + docs_.begin(doc);
-        for (std::int64_t i = 0; i < group.tokens; i += width())
-            kernel_.maxima(panel(group.panels + i), ids, docs_.length(doc), best + i);
+    /// What Scorer::score does. The steps of a query's tokens are taken as multiples of a unit, to 14 bits: sums are of
+    /// integers, and do not depend on which panels a query lies in.
+    void score(const TokenSets& queries, const Missing& missing, const Group& group, const Block& block,
+               const std::int64_t* ids, float* out, std::int64_t stride) const {
+        constexpr float units_of_a_step = 1 << 14;
+        const std::int64_t n = block.end - block.begin, nq = group.end - group.begin;
+        std::vector<CentroidDoc> docs(n);
+        for (std::int64_t i = 0; i < n; ++i) {
+            const std::int64_t doc = ids ? ids[block.begin + i] : block.begin + i, tokens = docs_.length(doc);
+            docs[i] = {docs_.tokens.as<const std::uint16_t>() + docs_.begin(doc), static_cast<std::size_t>(tokens),
+                       tokens < missing.full ? centroids_ : -1};
+        }
+        std::vector<std::int64_t> sums(nq * n), first_part;
+        std::vector<std::int16_t> weights(group.tokens);
+        std::vector<float> units(nq);
+        std::vector<CentroidQuery> parts;
+        for (std::int64_t q = 0, t = 0; q < nq; ++q) {
+            const std::int64_t end = t + queries.length(group.begin + q);
+            if (t == end) continue;
+            const float* step = step_.get() + group.panels;
+            units[q] = *std::max_element(step + t, step + end) / units_of_a_step;
+            for (std::int64_t i = t; i < end; ++i)
+                weights[i] = units[q] > 0 ? static_cast<std::int16_t>(std::lrint(step[i] / units[q])) : 0;
+            for (std::int64_t panel = t / width(); t < end; ++panel) {
+                const std::int64_t first = panel * width(), last = std::min(end, first + width());
+                if (panel == static_cast<std::int64_t>(first_part.size())) first_part.push_back(parts.size());
+                parts.push_back({static_cast<std::size_t>(t - first), static_cast<std::size_t>(last - first),
+                                 &weights[t], &sums[q * n]});
+                t = last;
+            }
+        }
+        first_part.push_back(parts.size());
+        for (std::size_t panel = 0; panel + 1 < first_part.size(); ++panel) {
+            const std::int64_t first = first_part[panel];
+            kernel_.sums(bytes(group.panels + panel * width()), docs.data(), n, &parts[first],
+                         first_part[panel + 1] - first);
+        }
+        const float* least = least_.get() + group.panels;
+        for (std::int64_t q = 0; q < nq; ++q) {
+            const std::int64_t tokens = queries.length(group.begin + q);
+            const double base = std::accumulate(least, least + tokens, 0.0);
+            least += tokens;
+            for (std::int64_t i = 0; i < n; ++i) {
+                const bool empty = docs[i].n == 0 && docs[i].start < 0 && tokens > 0;
+                out[q * stride + i] = static_cast<float>(empty ? missing.empty
+                                                               : base + static_cast<double>(units[q]) *
+                                                                            static_cast<double>(sums[q * n + i]));
+            }
+        }
     }
 
 private:
-    CentroidPanel panel(std::int64_t at) const {
-        return {bytes_.get() + at * centroids_, least_.get() + at, step_.get() + at};
-    }
+    std::uint8_t* bytes(std::int64_t at) const { return bytes_.get() + at * (centroids_ + 1); }
 
     const StoredTokens& docs_;
     std::int64_t d_, centroids_;
@@ -261,7 +307,7 @@ public:
         }
         panels_.reserve(room);
         parallel_for(groups.size(), 1, num_threads, [&](std::int64_t g, std::int64_t, int) {
-            panels_.pack(queries.set<T>(groups[g].begin), groups[g].tokens, groups[g].panels);
+            panels_.pack(queries.set<T>(groups[g].begin), groups[g].tokens, groups[g].panels, missing);
         });
     }
 
@@ -288,7 +334,7 @@ public:
     /// The block and the group of a piece of work, where every block meets every group.
     std::pair<std::int64_t, std::int64_t> parts(std::int64_t piece, std::int64_t blocks) const {
         const auto n = static_cast<std::int64_t>(groups.size());
-        return Panels::group_by_group ? std::pair{piece % blocks, piece / blocks} : std::pair{piece / n, piece % n};
+        return Panels::whole_blocks ? std::pair{piece % blocks, piece / blocks} : std::pair{piece / n, piece % n};
     }
 
     /// Calls body(piece, maxima) for every piece; `maxima` has room for those of a document.
@@ -303,6 +349,15 @@ public:
     /// out[(q - group.begin) * stride + i - block.begin] = score of query q and document i of the block.
     void score(const Group& group, const Block& block, const std::int64_t* ids, T* maxima, T* out,
                std::int64_t stride) const {
+        if constexpr (Panels::whole_blocks)
+            panels_.score(queries_, missing_, group, block, ids, out, stride);
+        else
+            score_each(group, block, ids, maxima, out, stride);
+    }
+
+private:
+    void score_each(const Group& group, const Block& block, const std::int64_t* ids, T* maxima, T* out,
+                    std::int64_t stride) const {
         const auto id = [&](std::int64_t i) { return ids ? ids[i] : i; };
         for (std::int64_t i = block.begin; i < block.end; ++i) {
             const std::int64_t doc = id(i), next = i + 1 < block.end ? id(i + 1) : doc;
@@ -326,7 +381,6 @@ public:
         }
     }
 
-private:
     std::int64_t padded(std::int64_t tokens) const {
         return (tokens + panels_.width() - 1) / panels_.width() * panels_.width();
     }
