@@ -43,8 +43,9 @@ public:
 
     FloatPanels(const StoredTokens& docs, std::int64_t d) : docs_(docs), d_(d), kernel_(typed<T>(*kernels().maxsim)) {}
 
-    static constexpr bool whole_blocks = false;      // a document meets all panels, and not a panel all documents
-    static constexpr std::int64_t least_panels = 8;  // of a full group: little of the last panel is wasted
+    static constexpr bool whole_blocks = false;         // a document meets all panels, and not a panel all documents
+    static constexpr std::int64_t least_panels = 8;     // of a full group: little of the last panel is wasted
+    static constexpr std::int64_t panels_at_once = 64;  // that a thread packs
     std::int64_t width() const { return kernel_.panel_width; }
     std::int64_t token_bytes() const { return d_ * static_cast<std::int64_t>(sizeof(T)); }
     std::int64_t products() const { return d_; }  // a query token and a document token, or what takes as long
@@ -127,6 +128,7 @@ public:
 
     static constexpr bool whole_blocks = false;
     static constexpr std::int64_t least_panels = 8;
+    static constexpr std::int64_t panels_at_once = 8;
     std::int64_t width() const { return float_kernel_.panel_width; }
     std::int64_t token_bytes() const { return panel_words_ * static_cast<std::int64_t>(sizeof(std::uint32_t)); }
     std::int64_t products() const { return d_; }
@@ -184,6 +186,7 @@ public:
 
     static constexpr bool whole_blocks = true;  // a panel stays in the cache, documents pass by
     static constexpr std::int64_t least_panels = 16;
+    static constexpr std::int64_t panels_at_once = 1;
     std::int64_t width() const { return kernel_.panel_width; }
     std::int64_t token_bytes() const { return centroids_; }
     std::int64_t products() const { return 1; }
@@ -306,8 +309,16 @@ public:
             most_tokens = std::max(most_tokens, group.tokens);
         }
         panels_.reserve(room);
-        parallel_for(groups.size(), 1, num_threads, [&](std::int64_t g, std::int64_t, int) {
-            panels_.pack(queries.set<T>(groups[g].begin), groups[g].tokens, groups[g].panels, missing);
+        struct Part {
+            std::int64_t first, n, at;
+        };
+        std::vector<Part> parts;
+        const std::int64_t step = Panels::panels_at_once * panels_.width();
+        for (const Group& group : groups)
+            for (std::int64_t t = 0; t < group.tokens; t += step)
+                parts.push_back({group.first + t, std::min(step, group.tokens - t), group.panels + t});
+        parallel_for(parts.size(), 1, num_threads, [&](std::int64_t i, std::int64_t, int) {
+            panels_.pack(queries.tokens.as<const T>() + parts[i].first * d_, parts[i].n, parts[i].at, missing);
         });
     }
 

@@ -75,8 +75,8 @@ class FirstStage(Protocol):
 class CentroidStage:
     """Every token as the nearest of some centroids, scored by MaxSim.
 
-    Half as many centroids as `pack` trains: with all of them, products with queries and tables out of the level-2 cache
-    cost more than better candidates save.
+    Half as many centroids as `pack` trains: with all of them, products with queries cost more than better candidates
+    save.
     """
 
     def __init__(self, dim: int) -> None:
