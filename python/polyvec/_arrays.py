@@ -123,13 +123,14 @@ def as_array(
     dense : bool
         Whether to copy `x` when it is not C-contiguous.
     """
-    if not is_array(x):
-        try:
-            x = np.asarray(x, dtype=dtypes[0])
-        except (TypeError, ValueError):
-            raise TypeError(f"{op}: {name} must be an array of {_one_of(dtypes)}, got {type(x).__name__}") from None
-    _refuse_grad(op, name, x)
-    x = native(x)
+    if not isinstance(x, np.ndarray):
+        if not is_array(x):
+            try:
+                x = np.asarray(x, dtype=dtypes[0])
+            except (TypeError, ValueError):
+                raise TypeError(f"{op}: {name} must be an array of {_one_of(dtypes)}, got {type(x).__name__}") from None
+        _refuse_grad(op, name, x)
+        x = native(x)
     dtype = dtype_name(x)
     if dtype not in dtypes:
         raise TypeError(f"{op}: {name} must be {_one_of(dtypes)}, got {dtype}{_cast_hint(x, dtypes[0])}")

@@ -4,7 +4,6 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <string>
 
 namespace polyvec {
 
@@ -72,12 +71,11 @@ struct Array {
         return static_cast<T*>(data);
     }
 
-    /// The shape as Python writes it: "(3, 4)".
-    std::string shape_text() const {
-        std::string text = "(";
-        for (int i = 0; i < ndim; ++i) text += (i ? ", " : "") + std::to_string(dim(i));
-        return text + (ndim == 1 ? ",)" : ")");
-    }
+    /// What messages take (error.hpp): spelt out where one is thrown, and not by every check.
+    struct ShapeText {
+        const Array& array;
+    };
+    ShapeText shape_text() const { return {*this}; }
 };
 
 }  // namespace polyvec

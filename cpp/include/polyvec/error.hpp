@@ -45,6 +45,16 @@ void append(std::string& text, Number part) {
     }
 }
 
+/// As Python writes a shape: "(3, 4)".
+inline void append(std::string& text, Array::ShapeText shape) {
+    text += '(';
+    for (int i = 0; i < shape.array.ndim; ++i) {
+        if (i > 0) text += ", ";
+        append(text, shape.array.dim(i));
+    }
+    text += shape.array.ndim == 1 ? ",)" : ")";
+}
+
 /// The parts as one text. No iostreams: where a toolchain links the C++ library into the module, its locale can meet
 /// that of another library's copy in the same process, and a number crashes.
 template <class... Parts>
