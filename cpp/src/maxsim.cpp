@@ -199,14 +199,12 @@ public:
     void pack(const float* tokens, std::int64_t n, std::int64_t at, const Missing& missing) const {
         const std::int64_t rows = centroids_ + (missing.full > 0);
         const Aligned<float> floats = aligned<float>(width() * d_), products = aligned<float>(width() * rows);
-        std::fill_n(products.get(), width() * rows, 0.0f);
-        for (std::int64_t i = 0; i < n; i += width()) {
-            const std::int64_t count = std::min(n - i, width());
-            float_kernel_.pack(tokens + i * d_, count, d_, floats.get());
-            float_kernel_.products(floats.get(), count, docs_.centroids.as<const float>(), centroids_, d_,
-                                   products.get(), width());
-            kernel_.round(products.get(), rows, {bytes(at + i), least_.get() + at + i, step_.get() + at + i});
-        }
+        const std::int64_t written = n == width() ? centroids_ : 0;  // rows without a lane that no token writes
+        std::fill_n(products.get() + width() * written, width() * (rows - written), 0.0f);
+        float_kernel_.pack(tokens, n, d_, floats.get());
+        float_kernel_.products(floats.get(), n, docs_.centroids.as<const float>(), centroids_, d_, products.get(),
+                               width());
+        kernel_.round(products.get(), rows, {bytes(at), least_.get() + at, step_.get() + at});
     }
 
     /// What Scorer::score does. The steps of a query's tokens are taken as multiples of a unit, to 14 bits: sums are of
