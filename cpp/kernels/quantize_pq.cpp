@@ -246,15 +246,23 @@ POLYVEC_INLINE void unpack(const uint8_t* code, Vec<uint8_t> (&low)[parts], Vec<
     }
 }
 
+/// What is fetched ahead of n steps of G blocks: the same of later blocks. Where that is all of them, lines are named
+/// in their order in memory, which the hardware follows: one query reads at the rate of a plain sum, else at 3/4 of it.
+POLYVEC_INLINE bool all_steps(size_t n, size_t stride) noexcept {
+    return n * 64 == stride;
+}
+
 /// The nibbles of n steps of G blocks that lie `stride` bytes apart: step by step, and there block by block, 128 bytes
 /// each, the low ones first.
 template <size_t G>
 POLYVEC_INLINE void unpack_steps(const uint8_t* codes, size_t stride, const int32_t* steps, size_t n,
                                  uint8_t* out) noexcept {
+    const bool in_order = all_steps(n, stride);
+    const uint8_t* next = codes + prefetched * stride;
     for (size_t k = 0; k < n; ++k) {
-        for (size_t g = 0; g < G; ++g, out += 128) {
+        for (size_t g = 0; g < G; ++g, out += 128, next += 64) {
             const uint8_t* code = codes + g * stride + static_cast<size_t>(steps[k]) * 64;
-            prefetch(code + prefetched * stride);
+            prefetch(in_order ? next : code + prefetched * stride);
             Vec<uint8_t> low[parts], high[parts];
             unpack(code, low, high);
             for (size_t p = 0; p < parts; ++p) {
@@ -266,11 +274,13 @@ POLYVEC_INLINE void unpack_steps(const uint8_t* codes, size_t stride, const int3
 }
 
 /// Nodes of `Steps` steps for G blocks that lie `stride` bytes apart: of a query's tables, `table` holds those of each
-/// step, of the codes, `code` each step of the first block. Unpacked nibbles are the indices that a shuffle reads from
+/// step, of the codes, `code` each step of the first block, and `next` what to fetch, at every block `next_stride`
+/// bytes further. Unpacked nibbles are the indices that a shuffle reads from
 /// memory in the same operation; the tables stay in registers for all blocks.
 template <size_t G, bool Unpacked, size_t Steps>
 POLYVEC_INLINE void add_nodes(const uint8_t* const (&code)[steps_of_node], size_t stride,
-                              const uint8_t* const (&table)[steps_of_node], Vec<uint8_t>* nodes) noexcept {
+                              const uint8_t* const (&table)[steps_of_node], const uint8_t* const (&next)[steps_of_node],
+                              size_t next_stride, Vec<uint8_t>* nodes) noexcept {
     constexpr size_t B = sizeof(Vec<uint8_t>);
     Vec<uint8_t> low_table[Steps * parts], high_table[Steps * parts];
     for (size_t i = 0; i < Steps * parts; ++i) {
@@ -278,7 +288,7 @@ POLYVEC_INLINE void add_nodes(const uint8_t* const (&code)[steps_of_node], size_
         high_table[i] = load(table[i / parts] + 64 + i % parts * B);
     }
 #pragma GCC unroll 1
-    for (size_t at = 0; at < G * stride; at += stride) {
+    for (size_t at = 0, next_at = 0; at < G * stride; at += stride, next_at += next_stride) {
         Vec<uint8_t> low[parts], high[parts], half[2];
         for (size_t i = 0; i < sums_of_node; ++i) {
             Vec<uint8_t> sum{};
@@ -288,7 +298,7 @@ POLYVEC_INLINE void add_nodes(const uint8_t* const (&code)[steps_of_node], size_
                     low[p] = load(code[k] + at + p * B);
                     high[p] = load(code[k] + at + 64 + p * B);
                 } else if (p == 0) {
-                    prefetch(code[k] + at + prefetched * stride);
+                    prefetch(next[k] + next_at);
                     unpack(code[k] + at, low, high);
                 }
                 sum = shuffle_bytes(low_table[i], low[p]) + shuffle_bytes(high_table[i], high[p]);
@@ -314,17 +324,19 @@ template <size_t G, bool Unpacked>
 POLYVEC_INLINE void sum_steps(const uint8_t* codes, size_t stride, const uint8_t* tables, const int32_t* steps,
                               size_t n, bool add, BlockSums::type* sums) noexcept {
     Vec<uint8_t> nodes[steps_at_once / steps_of_node * G];
+    const bool in_order = all_steps(n, stride);
     size_t end = 0;
     for (size_t k = 0; k < n; k += steps_of_node, end += G) {
         const size_t count = n - k < steps_of_node ? n - k : steps_of_node;
-        const uint8_t *code[steps_of_node] = {}, *table[steps_of_node] = {};
+        const uint8_t *code[steps_of_node] = {}, *table[steps_of_node] = {}, *next[steps_of_node] = {};
         for (size_t j = 0; j < count; ++j) {
             const size_t step = static_cast<size_t>(steps[k + j]);
             code[j] = codes + (Unpacked ? (k + j) * G * 128 : step * 64);
             table[j] = tables + step * 128;
+            next[j] = (in_order ? codes + (k * G + j) * 64 : code[j]) + prefetched * stride;
         }
         with_constant<steps_of_node>(count, [&]<int Steps>(Lanes<Steps>) __attribute__((always_inline)) {
-            add_nodes<G, Unpacked, Steps>(code, stride, table, nodes + end);
+            add_nodes<G, Unpacked, Steps>(code, stride, table, next, in_order ? count * 64 : stride, nodes + end);
         });
     }
     constexpr size_t together = G < 4 ? G : 4;
