@@ -36,7 +36,13 @@ def test_vq_assign(compare, benchmark, peak_megabytes, normal, threads):
 
 @pytest.mark.parametrize("hard", [True, False], ids=["hard", "soft"])
 def test_soft_assign_and_gradients(compare, benchmark, peak_megabytes, normal, threads, hard):
-    """A step of learning the codebooks of a product quantizer: 64 x 256 codewords."""
+    """A step of learning the codebooks of a product quantizer: 64 x 256 codewords.
+
+    Ours makes 5 products of n x K x d with `hard`, 7 without (of the logits twice, rather than to store probabilities)
+    and 4 M or 8 M exponentials: on a Zen 3 core 5 or 7 ms, and 1.2 ms every 4 M. It takes twice that. Gradients of
+    codewords are added up in tiles of registers, exponentials computed four at a time: before, the soft ratio was 1.5
+    there.
+    """
     torch.set_num_threads(threads)
     n, m, k, d = 256, 64, 256, 768
     x, codebooks, weights = normal(n, d), normal(m, k, d // m), normal(n, d).detach()

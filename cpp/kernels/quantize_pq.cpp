@@ -7,9 +7,12 @@
 //
 //     4 bits   16 codes a block. AVX-512 VBMI: 4 bytes of a code become one lane, an index of 8 bits is the code and
 //              its place in the lane, `vpermb` looks up 4 subspaces of 16 codes, `vpdpbusd` adds them up.
-//              AVX2, AVX-512: a shuffle an entry. What a step adds to one byte of a register is rounded to 8 bits
-//              together, so that it is added up in bytes, and then in sums of 16 bits. For several queries nibbles are
-//              unpacked once, into the nearest cache: 512 entries (4 blocks, one query) take 44 operations, 4 a cycle.
+//              AVX2, AVX-512: a shuffle an entry. The two entries of a byte are added, four such sums averaged in
+//              bytes, which rounds off less than tables of fewer bits would, and only then added up in 16 bits. For
+//              several queries nibbles are unpacked once, into the nearest cache: 256 entries take 15 operations and
+//              half a dozen for the 16 bits. On Zen 3 shuffles start twice a cycle and averages partly in their place:
+//              42 entries a cycle. Tables kept for two queries, each step for itself, and sums of 16 bits in registers
+//              were no faster; averaging eight sums saves what more candidates cost.
 //     8 bits   64 codes a block, sums of 16 bits. AVX-512 VBMI: two `vpermi2b` look up a byte of 64 codes. AVX2: a
 //              tree of 16 shuffles and 15 blends looks up a byte of 32 codes, which pays for a few queries.
 //
@@ -66,17 +69,15 @@ POLYVEC_INLINE size_t place(size_t s, bool nibbles) noexcept {
     return nibbles ? s / 8 * 128 + s % 2 * 64 + s / 2 % 4 * 16 : s * 256;
 }
 
-// Which of the 8 subspaces of a step share a byte of the sum; POLYVEC_VECTOR_BYTES / 16 columns lie in a register.
+// Where a byte shuffle looks entries up, those of the two codes of a byte are added up, and four such sums averaged,
+// two by two: a node. Averages are rounded up, so that four times a node is up to 4 more than its sums. A node takes in
+// as many steps as a register has columns of 16 codes.
 #if defined(POLYVEC_BYTE_SHUFFLE) && !defined(POLYVEC_NARROW_PRODUCTS)
-constexpr size_t columns_at_once = sizeof(Vec<uint8_t>) / 16;
-POLYVEC_INLINE size_t byte_group(size_t s) noexcept {
-    return s / 2 % columns_at_once;
-}
+constexpr bool has_nodes = true;
 #else
-POLYVEC_INLINE size_t byte_group(size_t s) noexcept {
-    return s % 8;
-}
+constexpr bool has_nodes = false;
 #endif
+constexpr size_t sums_of_node = 4, columns_at_once = sizeof(Vec<uint8_t>) / 16, steps_of_node = columns_at_once;
 
 /// The least entry of a table, and the greatest.
 POLYVEC_INLINE float least_of(const float* table, size_t n, float& most) noexcept {
@@ -91,25 +92,33 @@ POLYVEC_INLINE float least_of(const float* table, size_t n, float& most) noexcep
 }
 
 void round_down(const PqTables& t, const float* tables, uint8_t* out, PqRounding& rounding) noexcept {
+    const bool nibbles = t.ksub == 16, in_nodes = nibbles && has_nodes;
+    float widest = 0, width = 0, most;  // of what is added up in one byte
+    size_t rounded = 0, steps = 0, previous = ~size_t{};
     rounding = {};
-    const bool nibbles = t.ksub == 16;
-    float widest = 0, widths[8] = {}, most;  // of what is added up in one byte
-    size_t step = 0;
     for (size_t k = 0; k < t.n_subspaces; ++k) {
         const size_t s = static_cast<size_t>(t.subspaces[k]);
         const float least = least_of(tables + s * t.ksub, t.ksub, most);
         rounding.offset += static_cast<double>(least);
         rounding.size += static_cast<double>(-least > most ? -least : most);
-        rounding.rounded += most > least;
-        if (!nibbles || s / 8 != step) {
-            for (float& width : widths) width = 0;
-            step = s / 8;
-        }
-        float& width = widths[nibbles ? byte_group(s) : 0];
-        width += most - least;
+        rounded += most > least;
+        steps += k == 0 || s / 8 != previous / 8;
+        width = (in_nodes && k > 0 && s / 2 == previous / 2 ? width : 0) + (most - least);
         if (width > widest) widest = width;
+        previous = s;
     }
     rounding.step = static_cast<double>(widest) / 255;
+    rounding.lost = static_cast<double>(rounded);
+    rounding.most = static_cast<int32_t>(255 * rounded);
+    if (in_nodes) {
+        // Each step may lie in a node of its own, with steps that only other queries need.
+        const size_t all = ((t.m + 7) / 8 + steps_of_node - 1) / steps_of_node;
+        const size_t nodes = columns_at_once * (steps < all ? steps : all);
+        rounding.offset -= rounding.step * static_cast<double>(sums_of_node * nodes);
+        rounding.step *= sums_of_node;
+        rounding.lost = static_cast<double>(rounded) / sums_of_node + static_cast<double>(nodes);
+        rounding.most = static_cast<int32_t>(255 * nodes);
+    }
     const float scale = widest > 0 ? 255 / widest : 0;
     for (size_t k = 0; k < t.n_subspaces; ++k) {
         const size_t s = static_cast<size_t>(t.subspaces[k]);
@@ -203,10 +212,11 @@ POLYVEC_INLINE void sum_nibbles(const PqScan& scan, const uint8_t* codes, [[mayb
 
 #elif defined(POLYVEC_BYTE_SHUFFLE)
 
-constexpr size_t most_queries = 8;
-constexpr size_t shorts_last = 256;      // steps of at most 255: 65,280 at most
-constexpr size_t unpacked_at_once = 32;  // steps of 4 blocks: 16 KB of nibbles
-constexpr size_t prefetched = 8;         // blocks ahead
+constexpr size_t most_queries = 32;
+constexpr size_t blocks_at_once = 8;
+constexpr size_t shorts_last = 256;   // steps, each of at most 255: 65,280 at most
+constexpr size_t steps_at_once = 16;  // 8 blocks: 16 KB of nibbles
+constexpr size_t prefetched = 8;      // blocks ahead
 
 /// The sums of a block in 16 bits: those of even codes, then those of odd ones.
 using BlockSums = VecOf<uint16_t, 2 * nibble_block>;
@@ -224,7 +234,7 @@ POLYVEC_INLINE BlockSums::type block_sums(V even, V odd) noexcept {
     }
 }
 
-constexpr size_t parts = 64 / sizeof(Vec<uint8_t>);  // registers of a step of a block
+constexpr size_t parts = 4 / columns_at_once;  // registers of a step of a block
 
 POLYVEC_INLINE void unpack(const uint8_t* code, Vec<uint8_t> (&low)[parts], Vec<uint8_t> (&high)[parts]) noexcept {
     const Vec<uint8_t> nibble = broadcast(uint8_t{15});
@@ -236,15 +246,23 @@ POLYVEC_INLINE void unpack(const uint8_t* code, Vec<uint8_t> (&low)[parts], Vec<
     }
 }
 
+/// What is fetched ahead of n steps of G blocks: the same of later blocks. Where that is all of them, lines are named
+/// in their order in memory, which the hardware follows: one query reads at the rate of a plain sum, else at 3/4 of it.
+POLYVEC_INLINE bool all_steps(size_t n, size_t stride) noexcept {
+    return n * 64 == stride;
+}
+
 /// The nibbles of n steps of G blocks that lie `stride` bytes apart: step by step, and there block by block, 128 bytes
 /// each, the low ones first.
 template <size_t G>
 POLYVEC_INLINE void unpack_steps(const uint8_t* codes, size_t stride, const int32_t* steps, size_t n,
                                  uint8_t* out) noexcept {
+    const bool in_order = all_steps(n, stride);
+    const uint8_t* next = codes + prefetched * stride;
     for (size_t k = 0; k < n; ++k) {
-        for (size_t g = 0; g < G; ++g, out += 128) {
+        for (size_t g = 0; g < G; ++g, out += 128, next += 64) {
             const uint8_t* code = codes + g * stride + static_cast<size_t>(steps[k]) * 64;
-            prefetch(code + prefetched * stride);
+            prefetch(in_order ? next : code + prefetched * stride);
             Vec<uint8_t> low[parts], high[parts];
             unpack(code, low, high);
             for (size_t p = 0; p < parts; ++p) {
@@ -255,50 +273,86 @@ POLYVEC_INLINE void unpack_steps(const uint8_t* codes, size_t stride, const int3
     }
 }
 
-/// Adds what n steps of G blocks give one query to its sums, or sets them. Unpacked nibbles are the indices that a
-/// shuffle reads from memory in the same operation, tables stay in registers for all blocks.
+/// Nodes of `Steps` steps for G blocks that lie `stride` bytes apart: of a query's tables, `table` holds those of each
+/// step, of the codes, `code` each step of the first block, and `next` what to fetch, at every block `next_stride`
+/// bytes further. Unpacked nibbles are the indices that a shuffle reads from
+/// memory in the same operation; the tables stay in registers for all blocks.
+template <size_t G, bool Unpacked, size_t Steps>
+POLYVEC_INLINE void add_nodes(const uint8_t* const (&code)[steps_of_node], size_t stride,
+                              const uint8_t* const (&table)[steps_of_node], const uint8_t* const (&next)[steps_of_node],
+                              size_t next_stride, Vec<uint8_t>* nodes) noexcept {
+    constexpr size_t B = sizeof(Vec<uint8_t>);
+    Vec<uint8_t> low_table[Steps * parts], high_table[Steps * parts];
+    for (size_t i = 0; i < Steps * parts; ++i) {
+        low_table[i] = load(table[i / parts] + i % parts * B);
+        high_table[i] = load(table[i / parts] + 64 + i % parts * B);
+    }
+#pragma GCC unroll 1
+    for (size_t at = 0, next_at = 0; at < G * stride; at += stride, next_at += next_stride) {
+        Vec<uint8_t> low[parts], high[parts], half[2];
+        for (size_t i = 0; i < sums_of_node; ++i) {
+            Vec<uint8_t> sum{};
+            if (i < Steps * parts) {
+                const size_t k = i / parts, p = i % parts;
+                if constexpr (Unpacked) {
+                    low[p] = load(code[k] + at + p * B);
+                    high[p] = load(code[k] + at + 64 + p * B);
+                } else if (p == 0) {
+                    prefetch(next[k] + next_at);
+                    unpack(code[k] + at, low, high);
+                }
+                sum = shuffle_bytes(low_table[i], low[p]) + shuffle_bytes(high_table[i], high[p]);
+            }
+            half[i / 2] = i % 2 == 0 ? sum : average_bytes(half[i / 2], sum);
+            keep_in_register(half[i / 2]);  // in this order, or the tables do not stay in registers
+        }
+        *nodes++ = average_bytes(half[0], half[1]);
+    }
+}
+
+/// Calls f(Lanes<n>) for n, which is from 1 to Most.
+template <int Most, class F>
+POLYVEC_INLINE void with_constant(size_t n, F&& f) noexcept {
+    if constexpr (Most > 1) {
+        if (n < Most) return with_constant<Most - 1>(n, f);
+    }
+    f(Lanes<Most>{});
+}
+
+/// Adds what n steps of G blocks, `steps_at_once` at most, give one query to its sums, or sets them.
 template <size_t G, bool Unpacked>
 POLYVEC_INLINE void sum_steps(const uint8_t* codes, size_t stride, const uint8_t* tables, const int32_t* steps,
                               size_t n, bool add, BlockSums::type* sums) noexcept {
-    constexpr size_t B = sizeof(Vec<uint8_t>);
-    Vec<uint16_t> all[G] = {}, odd[G] = {};
-    const size_t run = n > 0 && static_cast<size_t>(steps[n - 1] - steps[0]) == n - 1 ? n : 1;  // of successive steps
-    const uint8_t* code = codes;
-    for (size_t k = 0; k < n; k += run) {
-        const uint8_t* table = tables + static_cast<size_t>(steps[k]) * 128;
-        if constexpr (!Unpacked) code = codes + static_cast<size_t>(steps[k]) * 64;
-#pragma GCC unroll 1
-        for (const uint8_t* end = table + run * 128; table < end; table += 128) {
-            Vec<uint8_t> low_table[parts], high_table[parts];
-            for (size_t p = 0; p < parts; ++p) {
-                low_table[p] = load(table + p * B);
-                high_table[p] = load(table + 64 + p * B);
-            }
-            for (size_t g = 0; g < G; ++g) {
-                Vec<uint8_t> low[parts], high[parts], bytes{};
-                if constexpr (Unpacked) {
-                    for (size_t p = 0; p < parts; ++p) {
-                        low[p] = load(code + g * 128 + p * B);
-                        high[p] = load(code + g * 128 + 64 + p * B);
-                    }
-                } else {
-                    prefetch(code + (g + prefetched) * stride);
-                    unpack(code + g * stride, low, high);
-                }
-                for (size_t p = 0; p < parts; ++p)
-                    bytes += shuffle_bytes(low_table[p], low[p]) + shuffle_bytes(high_table[p], high[p]);
-                const auto entries = (Vec<uint16_t>)bytes;
-                all[g] += entries;
-                odd[g] += entries >> 8;
-                keep_in_register(all[g]);
-                keep_in_register(odd[g]);
-            }
-            code += Unpacked ? G * 128 : 64;
+    Vec<uint8_t> nodes[steps_at_once / steps_of_node * G];
+    const bool in_order = all_steps(n, stride);
+    size_t end = 0;
+    for (size_t k = 0; k < n; k += steps_of_node, end += G) {
+        const size_t count = n - k < steps_of_node ? n - k : steps_of_node;
+        const uint8_t *code[steps_of_node] = {}, *table[steps_of_node] = {}, *next[steps_of_node] = {};
+        for (size_t j = 0; j < count; ++j) {
+            const size_t step = static_cast<size_t>(steps[k + j]);
+            code[j] = codes + (Unpacked ? (k + j) * G * 128 : step * 64);
+            table[j] = tables + step * 128;
+            next[j] = (in_order ? codes + (k * G + j) * 64 : code[j]) + prefetched * stride;
         }
+        with_constant<steps_of_node>(count, [&]<int Steps>(Lanes<Steps>) __attribute__((always_inline)) {
+            add_nodes<G, Unpacked, Steps>(code, stride, table, next, in_order ? count * 64 : stride, nodes + end);
+        });
     }
-    for (size_t g = 0; g < G; ++g) {
-        const auto sum = block_sums(all[g] - (odd[g] << 8), odd[g]);  // `all` has the odd ones 256 times
-        sums[g] = add ? sums[g] + sum : sum;
+    constexpr size_t together = G < 4 ? G : 4;
+    for (size_t first = 0; first < G; first += together) {
+        Vec<uint16_t> all[together] = {}, odd[together] = {};
+        for (size_t i = first; i < end; i += G) {
+            for (size_t g = 0; g < together; ++g) {
+                const auto node = (Vec<uint16_t>)nodes[i + g];
+                all[g] += node;
+                odd[g] += node >> 8;
+            }
+        }
+        for (size_t g = 0; g < together; ++g) {
+            const auto sum = block_sums(all[g] - (odd[g] << 8), odd[g]);  // `all` has the odd ones 256 times
+            sums[first + g] = add ? sums[first + g] + sum : sum;
+        }
     }
 }
 
@@ -306,19 +360,19 @@ POLYVEC_INLINE void sum_steps(const uint8_t* codes, size_t stride, const uint8_t
 template <size_t G>
 POLYVEC_INLINE void sum_in_shorts(const PqScan& scan, const uint8_t* codes, size_t stride, size_t first, size_t last,
                                   BlockSums::type* sums) noexcept {
-    if (scan.queries < 4) {  // too few to unpack for
-        for (size_t q = 0; q < scan.queries; ++q)
-            sum_steps<G, false>(codes, stride, scan.tables + q * scan.table_size, scan.steps + first, last - first,
-                                false, sums + q * G);
-        return;
-    }
-    alignas(64) uint8_t nibbles[unpacked_at_once * G * 128];
-    for (size_t k = first; k == first || k < last; k += unpacked_at_once) {
-        const size_t n = last - k < unpacked_at_once ? last - k : unpacked_at_once;
-        unpack_steps<G>(codes, stride, scan.steps + k, n, nibbles);
-        for (size_t q = 0; q < scan.queries; ++q)
-            sum_steps<G, true>(nibbles, 0, scan.tables + q * scan.table_size, scan.steps + k, n, k > first,
-                               sums + q * G);
+    const bool unpacks = scan.queries >= 4;  // fewer are too few to unpack for
+    alignas(64) uint8_t nibbles[steps_at_once * G * 128];
+    for (size_t k = first; k == first || k < last; k += steps_at_once) {
+        const size_t n = last - k < steps_at_once ? last - k : steps_at_once;
+        if (unpacks) unpack_steps<G>(codes, stride, scan.steps + k, n, nibbles);
+        for (size_t q = 0; q < scan.queries; ++q) {
+            const uint8_t* tables = scan.tables + q * scan.table_size;
+            if (unpacks) {
+                sum_steps<G, true>(nibbles, 128, tables, scan.steps + k, n, k > first, sums + q * G);
+            } else {
+                sum_steps<G, false>(codes, stride, tables, scan.steps + k, n, k > first, sums + q * G);
+            }
+        }
     }
 }
 
@@ -453,20 +507,16 @@ POLYVEC_INLINE PqHit* scan_group(const PqScan& scan, size_t block, PqHit* hit, S
 
 #if defined(POLYVEC_BYTE_SHUFFLE) && !defined(POLYVEC_NARROW_PRODUCTS)
 
-constexpr size_t blocks_at_once = 4;
-
 /// Out of line: few blocks have a hit. The order of the hits is that of the lanes.
 template <size_t G>
 [[gnu::noinline]] PqHit* emit_shorts(const BlockSums::type* sums, uint16_t floor, size_t query, const uint8_t* allowed,
                                      size_t first, PqHit* hit) noexcept {
     for (size_t g = 0; g < G; ++g) {
-        uint16_t lanes[nibble_block];
-        *reinterpret_cast<BlockSums::unaligned*>(lanes) = sums[g];
         for (uint32_t set = bits(sums[g] >= floor - BlockSums::type{}); set; set &= set - 1) {
             const auto lane = static_cast<size_t>(__builtin_ctz(set));
             const size_t code = g * nibble_block + lane % 8 * 2 + lane / 8;
             if (allowed && !(allowed[code / 8] >> code % 8 & 1)) continue;
-            *hit++ = {lanes[lane], static_cast<uint32_t>((first + code) * most_queries + query)};
+            *hit++ = {sums[g][lane], static_cast<uint32_t>((first + code) * most_queries + query)};
         }
     }
     return hit;
@@ -482,9 +532,10 @@ POLYVEC_INLINE PqHit* select_blocks(const PqScan& scan, const uint16_t* floor, s
         BlockSums::type sums[most_queries * G];
         sum_in_shorts<G>(scan, codes, stride, 0, scan.n_steps, sums);
         for (size_t q = 0; q < scan.queries; ++q) {
-            decltype(sums[0] >= sums[0]) reached{};
-            for (size_t g = 0; g < G; ++g) reached |= sums[q * G + g] >= floor[q] - BlockSums::type{};
-            if (bits(reached)) hit = emit_shorts<G>(sums + q * G, floor[q], q, allowed, first, hit);
+            BlockSums::type most = sums[q * G];
+            for (size_t g = 1; g < G; ++g) most = sums[q * G + g] > most ? sums[q * G + g] : most;
+            if (bits(most >= floor[q] - BlockSums::type{}))
+                hit = emit_shorts<G>(sums + q * G, floor[q], q, allowed, first, hit);
         }
         return hit;
     }

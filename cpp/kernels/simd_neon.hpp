@@ -64,6 +64,11 @@ POLYVEC_INLINE Vec<uint8_t> shuffle_bytes(Vec<uint8_t> table, Vec<uint8_t> index
     return (Vec<uint8_t>)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)index);
 }
 
+// (a + b + 1) / 2.
+POLYVEC_INLINE Vec<uint8_t> average_bytes(Vec<uint8_t> a, Vec<uint8_t> b) noexcept {
+    return (Vec<uint8_t>)vrhaddq_u8((uint8x16_t)a, (uint8x16_t)b);
+}
+
 // Half a vector's worth of unsigned bytes as 16 bits.
 POLYVEC_INLINE Vec<uint16_t> load_bytes_as_shorts(const unsigned char* p) noexcept {
     return (Vec<uint16_t>)vmovl_u8(vld1_u8(p));

@@ -244,6 +244,15 @@ POLYVEC_INLINE Vec<uint8_t> shuffle_bytes(Vec<uint8_t> table, Vec<uint8_t> index
 #endif
 }
 
+// (a + b + 1) / 2.
+POLYVEC_INLINE Vec<uint8_t> average_bytes(Vec<uint8_t> a, Vec<uint8_t> b) noexcept {
+#if POLYVEC_VECTOR_BYTES == 64
+    return (Vec<uint8_t>)_mm512_avg_epu8((__m512i)a, (__m512i)b);
+#else
+    return (Vec<uint8_t>)_mm256_avg_epu8((__m256i)a, (__m256i)b);
+#endif
+}
+
 // Half a vector's worth of unsigned bytes as 16 bits.
 POLYVEC_INLINE Vec<uint16_t> load_bytes_as_shorts(const unsigned char* p) noexcept {
 #if POLYVEC_VECTOR_BYTES == 64

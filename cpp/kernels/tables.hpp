@@ -336,11 +336,11 @@ struct PqTables {
     std::size_t stride;  // floats from one query's tables to the next's
 };
 
-/// What was lost: a score is about offset + step * the sum of bytes, more by less than step for each of `rounded`
-/// subspaces. No float32 sum of entries leaves +-size on its way.
+/// What was lost: a score is offset + step * (the sum of bytes + up to `lost`). No sum is greater than `most`, and no
+/// float32 sum of entries leaves +-size on its way.
 struct PqRounding {
-    double offset, step, size;
-    std::int32_t rounded;
+    double offset, step, size, lost;
+    std::int32_t most;
 };
 
 /// Codes in blocks: byte j of code i is codes[i / B][j][i % B], B = 16 for 4-bit codes and 64 for 8-bit ones. A step is

@@ -201,31 +201,32 @@ class Candidates {
 public:
     Candidates(const PqRounding& rounding, std::int64_t k, float threshold) : rounding_(rounding), k_(k) {
         constexpr double slack = 1e-4;  // of a step, for the rounding of an entry itself
-        const double m = rounding.rounded;
         exact_ = std::isfinite(rounding.offset) && std::isfinite(rounding.step) && std::isfinite(rounding.size);
-        most_ = m * (1 + slack) + size_in_steps();
-        const double margin = std::ceil(m * (1 + 2 * slack) + 2 * size_in_steps());
+        most_ = rounding.lost * (1 + slack) + size_in_steps();
+        const double margin = std::ceil(rounding.lost * (1 + 2 * slack) + 2 * size_in_steps());
         exact_ = exact_ && margin < 1 << 30;
         margin_ = exact_ ? static_cast<std::int32_t>(margin) : 0;
         shift_ = std::max(0, sum_bits() - 10);
-        counts_.assign((255 * rounding.rounded >> shift_) + 1, 0);
+        counts_.assign((rounding.most >> shift_) + 1, 0);
         limit_ = 8 * static_cast<std::size_t>(k) + 4096;
+        found_.reserve(std::min<std::size_t>(limit_, 1024));
         raise_to(threshold);
     }
 
     /// No code with a lower sum is wanted. Everything is, where tables are not finite.
     std::int32_t floor() const { return std::max(floor_, guess_); }
 
-    /// Leaves out what cannot be among the best if k codes have sums as high as this and what was rounded off their
-    /// entries is what is usual, half of a step, which `complete` tells in the end.
-    void guess(std::int32_t sum) {
-        const std::int32_t floor = sum - margin_ / 2;
-        if (exact_ && floor > 0) guess_ = floor;
+    /// k codes have sums as high as this. Lower ones are left out by what is usually rounded off, half of what may be
+    /// and a little more, which `complete` tells in the end; once restarted, by all that may be.
+    void reached(std::int32_t sum) {
+        const std::int32_t usual = std::min(margin_, margin_ / 2 + margin_ / 8 + 2);
+        if (exact_) guess_ = std::max(guess_, sum - (guesses_ ? usual : margin_));
     }
-    bool complete() const { return floor_ >= guess_; }
+    bool complete() const { return !guesses_ || floor_ >= guess_; }
 
     /// Forgets the guess and the sums. What was found keeps the floor where it is.
     void restart() {
+        guesses_ = false;
         guess_ = std::numeric_limits<std::int32_t>::min();
         std::fill(counts_.begin(), counts_.end(), 0u);
         top_ = 0;
@@ -233,7 +234,7 @@ public:
     }
 
     /// Every sum is below 2^this.
-    int sum_bits() const { return std::bit_width(static_cast<std::uint32_t>(255 * rounding_.rounded)); }
+    int sum_bits() const { return std::bit_width(static_cast<std::uint32_t>(rounding_.most)); }
 
     /// Sums are counted in buckets of 2^this values.
     int bucket_bits() const { return shift_; }
@@ -241,39 +242,32 @@ public:
     /// Whether the candidates are so many that they should be rescored.
     bool push(std::int32_t sum, std::int64_t id) {
         if (sum < floor()) return false;
-        sums_.push_back(sum);
-        ids_.push_back(id);
+        found_.push_back({id, sum});
         if (exact_) {
             const auto bucket = static_cast<std::size_t>(sum >> shift_);
             ++counts_[bucket];
             above_ += bucket > top_;
-            while (above_ >= k_) above_ -= counts_[++top_];
-            // Once it has been raised, k sums or more are in the bucket `top_` or above it.
-            if (top_ > 0) floor_ = std::max(floor_, static_cast<std::int32_t>(top_ << shift_) - margin_);
+            if (above_ >= k_) {
+                while (above_ >= k_) above_ -= counts_[++top_];
+                reached(static_cast<std::int32_t>(top_ << shift_));
+            }
         }
-        return sums_.size() >= limit_;
+        return found_.size() >= limit_;
     }
 
     /// Moves out those that reach the floor, of them only the best by their sums (about k) unless `all`.
     void take(bool all, std::vector<std::int64_t>& ids) {
         const std::int32_t least = all ? floor() : std::max(floor(), static_cast<std::int32_t>(top_ << shift_));
         std::size_t taken = 0, kept = 0;
-        ids.resize(ids_.size());
-        for (std::size_t i = 0; i < ids_.size(); ++i) {  // without a branch
-            const std::int64_t id = ids_[i];
-            const std::int32_t sum = sums_[i];
-            ids[taken] = ids_[kept] = id;
-            sums_[kept] = sum;
-            taken += sum >= least;
-            kept += sum < least;
+        ids.resize(found_.size());
+        for (const Found found : found_) {  // without a branch
+            ids[taken] = found.id;
+            found_[kept] = found;
+            taken += found.sum >= least;
+            kept += found.sum < least;
         }
         ids.resize(taken);
-        ids_.resize(kept);
-        sums_.resize(kept);
-        if (all) {
-            ids_.clear();
-            sums_.clear();
-        }
+        found_.resize(all ? 0 : kept);
     }
 
     /// Sums that cannot reach `score` are below the floor.
@@ -284,19 +278,23 @@ public:
     }
 
 private:
+    struct Found {
+        std::int64_t id;
+        std::int32_t sum;
+    };
+
     double size_in_steps() const { return rounding_.step > 0 ? rounding_.size / rounding_.step : 0; }
 
     PqRounding rounding_;
     std::int64_t k_;
-    bool exact_;
+    bool exact_, guesses_ = true;
     double most_;
     std::int32_t margin_, floor_ = std::numeric_limits<std::int32_t>::min(), guess_ = floor_;
     int shift_;
     std::size_t limit_, top_ = 0;
     std::int64_t above_ = 0;
     std::vector<std::uint32_t> counts_;
-    std::vector<std::int32_t> sums_;
-    std::vector<std::int64_t> ids_;
+    std::vector<Found> found_;
 };
 
 /// What both ways of searching share: the codes that take part, and the best of each query so far.
@@ -367,14 +365,16 @@ private:
     static constexpr std::int64_t sampled = 32;  // one block of so many is in a sample
     static constexpr std::int64_t least_range = 16 * chunk, most_bytes = 1 << 26;  // a piece: tens of milliseconds
     static constexpr std::int64_t pieces_per_thread = 4, most_pieces = 1 << 20;
-    // Queries that share a pass over the codes: as many as keep their tables in the level-2 cache.
-    static constexpr std::int64_t cache_bytes = 1 << 19, most_in_group = 16;
+    // Queries that share a pass over the codes: as many as keep their tables in the level-2 cache. A quarter as many
+    // waited longer for codes from the level-3 cache.
+    static constexpr std::int64_t cache_bytes = 1 << 19, most_in_group = 64;
 
     /// Memory of one thread: tables of a group of queries, and codes that are packed on the way.
     struct Scratch {
         Aligned<float> entries;
         Aligned<std::uint8_t> tables, blocks;
         std::vector<std::vector<std::int32_t>> steps;  // of each query
+        Aligned<std::int32_t> floor;
         Aligned<PqHit> hits;
     };
 
@@ -384,6 +384,7 @@ private:
             own.entries = aligned<float>(shape_.stride() * group_);
             own.tables = aligned<std::uint8_t>(table_size() * group_);
             own.blocks = aligned<std::uint8_t>(shape_.packed ? 0 : chunk * shape_.columns);
+            own.floor = aligned<std::int32_t>(most());
             own.hits = aligned<PqHit>(chunk * std::min(group_, most()));
         }
         std::vector<TopK> found(count, TopK(shape_.k));
@@ -433,9 +434,9 @@ private:
             for (std::int64_t j = 0; j < queries; ++j) {
                 std::int32_t* own_sums = sums.data() + j * n;
                 for (std::size_t v = 0; v < counted.size(); ++v) own_sums[v] &= counted[v];
-                candidates[q + j].guess(kernel_.value_of_rank(own_sums, static_cast<std::size_t>(n), rank,
-                                                              candidates[q + j].sum_bits(),
-                                                              candidates[q + j].bucket_bits()));
+                candidates[q + j].reached(kernel_.value_of_rank(own_sums, static_cast<std::size_t>(n), rank,
+                                                                candidates[q + j].sum_bits(),
+                                                                candidates[q + j].bucket_bits()));
             }
             q += queries;
         }
@@ -457,9 +458,8 @@ private:
                 const std::int64_t queries = together(to - q);
                 PqScan scan = scan_of(codes, blocks, q, queries, own);
                 if (!allowed_.empty()) scan.allowed = allowed_.data() + i / 8;
-                std::int32_t floor[16];
-                for (std::int64_t j = 0; j < queries; ++j) floor[j] = candidates[q + j].floor();
-                scan.floor = floor;
+                for (std::int64_t j = 0; j < queries; ++j) own.floor[j] = candidates[q + j].floor();
+                scan.floor = own.floor.get();
                 const std::size_t hits =
                     (shape_.nibbles ? kernel_.select_nibbles : kernel_.select_bytes)(scan, own.hits.get());
                 for (std::size_t h = 0; h < hits; ++h) {
@@ -509,7 +509,7 @@ private:
             active[q] = active_subspaces(shape_.queries + (first + q) * shape_.d);
             all_active &= static_cast<std::int64_t>(active[q].size()) == shape_.m;
         }
-        if (shape_.nibbles) {  // a step may have subspaces that a query lacks
+        if (shape_.nibbles && !(all_active && shape_.m % 8 == 0)) {  // a step has subspaces that a query lacks
             std::fill_n(own.entries.get(), shape_.stride() * count, 0.0f);
             std::fill_n(own.tables.get(), table_size() * count, std::uint8_t{0});
         }
