@@ -187,7 +187,7 @@ POLYVEC_INLINE void sum_nibbles(const PqScan& scan, const uint8_t* codes, [[mayb
             high[g] = and_or(code >> 4, nibble, place_in_lane);
         }
         for (size_t q = 0; q < Q; ++q) {
-            const auto* table = reinterpret_cast<const uint32_t*>(scan.tables + q * scan.table_size + step * 128);
+            const auto* table = reinterpret_cast<const uint32_t*>(scan.tables[q] + step * 128);
             const Vec<uint32_t> low_table = load(table), high_table = load(table + 16);
             for (size_t g = 0; g < G; ++g) {
                 sum[q][g] = add_byte_quads(sum[q][g], permute_bytes(low_table, low[g]), ones);
@@ -308,8 +308,7 @@ POLYVEC_INLINE void sum_in_shorts(const PqScan& scan, const uint8_t* codes, size
                                   BlockSums::type* sums) noexcept {
     if (scan.queries < 4) {  // too few to unpack for
         for (size_t q = 0; q < scan.queries; ++q)
-            sum_steps<G, false>(codes, stride, scan.tables + q * scan.table_size, scan.steps + first, last - first,
-                                false, sums + q * G);
+            sum_steps<G, false>(codes, stride, scan.tables[q], scan.steps + first, last - first, false, sums + q * G);
         return;
     }
     alignas(64) uint8_t nibbles[unpacked_at_once * G * 128];
@@ -317,8 +316,7 @@ POLYVEC_INLINE void sum_in_shorts(const PqScan& scan, const uint8_t* codes, size
         const size_t n = last - k < unpacked_at_once ? last - k : unpacked_at_once;
         unpack_steps<G>(codes, stride, scan.steps + k, n, nibbles);
         for (size_t q = 0; q < scan.queries; ++q)
-            sum_steps<G, true>(nibbles, 0, scan.tables + q * scan.table_size, scan.steps + k, n, k > first,
-                               sums + q * G);
+            sum_steps<G, true>(nibbles, 0, scan.tables[q], scan.steps + k, n, k > first, sums + q * G);
     }
 }
 
@@ -351,7 +349,7 @@ POLYVEC_INLINE void sum_nibbles(const PqScan& scan, const uint8_t* codes, [[mayb
     for (size_t k = 0; k < scan.n_steps; ++k) {
         const size_t step = static_cast<size_t>(scan.steps[k]);
         for (size_t j = 0; j < 4; ++j) {
-            const uint8_t *code = codes + step * 64 + j * 16, *table = scan.tables + step * 128 + j * 16;
+            const uint8_t *code = codes + step * 64 + j * 16, *table = scan.tables[0] + step * 128 + j * 16;
             for (size_t v = 0; v < nibble_block; ++v) sums[v] += table[code[v] & 15] + table[64 + (code[v] >> 4)];
         }
     }
@@ -375,7 +373,7 @@ POLYVEC_INLINE void sum_bytes(const PqScan& scan, const uint8_t* codes, int32_t*
         Vec<uint16_t> all[parts] = {}, high[parts] = {};
         for (size_t k = first; k < last; ++k) {
             const size_t step = static_cast<size_t>(scan.steps[k]);
-            const ByteTable table = load_byte_table(scan.tables + step * 256);
+            const ByteTable table = load_byte_table(scan.tables[0] + step * 256);
             for (size_t p = 0; p < parts; ++p) {
                 const size_t code = p * B;
                 const auto entry = (Vec<uint16_t>)look_up_bytes(

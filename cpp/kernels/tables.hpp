@@ -331,8 +331,8 @@ struct PqRounding {
 struct PqScan {
     const std::uint8_t* codes;
     std::size_t blocks, columns;
-    const std::uint8_t* tables;  // as round_down wrote them, table_size bytes a query; zeros where it wrote none
-    std::size_t table_size, queries;
+    const std::uint8_t* const* tables;  // one a query, as round_down wrote it; zeros where it wrote none
+    std::size_t queries;
     const std::int32_t* steps;
     std::size_t n_steps;
     const std::int32_t* floor;    // one a query
