@@ -124,9 +124,6 @@ struct ByteDistanceKernels {
     /// The distances of the rows that the n `ids` name.
     void (*distances)(const ByteQuery& query, const ByteRows& rows, const std::uint32_t* ids, std::size_t n,
                       float* out) noexcept;
-    /// The values of n bytes before scaling, and after it.
-    void (*to_signed)(const std::uint8_t* bytes, std::size_t n, std::int8_t* out) noexcept;
-    void (*decode)(const std::uint8_t* bytes, std::size_t n, float scale, float* out) noexcept;
 };
 
 /// Rows of two bits an element: value i of a row is (2 * code i - 3) * scale, and roughly its sign times a rough scale.
