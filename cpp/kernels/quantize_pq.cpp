@@ -90,6 +90,15 @@ POLYVEC_INLINE float least_of(const float* table, size_t n, float& most) noexcep
     return reduce_min(low);
 }
 
+/// The lowest bytes of lanes of 32 bits. GCC 12 converts such lanes one by one.
+template <int... K>
+POLYVEC_INLINE auto first_bytes_of(Vec<uint8_t> v, Lanes<K...>) noexcept {
+    return shuffle(v, v, Lanes<4 * K...>{});
+}
+POLYVEC_INLINE auto first_bytes(Vec<uint8_t> v) noexcept {
+    return first_bytes_of(v, typename LaneRange<0, L>::type{});
+}
+
 void round_down(const PqTables& t, const float* tables, uint8_t* out, PqRounding& rounding) noexcept {
     rounding = {};
     const bool nibbles = t.ksub == 16;
@@ -118,8 +127,8 @@ void round_down(const PqTables& t, const float* tables, uint8_t* out, PqRounding
         const float least = least_of(table, t.ksub, most);
         for (size_t c = 0; c < t.ksub; c += L) {
             const Vec<float> steps = min((load(table + c) - broadcast(least)) * broadcast(scale), broadcast(255.0f));
-            const auto whole = __builtin_convertvector(steps, Vec<int32_t>);
-            for (size_t j = 0; j < L; ++j) bytes[c + j] = static_cast<uint8_t>(whole[j]);
+            const auto whole = (Vec<uint8_t>)__builtin_convertvector(steps, Vec<int32_t>);
+            *reinterpret_cast<typename VecOf<uint8_t, L>::unaligned*>(bytes + c) = first_bytes(whole);
         }
     }
 }
