@@ -606,6 +606,26 @@ int32_t value_of_rank(const int32_t* sums, size_t n, size_t rank, int32_t bits, 
     return value;
 }
 
+int32_t best_sums(const int32_t* sums, size_t n, size_t count, int32_t bits_of_sums, int32_t* places) noexcept {
+    const int32_t least = value_of_rank(sums, n, count, bits_of_sums, 0);
+    size_t equals = count;
+    for (size_t i = 0; i < n; ++i) equals -= sums[i] > least;
+    for (size_t i = 0; i < n; i += L) {
+        const size_t some = n - i < L ? n - i : L;
+        auto reached = load_first(sums + i, some) >= broadcast(least);
+        if (some < L) reached &= first_lanes<int32_t>(some);
+        for (uint32_t set = bits(reached); set; set &= set - 1) {
+            const size_t at = i + static_cast<size_t>(__builtin_ctz(set));
+            if (sums[at] == least && equals-- == 0) {
+                ++equals;
+                continue;
+            }
+            *places++ = static_cast<int32_t>(at);
+        }
+    }
+    return least;
+}
+
 #if defined(POLYVEC_BYTE_TABLES)
 constexpr size_t few_for_bytes = sizeof(Vec<uint8_t>) == 64 ? ~size_t{} : L - 1;
 
@@ -765,20 +785,9 @@ size_t scan_floats(const float* tables, const uint8_t* codes, size_t n, size_t c
 }  // namespace
 
 extern const PqKernels pq_kernels;
-const PqKernels pq_kernels{most_queries,
-                           entries,
-                           round_down,
-                           transpose_bytes,
-                           select_nibbles,
-                           sums_of_nibbles,
-                           value_of_rank,
-                           select_bytes,
-                           scores<true>,
-                           scores<false>,
-                           few_for_bytes,
-                           L,
-                           interleave,
-                           scan_floats<float>,
+const PqKernels pq_kernels{most_queries,           entries,       round_down, transpose_bytes, select_nibbles,
+                           sums_of_nibbles,        value_of_rank, best_sums,  select_bytes,    scores<true>,
+                           scores<false>,          few_for_bytes, L,          interleave,      scan_floats<float>,
                            scan_floats<Vec<float>>};
 
 }  // namespace polyvec::POLYVEC_ISA

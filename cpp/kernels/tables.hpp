@@ -367,6 +367,10 @@ struct PqKernels {
     /// The largest multiple of 2^zeros below 2^bits that at least `rank` of n sums reach.
     std::int32_t (*value_of_rank)(const std::int32_t* sums, std::size_t n, std::size_t rank, std::int32_t bits,
                                   std::int32_t zeros) noexcept;
+    /// Writes the places of the `count` highest of n sums below 2^bits, of equal ones the first, in their order, and
+    /// returns the lowest of them. So many are not negative.
+    std::int32_t (*best_sums)(const std::int32_t* sums, std::size_t n, std::size_t count, std::int32_t bits,
+                              std::int32_t* places) noexcept;
     std::size_t (*select_bytes)(const PqScan&, PqHit* hits) noexcept;
     /// out[i] = the score of code ids[i]: the float32 sum of its entries in the order of the subspaces.
     void (*score_nibbles)(const PqScores&, const std::int64_t* ids, std::size_t n, float* out) noexcept;

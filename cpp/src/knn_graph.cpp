@@ -15,20 +15,6 @@ namespace {
 
 constexpr std::int64_t block_codes = 16;
 
-/// Calls visit(i) for the `count` highest of n sums, for the first of equal ones; returns the lowest of them.
-template <class Visit>
-std::int32_t for_each_best(const std::int32_t* sums, std::int64_t n, std::int64_t count, int sum_bits, Visit visit) {
-    const std::int32_t least = kernels().pq->value_of_rank(sums, n, count, sum_bits, 0);
-    std::int64_t equals = count;
-    for (std::int64_t i = 0; i < n; ++i) equals -= sums[i] > least;
-    for (std::int64_t i = 0; i < n; ++i) {
-        const bool equal = sums[i] == least && equals > 0;
-        equals -= equal;
-        if (sums[i] > least || equal) visit(i);
-    }
-    return least;
-}
-
 /// The nearest so far of each row of a group, by sums of bytes: pools of some more than are kept, cut back when full.
 class Candidates {
 public:
@@ -36,8 +22,10 @@ public:
         : kept_(kept),
           room_(kept + 32),
           sum_bits_(sum_bits),
+          kernel_(*kernels().pq),
           sums_(rows * room_),
           rows_(rows * room_),
+          best_(kept),
           sizes_(rows),
           floors_(rows) {}
 
@@ -51,17 +39,16 @@ public:
 
     /// Begins with the sums of rows `first`, first + 1, ...
     void start(std::int64_t own, const std::int32_t* sums, std::int64_t n, std::int64_t first) {
-        std::int64_t at = own * room_;
-        const auto add = [&](std::int64_t i) {
-            sums_[at] = sums[i];
-            rows_[at++] = static_cast<std::int32_t>(first + i);
-        };
-        if (n < kept_) {
-            for (std::int64_t i = 0; i < n; ++i) add(i);
+        if (n <= kept_) {
+            std::iota(best_.begin(), best_.begin() + n, 0);
         } else {
-            floors_[own] = for_each_best(sums, n, kept_, sum_bits_, add) + 1;
+            floors_[own] = 1 + kernel_.best_sums(sums, n, kept_, sum_bits_, best_.data());
         }
-        sizes_[own] = at - own * room_;
+        sizes_[own] = std::min(n, kept_);
+        for (std::int64_t i = 0, at = own * room_; i < sizes_[own]; ++i, ++at) {
+            sums_[at] = sums[best_[i]];
+            rows_[at] = static_cast<std::int32_t>(first) + best_[i];
+        }
     }
 
     void push(std::int64_t own, std::int32_t sum, std::int64_t row) {
@@ -82,17 +69,18 @@ public:
 private:
     void cut(std::int64_t own) {
         std::int32_t *sums = sums_.data() + own * room_, *rows = rows_.data() + own * room_;
-        std::int64_t n = 0;
-        floors_[own] = 1 + for_each_best(sums, sizes_[own], kept_, sum_bits_, [&](std::int64_t i) {
-                           sums[n] = sums[i];
-                           rows[n++] = rows[i];
-                       });
-        sizes_[own] = n;
+        floors_[own] = 1 + kernel_.best_sums(sums, sizes_[own], kept_, sum_bits_, best_.data());
+        sizes_[own] = kept_;
+        for (std::int64_t i = 0; i < kept_; ++i) {
+            sums[i] = sums[best_[i]];
+            rows[i] = rows[best_[i]];
+        }
     }
 
     std::int64_t kept_, room_;
     int sum_bits_;
-    std::vector<std::int32_t> sums_, rows_;
+    const PqKernels& kernel_;
+    std::vector<std::int32_t> sums_, rows_, best_;
     std::vector<std::int64_t> sizes_;
     std::vector<std::int32_t> floors_;
 };
@@ -219,9 +207,7 @@ private:
                 std::int32_t* probe = probes_.data() + own * op_.probes;
                 *probe++ = static_cast<std::int32_t>(cluster);
                 sums[cluster] = -1;
-                if (others == 0) return;
-                for_each_best(sums, clusters_, others, sum_bits_,
-                              [&](std::int64_t other) { *probe++ = static_cast<std::int32_t>(other); });
+                if (others > 0) kernel_.best_sums(sums, clusters_, others, sum_bits_, probe);
             });
         });
     }
@@ -325,15 +311,17 @@ void run(const KnnMerge& op, Cpu cpu) {
 
     std::vector<float> farthest(n);  // of the k best of a row's own candidates
     parallel_for(n, 4096, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
-        std::vector<float> found;
+        constexpr std::int32_t most = std::numeric_limits<std::int32_t>::max();
+        std::vector<std::int32_t> keys(
+            kept);  // higher for nearer ones: floats that are not negative compare as integers
         for (std::int64_t i = begin; i < end; ++i) {
-            found.clear();
+            std::int64_t size = 0;
             for (std::int64_t at = i * kept; at < (i + 1) * kept; ++at)
-                if (ids[at] != order[i]) found.push_back(distances[at]);
-            float& last = farthest[order[i]] = std::numeric_limits<float>::infinity();
-            if (static_cast<std::int64_t>(found.size()) < k) continue;
-            std::nth_element(found.begin(), found.begin() + (k - 1), found.end());
-            last = found[k - 1];
+                if (ids[at] != order[i])
+                    keys[size++] = most - std::bit_cast<std::int32_t>(std::max(distances[at], 0.0f));
+            farthest[order[i]] =
+                size < k ? std::numeric_limits<float>::infinity()
+                         : std::bit_cast<float>(most - kernels().pq->value_of_rank(keys.data(), size, k, 31, 0));
         }
     });
 
