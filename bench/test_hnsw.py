@@ -269,7 +269,11 @@ def test_build(compare, data, threads):
 
 @pytest.mark.parametrize("n", [15_000, 115_659])
 def test_knn_graph(compare, data, threads, request, n):
-    """15 neighbours of the 384-d sentences."""
+    """15 neighbours of the 384-d sentences. With AVX2 and all of them three fifths of the time are scans of codes, in
+    which a row meets a fourteenth of the others, 0.7 a nanosecond; a fifth clusters, codebooks and codes; a tenth the
+    distances of the 50 best; a twentieth merging these both ways, which is worth .05 of recall. Without gain: half or
+    twice as many clusters, the nearest of them first, exact distances to find them.
+    """
     pynndescent = pytest.importorskip("pynndescent")
     if n > 15_000 and not request.config.getoption("--large"):
         pytest.skip("takes minutes: needs --large FOLDER")

@@ -28,7 +28,7 @@ def knn_graph(
     k: int,
     *,
     metric: Literal["cosine", "l2"] = "l2",
-    probes: int = 40,
+    probes: int = 36,
     progress: Progress = None,
     num_threads: int | None = None,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
@@ -43,7 +43,7 @@ def knn_graph(
         "l2": *squared* distances; take the root for tools that expect Euclidean ones. "cosine": 1 - cosine.
     probes : int
         Clusters that a row is compared with, of 56 rows each, or of sqrt(n) / 1.5 where that is more. More probes give
-        better recall and take longer.
+        better recall, which hundreds of neighbours may need, and take longer.
     progress : bool or callable, optional
         True shows a bar; a callable is given (done, total): rows, once as they are encoded and once as they are
         compared.
@@ -154,25 +154,28 @@ def _by_codes(op: str, x: Any, k: int, metric: str, probes: int, progress: Progr
     encode(centroids, codes_of_centroids)
     kept = min(2 * k + 20, n - 1)
     ids, nearness = np.empty((n, kept), np.int64), np.empty((n, kept), np.float32)
+    norms = np.ones(n, np.float32)
     with reporting(op, progress, 2 * n, "rows") as report:
         for first in range(0, n, _CHUNK):
             some = slice(first, min(first + _CHUNK, n))
             block = _rows(op, x[some], metric, num_threads)
             _label(op, block, centroids, labels[some], num_threads)
             encode(block, codes[some])
+            if metric == "cosine":
+                np.einsum("ij,ij->i", block, as_float32(x[some]), out=norms[some])
             report(len(block))
         order, begins = _clusters(labels, len(centroids))
         blocks, centroid_blocks = packed(codes[order]), packed(codes_of_centroids)
-        inverse_norms = _inverse_norms(x) if metric == "cosine" else None
+        inverse_norms = np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0)
         for first in range(0, n, _CHUNK):
             some = slice(first, min(first + _CHUNK, n))
             rows = as_float32(rows_of(x, order[some]))
-            block = rows if inverse_norms is None else rows * inverse_norms[order[some], None]
+            block = rows if metric == "l2" else rows * inverse_norms[order[some], None]
             _backend.run(op, "knn_scan", block, padded(block), codebooks, blocks, centroid_blocks, order, begins, first,
                          min(probes, len(centroids)), ids[some], num_threads=num_threads)  # fmt: skip
             _backend.run(op, "scan_score_pairs", rows, rows, None, None, x, None, ids[some], None, nearness[some],
-                         "l2" if inverse_norms is None else "ip", num_threads=num_threads)  # fmt: skip
-            if inverse_norms is not None:
+                         "l2" if metric == "l2" else "ip", num_threads=num_threads)  # fmt: skip
+            if metric == "cosine":
                 nearness[some] = 1 - nearness[some] * inverse_norms[order[some], None] * inverse_norms[ids[some]]
             report(len(rows))
     neighbors, distances = np.empty((n, k), np.int64), np.empty((n, k), np.float32)
@@ -187,16 +190,6 @@ def _rows(op: str, rows: Any, metric: str, num_threads: int | None) -> Any:
     block = as_float32(rows, copy=True)
     _backend.run(op, "codes_unit_rows", block, block, num_threads=num_threads)
     return block
-
-
-def _inverse_norms(x: Any) -> npt.NDArray[np.float32]:
-    """Return 1 / |x|, 0 for a zero vector."""
-    squares = [
-        np.square(as_float32(x[i : i + _CHUNK]), dtype=np.float64).sum(1) for i in range(0, int(x.shape[0]), _CHUNK)
-    ]
-    with np.errstate(divide="ignore"):
-        inverse = 1 / np.sqrt(np.concatenate(squares))
-    return np.where(np.isfinite(inverse), inverse, 0).astype(np.float32)
 
 
 def _centroids(op: str, x: Any, metric: str, num_threads: int | None) -> npt.NDArray[np.float32]:
