@@ -271,9 +271,9 @@ def test_more_threads_build_a_graph_as_good(rng):
 
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
 @pytest.mark.parametrize("dtype", ["float32", *HALVES])
-@pytest.mark.parametrize("n", [1500, 2500])
-def test_knn_graph(rng, isa, metric, dtype, n):
-    x = sample(rng, n, 12)
+@pytest.mark.parametrize(("n", "d"), [(1500, 12), (2500, 3), (2500, 12)])
+def test_knn_graph(rng, isa, metric, dtype, n, d):
+    x = sample(rng, n, d)
     given = x if dtype == "float32" else arrays_of(x, dtype)[1]
     x = rounded(x, dtype)
     indptr, indices, distances = pv.hnsw.knn_graph(given, 9, metric=metric)
@@ -282,34 +282,60 @@ def test_knn_graph(rng, isa, metric, dtype, n):
     found, distances = indices.reshape(n, 9), distances.reshape(n, 9)
     assert np.all(found != np.arange(n)[:, None])
     assert np.all(np.diff(distances, axis=1) >= 0)
-    assert ref.recall(found, ref.neighbors(x, 9, metric)[1]) > 0.97
+    assert ref.recall(found, ref.neighbors(x, 9, metric)[1]) > 0.99
     exact = np.take_along_axis(ref.score(x, x, metric), found, 1)
     size = np.take_along_axis(scale(x, x, metric), found, 1) + 1
-    assert_reduction(distances, exact if metric == "l2" else 1 - exact, size, length=12)
+    assert_reduction(distances, exact if metric == "l2" else 1 - exact, size, length=d)
     again = pv.hnsw.knn_graph(given, 9, metric=metric, num_threads=7)
     assert_exact(again[1], indices)
 
 
-def test_knn_graph_by_probes_and_passes(rng):
-    """More of either find more; all clusters find all but what bytes confuse."""
-    x = sample(rng, 4000, 24)
+@pytest.mark.parametrize("d", [4, 24])
+def test_knn_graph_by_probes(rng, d):
+    """More find more; all clusters find all but what codes confuse."""
+    x = sample(rng, 4000, d)
     truth = ref.neighbors(x, 10, "l2")[1]
 
-    def recall(**options):
-        found = pv.hnsw.knn_graph(x, 10, **options)
+    def recall(probes):
+        found = pv.hnsw.knn_graph(x, 10, probes=probes)
         neighbors = np.split(found[1], found[0][1:-1])
         return np.mean([len(np.intersect1d(a, b)) for a, b in zip(neighbors, truth, strict=True)]) / 10
 
-    few, more, refined = recall(probes=2, passes=0), recall(probes=8, passes=0), recall(probes=2, passes=2)
-    assert few + 0.2 < more
-    assert few + 0.2 < refined
-    assert recall(probes=1000, passes=0) > 0.99
-    assert recall(probes=1, passes=0) < few
+    assert recall(1) + 0.2 < recall(8) < recall(1000)
+    assert recall(1000) > 0.99
+
+
+def recall_of_graph(x, metric):
+    """Of 15 neighbours, of some rows."""
+    some = np.arange(0, len(x), 17)
+    own = np.arange(len(some) + 1), some
+    truth = pv.scan.topk(x[some], x, 15, metric=metric, exclude=own)[1]
+    return ref.recall(pv.hnsw.knn_graph(x, 15, metric=metric)[1].reshape(-1, 15)[some], truth)
+
+
+@pytest.mark.parametrize("d", [97, 200, 800])
+def test_recall_of_a_graph_of_any_width(rng, d):
+    """Subspaces of several dimensions, the last ones padded."""
+    x = sample(rng, 3000, 16) @ sample(rng, 16, d)
+    assert recall_of_graph(x + sample(rng, 3000, d), "l2") > 0.97
+
+
+def test_recall_of_a_graph_of_real_vectors(data):
+    assert (
+        recall_of_graph(
+            read(data / "wordnet-glosses-minilm" / "vectors_i8.npy.xz")[:20000].astype(np.float32), "cosine"
+        )
+        > 0.96
+    )
+    assert recall_of_graph(read(data / "sift-10k" / "vectors.npy.xz").astype(np.float32), "l2") > 0.98
+    with gzip.open(data / "mnist-t10k" / "t10k-images-idx3-ubyte.gz") as file:
+        images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 784)
+    assert recall_of_graph(images.astype(np.float32), "l2") > 0.98
 
 
 def test_knn_graph_reports_progress_and_stops(rng):
     x, calls = sample(rng, 3000, 8), []
-    pv.hnsw.knn_graph(x, 5, passes=1, progress=lambda done, total: calls.append((done, total)))
+    pv.hnsw.knn_graph(x, 5, progress=lambda done, total: calls.append((done, total)))
     assert calls[-1] == (6000, 6000)
 
     def stop(done, total):
@@ -329,12 +355,24 @@ def test_knn_graph_of_few_rows_has_all_of_them(rng, n):
     assert_reduction(distances, expected.ravel(), expected.ravel() + 1, length=3)
 
 
-def test_knn_graph_counts_copies_as_neighbours(rng):
-    x = np.repeat(sample(rng, 100, 4), 3, axis=0)
+@pytest.mark.parametrize(("n", "d"), [(100, 4), (1000, 3), (1000, 8)])
+def test_knn_graph_counts_copies_as_neighbours(rng, n, d):
+    x = np.repeat(sample(rng, n, d), 3, axis=0)
     _, indices, distances = pv.hnsw.knn_graph(x, 2)
-    copies = indices // 3 == np.repeat(np.arange(300) // 3, 2)
+    copies = indices // 3 == np.repeat(np.arange(3 * n) // 3, 2)
     assert copies.mean() > 0.98
     assert_exact(distances == 0, copies)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+def test_knn_graph_of_equal_rows(metric):
+    """A single cluster, of more codes than are scanned at once, and zero vectors, whose cosines are 0."""
+    x = np.zeros((20_000, 8), np.float32)
+    indptr, indices, distances = pv.hnsw.knn_graph(x, 5, metric=metric)
+    assert_exact(indptr, np.arange(0, 100_001, 5))
+    assert np.all(np.diff(np.sort(indices.reshape(-1, 5), 1), axis=1) > 0)
+    assert np.all(indices.reshape(-1, 5) != np.arange(20_000)[:, None])
+    assert_exact(distances, np.full(100_000, float(metric == "cosine"), np.float32))
 
 
 # Vectors kept in 16 bits

@@ -100,17 +100,9 @@ void distances(const ByteQuery& query, const ByteRows& rows, const uint32_t* ids
     }
 }
 
-void to_signed(const uint8_t* bytes, size_t n, int8_t* out) noexcept {
-    for (size_t i = 0; i < n; ++i) out[i] = static_cast<int8_t>(bytes[i] ^ 128);
-}
-
-void decode(const uint8_t* bytes, size_t n, float scale, float* out) noexcept {
-    for (size_t i = 0; i < n; ++i) out[i] = static_cast<float>(static_cast<int>(bytes[i]) - 128) * scale;
-}
-
 }  // namespace
 
 extern const ByteDistanceKernels byte_distance_kernels;
-const ByteDistanceKernels byte_distance_kernels{encode, query_of_row, distances, to_signed, decode};
+const ByteDistanceKernels byte_distance_kernels{encode, query_of_row, distances};
 
 }  // namespace polyvec::POLYVEC_ISA

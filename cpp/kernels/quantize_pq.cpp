@@ -91,6 +91,15 @@ POLYVEC_INLINE float least_of(const float* table, size_t n, float& most) noexcep
     return reduce_min(low);
 }
 
+/// The lowest bytes of lanes of 32 bits. GCC 12 converts such lanes one by one.
+template <int... K>
+POLYVEC_INLINE auto first_bytes_of(Vec<uint8_t> v, Lanes<K...>) noexcept {
+    return shuffle(v, v, Lanes<4 * K...>{});
+}
+POLYVEC_INLINE auto first_bytes(Vec<uint8_t> v) noexcept {
+    return first_bytes_of(v, typename LaneRange<0, L>::type{});
+}
+
 void round_down(const PqTables& t, const float* tables, uint8_t* out, PqRounding& rounding) noexcept {
     const bool nibbles = t.ksub == 16, in_nodes = nibbles && has_nodes;
     float widest = 0, width = 0, most;  // of what is added up in one byte
@@ -127,8 +136,8 @@ void round_down(const PqTables& t, const float* tables, uint8_t* out, PqRounding
         const float least = least_of(table, t.ksub, most);
         for (size_t c = 0; c < t.ksub; c += L) {
             const Vec<float> steps = min((load(table + c) - broadcast(least)) * broadcast(scale), broadcast(255.0f));
-            const auto whole = __builtin_convertvector(steps, Vec<int32_t>);
-            for (size_t j = 0; j < L; ++j) bytes[c + j] = static_cast<uint8_t>(whole[j]);
+            const auto whole = (Vec<uint8_t>)__builtin_convertvector(steps, Vec<int32_t>);
+            *reinterpret_cast<typename VecOf<uint8_t, L>::unaligned*>(bytes + c) = first_bytes(whole);
         }
     }
 }
@@ -196,7 +205,7 @@ POLYVEC_INLINE void sum_nibbles(const PqScan& scan, const uint8_t* codes, [[mayb
             high[g] = and_or(code >> 4, nibble, place_in_lane);
         }
         for (size_t q = 0; q < Q; ++q) {
-            const auto* table = reinterpret_cast<const uint32_t*>(scan.tables + q * scan.table_size + step * 128);
+            const auto* table = reinterpret_cast<const uint32_t*>(scan.tables[q] + step * 128);
             const Vec<uint32_t> low_table = load(table), high_table = load(table + 16);
             for (size_t g = 0; g < G; ++g) {
                 sum[q][g] = add_byte_quads(sum[q][g], permute_bytes(low_table, low[g]), ones);
@@ -366,11 +375,10 @@ POLYVEC_INLINE void sum_in_shorts(const PqScan& scan, const uint8_t* codes, size
         const size_t n = last - k < steps_at_once ? last - k : steps_at_once;
         if (unpacks) unpack_steps<G>(codes, stride, scan.steps + k, n, nibbles);
         for (size_t q = 0; q < scan.queries; ++q) {
-            const uint8_t* tables = scan.tables + q * scan.table_size;
             if (unpacks) {
-                sum_steps<G, true>(nibbles, 128, tables, scan.steps + k, n, k > first, sums + q * G);
+                sum_steps<G, true>(nibbles, 128, scan.tables[q], scan.steps + k, n, k > first, sums + q * G);
             } else {
-                sum_steps<G, false>(codes, stride, tables, scan.steps + k, n, k > first, sums + q * G);
+                sum_steps<G, false>(codes, stride, scan.tables[q], scan.steps + k, n, k > first, sums + q * G);
             }
         }
     }
@@ -405,7 +413,7 @@ POLYVEC_INLINE void sum_nibbles(const PqScan& scan, const uint8_t* codes, [[mayb
     for (size_t k = 0; k < scan.n_steps; ++k) {
         const size_t step = static_cast<size_t>(scan.steps[k]);
         for (size_t j = 0; j < 4; ++j) {
-            const uint8_t *code = codes + step * 64 + j * 16, *table = scan.tables + step * 128 + j * 16;
+            const uint8_t *code = codes + step * 64 + j * 16, *table = scan.tables[0] + step * 128 + j * 16;
             for (size_t v = 0; v < nibble_block; ++v) sums[v] += table[code[v] & 15] + table[64 + (code[v] >> 4)];
         }
     }
@@ -429,7 +437,7 @@ POLYVEC_INLINE void sum_bytes(const PqScan& scan, const uint8_t* codes, int32_t*
         Vec<uint16_t> all[parts] = {}, high[parts] = {};
         for (size_t k = first; k < last; ++k) {
             const size_t step = static_cast<size_t>(scan.steps[k]);
-            const ByteTable table = load_byte_table(scan.tables + step * 256);
+            const ByteTable table = load_byte_table(scan.tables[0] + step * 256);
             for (size_t p = 0; p < parts; ++p) {
                 const size_t code = p * B;
                 const auto entry = (Vec<uint16_t>)look_up_bytes(
@@ -650,6 +658,26 @@ int32_t value_of_rank(const int32_t* sums, size_t n, size_t rank, int32_t bits, 
     return value;
 }
 
+int32_t best_sums(const int32_t* sums, size_t n, size_t count, int32_t bits_of_sums, int32_t* places) noexcept {
+    const int32_t least = value_of_rank(sums, n, count, bits_of_sums, 0);
+    size_t equals = count;
+    for (size_t i = 0; i < n; ++i) equals -= sums[i] > least;
+    for (size_t i = 0; i < n; i += L) {
+        const size_t some = n - i < L ? n - i : L;
+        auto reached = load_first(sums + i, some) >= broadcast(least);
+        if (some < L) reached &= first_lanes<int32_t>(some);
+        for (uint32_t set = bits(reached); set; set &= set - 1) {
+            const size_t at = i + static_cast<size_t>(__builtin_ctz(set));
+            if (sums[at] == least && equals-- == 0) {
+                ++equals;
+                continue;
+            }
+            *places++ = static_cast<int32_t>(at);
+        }
+    }
+    return least;
+}
+
 #if defined(POLYVEC_BYTE_TABLES)
 constexpr size_t few_for_bytes = sizeof(Vec<uint8_t>) == 64 ? ~size_t{} : L - 1;
 
@@ -809,20 +837,9 @@ size_t scan_floats(const float* tables, const uint8_t* codes, size_t n, size_t c
 }  // namespace
 
 extern const PqKernels pq_kernels;
-const PqKernels pq_kernels{most_queries,
-                           entries,
-                           round_down,
-                           transpose_bytes,
-                           select_nibbles,
-                           sums_of_nibbles,
-                           value_of_rank,
-                           select_bytes,
-                           scores<true>,
-                           scores<false>,
-                           few_for_bytes,
-                           L,
-                           interleave,
-                           scan_floats<float>,
+const PqKernels pq_kernels{most_queries,           entries,       round_down, transpose_bytes, select_nibbles,
+                           sums_of_nibbles,        value_of_rank, best_sums,  select_bytes,    scores<true>,
+                           scores<false>,          few_for_bytes, L,          interleave,      scan_floats<float>,
                            scan_floats<Vec<float>>};
 
 }  // namespace polyvec::POLYVEC_ISA

@@ -124,9 +124,6 @@ struct ByteDistanceKernels {
     /// The distances of the rows that the n `ids` name.
     void (*distances)(const ByteQuery& query, const ByteRows& rows, const std::uint32_t* ids, std::size_t n,
                       float* out) noexcept;
-    /// The values of n bytes before scaling, and after it.
-    void (*to_signed)(const std::uint8_t* bytes, std::size_t n, std::int8_t* out) noexcept;
-    void (*decode)(const std::uint8_t* bytes, std::size_t n, float scale, float* out) noexcept;
 };
 
 /// Rows of two bits an element: value i of a row is (2 * code i - 3) * scale, and roughly its sign times a rough scale.
@@ -348,8 +345,8 @@ struct PqRounding {
 struct PqScan {
     const std::uint8_t* codes;
     std::size_t blocks, columns;
-    const std::uint8_t* tables;  // as round_down wrote them, table_size bytes a query; zeros where it wrote none
-    std::size_t table_size, queries;
+    const std::uint8_t* const* tables;  // one a query, as round_down wrote it; zeros where it wrote none
+    std::size_t queries;
     const std::int32_t* steps;
     std::size_t n_steps;
     const std::int32_t* floor;    // one a query
@@ -387,6 +384,10 @@ struct PqKernels {
     /// The largest multiple of 2^zeros below 2^bits that at least `rank` of n sums reach.
     std::int32_t (*value_of_rank)(const std::int32_t* sums, std::size_t n, std::size_t rank, std::int32_t bits,
                                   std::int32_t zeros) noexcept;
+    /// Writes the places of the `count` highest of n sums below 2^bits, of equal ones the first, in their order, and
+    /// returns the lowest of them. So many are not negative.
+    std::int32_t (*best_sums)(const std::int32_t* sums, std::size_t n, std::size_t count, std::int32_t bits,
+                              std::int32_t* places) noexcept;
     std::size_t (*select_bytes)(const PqScan&, PqHit* hits) noexcept;
     /// out[i] = the score of code ids[i]: the float32 sum of its entries in the order of the subspaces.
     void (*score_nibbles)(const PqScores&, const std::int64_t* ids, std::size_t n, float* out) noexcept;

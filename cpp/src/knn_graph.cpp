@@ -1,7 +1,9 @@
 #include "polyvec/knn_graph.hpp"
 
+#include <algorithm>
+#include <bit>
 #include <limits>
-#include <tuple>
+#include <numeric>
 #include <vector>
 
 #include "polyvec/aligned.hpp"
@@ -11,310 +13,347 @@
 namespace polyvec {
 namespace {
 
-constexpr float infinity = std::numeric_limits<float>::infinity();
+constexpr std::int64_t block_codes = 16;
 
-struct Neighbor {
-    float distance;
-    std::uint32_t id;  // with its bit
-
-    bool operator<(const Neighbor& other) const {
-        return distance != other.distance ? distance < other.distance : (id & no_neighbor) < (other.id & no_neighbor);
-    }
-};
-
-/// Distances of one row after another from others.
-class Comparison {
+/// The nearest so far of each row of a group, by sums of bytes: pools of some more than are kept, cut back when full.
+class Candidates {
 public:
-    explicit Comparison(const KnnRows& rows)
-        : rows_(rows),
-          kernels_(*kernels().byte_distance),
-          stride_(static_cast<std::size_t>(rows.codes.dim(1))),
-          query_(aligned<std::uint8_t>(rows.codes.dim(1))) {}
-
-    /// Asks for a row that will be compared.
-    void fetch(std::uint32_t row) const {
-        const auto* code = rows_.codes.as<const std::uint8_t>() + row * stride_;
-        for (std::size_t line = 0; line < stride_; line += 64) prefetch(code + line);
-    }
-
-    void operator()(std::int64_t row, const std::vector<std::uint32_t>& ids, std::vector<float>& distances) {
-        distances.resize(ids.size());
-        const auto* codes = rows_.codes.as<const std::uint8_t>();
-        const auto* factors = rows_.factors.as<const float>();
-        const float *own = factors + 2 * row, factor = rows_.squared ? -2.0f : -1.0f;
-        const std::int32_t sum =
-            kernels_.query_of_row(codes + row * static_cast<std::int64_t>(stride_), stride_, query_.get());
-        kernels_.distances({query_.get(), 128 * sum, factor * own[0], own[1]}, {codes, factors, stride_}, ids.data(),
-                           ids.size(), distances.data());
-    }
-
-private:
-    const KnnRows& rows_;
-    const ByteDistanceKernels& kernels_;
-    std::size_t stride_;
-    Aligned<std::uint8_t> query_;
-};
-
-/// Writes the best of `found`, which it sorts, to row i.
-void write(std::vector<Neighbor>& found, std::int64_t i, const Array& ids, const Array& distances) {
-    const std::size_t kept = ids.dim(1), n = std::min(found.size(), kept);
-    std::partial_sort(found.begin(), found.begin() + static_cast<std::ptrdiff_t>(n), found.end());
-    auto* id = ids.as<std::uint32_t>() + i * ids.dim(1);
-    float* distance = distances.as<float>() + i * ids.dim(1);
-    for (std::size_t k = 0; k < kept; ++k) {
-        id[k] = k < n ? found[k].id : no_neighbor;
-        distance[k] = k < n ? found[k].distance : infinity;
-    }
-}
-
-/// The nearest so far of each row of a group: pools of twice as many as are kept, cut back when they are full.
-class Pools {
-public:
-    Pools(std::int64_t rows, std::int64_t kept)
-        : kept_(static_cast<std::size_t>(kept)),
-          room_(2 * kept_ + 32),
-          pools_(rows * room_),
+    Candidates(std::int64_t rows, std::int64_t kept, int sum_bits)
+        : kept_(kept),
+          room_(kept + 32),
+          sum_bits_(sum_bits),
+          kernel_(*kernels().pq),
+          sums_(rows * room_),
+          rows_(rows * room_),
+          best_(kept),
           sizes_(rows),
-          floors_(rows, -infinity) {}
+          floors_(rows) {}
 
-    float floor(std::int64_t row) const { return floors_[row]; }
-    void push(std::int64_t row, float value, std::int64_t id) {
-        if (!(value >= floors_[row])) return;
-        Neighbor* pool = pools_.data() + row * room_;
-        pool[sizes_[row]++] = {-value, static_cast<std::uint32_t>(id)};
-        if (sizes_[row] < room_) return;
-        std::nth_element(pool, pool + kept_ - 1, pool + room_);
-        sizes_[row] = kept_;
-        floors_[row] = -pool[kept_ - 1].distance;
+    void clear() {
+        std::fill(sizes_.begin(), sizes_.end(), 0);
+        std::fill(floors_.begin(), floors_.end(), 0);
     }
-    /// The best of a row, at most as many as are kept, in any order.
-    void take(std::int64_t row, std::vector<std::uint32_t>& ids) {
-        Neighbor* pool = pools_.data() + row * room_;
-        const std::size_t n = std::min(sizes_[row], kept_);
-        if (n < sizes_[row]) std::nth_element(pool, pool + n - 1, pool + sizes_[row]);
-        ids.resize(n);
-        std::transform(pool, pool + n, ids.begin(), [](const Neighbor& neighbor) { return neighbor.id; });
+
+    /// What a sum must be at least.
+    std::int32_t floor(std::int64_t own) const { return floors_[own]; }
+
+    /// Begins with the sums of rows `first`, first + 1, ...
+    void start(std::int64_t own, const std::int32_t* sums, std::int64_t n, std::int64_t first) {
+        if (n <= kept_) {
+            std::iota(best_.begin(), best_.begin() + n, 0);
+        } else {
+            floors_[own] = 1 + kernel_.best_sums(sums, n, kept_, sum_bits_, best_.data());
+        }
+        sizes_[own] = std::min(n, kept_);
+        for (std::int64_t i = 0, at = own * room_; i < sizes_[own]; ++i, ++at) {
+            sums_[at] = sums[best_[i]];
+            rows_[at] = static_cast<std::int32_t>(first) + best_[i];
+        }
+    }
+
+    void push(std::int64_t own, std::int32_t sum, std::int64_t row) {
+        if (sum < floors_[own]) return;
+        const std::int64_t at = own * room_ + sizes_[own]++;
+        sums_[at] = sum;
+        rows_[at] = static_cast<std::int32_t>(row);
+        if (sizes_[own] == room_) cut(own);
+    }
+
+    /// Calls visit(row) for the best of one, at most as many as are kept.
+    template <class Visit>
+    void take(std::int64_t own, Visit visit) {
+        if (sizes_[own] > kept_) cut(own);
+        std::for_each_n(rows_.begin() + own * room_, sizes_[own], visit);
     }
 
 private:
-    std::size_t kept_, room_;
-    std::vector<Neighbor> pools_;
-    std::vector<std::size_t> sizes_;
-    std::vector<float> floors_;
+    void cut(std::int64_t own) {
+        std::int32_t *sums = sums_.data() + own * room_, *rows = rows_.data() + own * room_;
+        floors_[own] = 1 + kernel_.best_sums(sums, sizes_[own], kept_, sum_bits_, best_.data());
+        sizes_[own] = kept_;
+        for (std::int64_t i = 0; i < kept_; ++i) {
+            sums[i] = sums[best_[i]];
+            rows[i] = rows[best_[i]];
+        }
+    }
+
+    std::int64_t kept_, room_;
+    int sum_bits_;
+    const PqKernels& kernel_;
+    std::vector<std::int32_t> sums_, rows_, best_;
+    std::vector<std::int64_t> sizes_;
+    std::vector<std::int32_t> floors_;
 };
 
-/// A row of a group, and a cluster that it probes; own clusters come first, so that floors are soon high.
-struct Probe {
-    bool other;
-    std::int64_t cluster, row;
-
-    bool operator<(const Probe& b) const { return std::tie(other, cluster, row) < std::tie(b.other, b.cluster, b.row); }
-    bool meets_what(const Probe& b) const { return other == b.other && cluster == b.cluster; }
-};
-
-/// One thread's panel of rows, and blocks of others as kernels take them.
-class Panel {
+/// One thread's part of a scan: a group of rows at a time.
+class GroupScan {
 public:
-    explicit Panel(const KnnJoin& op)
+    GroupScan(const KnnScan& op, std::int64_t rows)
         : op_(op),
-          kernel_(kernels().scan->i8),
-          bytes_(*kernels().byte_distance),
-          width_(static_cast<std::int64_t>(kernels().scan->panel_width)),
-          d_(op.rows.codes.dim(1)),
-          values_(aligned<float>(width_ * d_)),
-          packed_(aligned<std::uint32_t>(width_ * static_cast<std::int64_t>(kernel_.panel_words(d_)))),
-          block_(aligned<std::int8_t>(most_rows * d_)),
-          scale_(most_rows),
-          offset_(most_rows),
-          hits_(width_ * most_rows),
-          floor_(width_) {}
+          kernel_(*kernels().pq),
+          m_(op.codebooks.dim(0)),
+          columns_(pq_columns(op.codebooks)),
+          clusters_(op.begins.dim(0) - 1),
+          most_(static_cast<std::int64_t>(kernel_.most_queries)),
+          sum_bits_(std::bit_width(static_cast<std::uint32_t>(255 * m_))),
+          begins_(op.begins.as<const std::int64_t>()),
+          subspaces_(m_),
+          steps_(columns_ / 4),
+          entries_(aligned<float>(tables_at_once * table_size(op))),
+          tables_(aligned<std::uint8_t>(rows * table_size(op))),
+          candidates_(rows, op.ids.dim(1), sum_bits_),
+          sums_(most_ * std::max(op.centroids.dim(0), most_blocks) * block_codes),
+          hits_(most_ * most_blocks * block_codes),
+          probes_(rows * op.probes),
+          queries_(rows * op.probes),
+          ends_(clusters_) {
+        std::iota(subspaces_.begin(), subspaces_.end(), 0);
+        std::iota(steps_.begin(), steps_.end(), 0);
+    }
 
-    std::int64_t width() const { return width_; }
+    static std::int64_t table_size(const KnnScan& op) { return pq_columns(op.codebooks) * 32; }
 
-    /// Compares the rows of some probes of one cluster with those of the cluster.
-    void meet(const std::vector<Probe>& probes, std::int64_t begin, Pools& best) {
-        const std::int64_t* rows = op_.begins.as<const std::int64_t>() + probes.front().cluster;
-        for (std::int64_t row = rows[0]; row < rows[1]; row += most_rows) {
-            ScanBlock block;
-            block.panel = packed_.get();
-            block.rows = block_.get();
-            block.n = std::min(rows[1] - row, most_rows);
-            block.d = d_;
-            block.scale = scale_.data();
-            block.offset = op_.rows.squared ? offset_.data() : nullptr;
-            unpack(row, static_cast<std::int64_t>(block.n));
-            for (std::size_t p = 0; p < probes.size(); p += width_) {
-                const auto count = std::min<std::int64_t>(width_, probes.size() - p);
-                pack(probes.data() + p, count);
-                for (std::int64_t j = 0; j < width_; ++j)
-                    floor_[j] = j < count ? best.floor(probes[p + j].row - begin) : infinity;
-                const std::size_t found = kernel_.select(block, floor_.data(), hits_.data());
+    /// Rows [begin, end) of x.
+    void operator()(std::int64_t begin, std::int64_t end) {
+        first_ = op_.first + begin;
+        count_ = end - begin;
+        build_tables(begin);
+        find_probes();
+        candidates_.clear();
+        start();
+        meet();
+        const std::int64_t kept = op_.ids.dim(1);
+        const auto* order = op_.order.as<const std::int64_t>();
+        for (std::int64_t own = 0; own < count_; ++own) {
+            std::int64_t *ids = op_.ids.as<std::int64_t>() + (begin + own) * kept, *id = ids;
+            candidates_.take(own, [&](std::int32_t row) { *id++ = order[row]; });
+            std::fill(id, ids + kept, order[first_ + own]);
+        }
+    }
+
+private:
+    static constexpr std::int64_t tables_at_once = 16, most_blocks = 512;
+
+    std::uint8_t* table(std::int64_t own) { return tables_.get() + own * table_size(op_); }
+
+    void build_tables(std::int64_t begin) {
+        const std::int64_t d = op_.x.dim(1), size = table_size(op_);
+        if (size > m_ * 16) std::fill_n(table(0), count_ * size, std::uint8_t{0});
+        for (std::int64_t i = 0; i < count_; i += tables_at_once) {
+            const std::int64_t count = std::min(tables_at_once, count_ - i);
+            const PqTables tables{op_.x.as<const float>() + (begin + i) * d,
+                                  static_cast<std::size_t>(count),
+                                  op_.codebooks.as<const float>(),
+                                  static_cast<std::size_t>(m_),
+                                  16,
+                                  static_cast<std::size_t>(op_.codebooks.dim(2)),
+                                  true,
+                                  subspaces_.data(),
+                                  subspaces_.size(),
+                                  static_cast<std::size_t>(size)};
+            kernel_.entries(tables, entries_.get());
+            PqRounding rounding;
+            for (std::int64_t q = 0; q < count; ++q)
+                kernel_.round_down(tables, entries_.get() + q * size, table(i + q), rounding);
+        }
+    }
+
+    /// How many of `left` queries are scanned together.
+    std::int64_t together(std::int64_t left) const {
+        return std::min<std::int64_t>(std::bit_floor(static_cast<std::uint64_t>(left)), most_);
+    }
+
+    PqScan scan_of(const Array& codes, std::int64_t block, std::int64_t blocks, std::int64_t queries) const {
+        return {codes.as<const std::uint8_t>() + block * block_codes * columns_,
+                static_cast<std::size_t>(blocks),
+                static_cast<std::size_t>(columns_),
+                together_,
+                static_cast<std::size_t>(queries),
+                steps_.data(),
+                steps_.size(),
+                floor_,
+                nullptr};
+    }
+
+    /// Calls visit(own, sums) for the rows [from, to) of the group: their sums with the codes of some blocks.
+    template <class Visit>
+    void for_each_sums(std::int64_t from, std::int64_t to, const Array& codes, std::int64_t block, std::int64_t blocks,
+                       Visit visit) {
+        const std::int64_t stride = blocks * block_codes;
+        for (std::int64_t own = from; own < to;) {
+            const std::int64_t queries = together(to - own);
+            for (std::int64_t q = 0; q < queries; ++q) together_[q] = table(own + q);
+            kernel_.sums_of_nibbles(scan_of(codes, block, blocks, queries), 1, sums_.data(), stride);
+            for (std::int64_t q = 0; q < queries; ++q, ++own) visit(own, sums_.data() + q * stride);
+        }
+    }
+
+    /// Calls visit(cluster, from, to) for the rows [from, to) of the group in each of their clusters.
+    template <class Visit>
+    void for_each_cluster(Visit visit) {
+        std::int64_t cluster = std::upper_bound(begins_, begins_ + clusters_, first_) - begins_ - 1;
+        for (std::int64_t own = 0; own < count_; ++cluster) {
+            const std::int64_t end = std::min(count_, begins_[cluster + 1] - first_);
+            if (end > own) visit(cluster, own, end);
+            own = std::max(own, end);
+        }
+    }
+
+    /// The clusters of each row, its own first.
+    void find_probes() {
+        const std::int64_t others = op_.probes - 1;
+        for_each_cluster([&](std::int64_t cluster, std::int64_t from, std::int64_t to) {
+            for_each_sums(from, to, op_.centroids, 0, op_.centroids.dim(0), [&](std::int64_t own, std::int32_t* sums) {
+                std::int32_t* probe = probes_.data() + own * op_.probes;
+                *probe++ = static_cast<std::int32_t>(cluster);
+                sums[cluster] = -1;
+                if (others > 0) kernel_.best_sums(sums, clusters_, others, sum_bits_, probe);
+            });
+        });
+    }
+
+    /// Compares each row with its own cluster, or the beginning of it, so that floors are high when it meets others.
+    void start() {
+        for_each_cluster([&](std::int64_t cluster, std::int64_t from, std::int64_t to) {
+            const std::int64_t begin = begins_[cluster], end = begins_[cluster + 1], block = begin / block_codes;
+            const std::int64_t last = std::min(end, (block + most_blocks) * block_codes);
+            const std::int64_t blocks = (last - 1) / block_codes + 1 - block;
+            for_each_sums(from, to, op_.blocks, block, blocks, [&](std::int64_t own, std::int32_t* sums) {
+                sums += begin - block * block_codes;
+                if (first_ + own < last) sums[first_ + own - begin] = -1;
+                candidates_.start(own, sums, last - begin, begin);
+            });
+            std::iota(queries_.begin(), queries_.begin() + (to - from), from);
+            scan(queries_.data(), to - from, last, end);
+        });
+    }
+
+    /// Compares the rows of the group with the other clusters that they probe.
+    void meet() {
+        const auto for_each_probe = [&](auto visit) {
+            for (std::int64_t own = 0; own < count_; ++own)
+                for (std::int64_t k = 1; k < op_.probes; ++k) visit(own, probes_[own * op_.probes + k]);
+        };
+        std::fill(ends_.begin(), ends_.end(), 0);
+        for_each_probe([&](std::int64_t, std::int32_t cluster) { ++ends_[cluster]; });
+        std::exclusive_scan(ends_.begin(), ends_.end(), ends_.begin(), std::int64_t{0});
+        for_each_probe([&](std::int64_t own, std::int32_t cluster) { queries_[ends_[cluster]++] = own; });
+        for (std::int64_t cluster = 0, at = 0; cluster < clusters_; at = ends_[cluster++])
+            scan(queries_.data() + at, ends_[cluster] - at, begins_[cluster], begins_[cluster + 1]);
+    }
+
+    /// Compares some rows of the group with rows [begin, end).
+    void scan(const std::int64_t* queries, std::int64_t count, std::int64_t begin, std::int64_t end) {
+        if (begin == end) return;
+        const int lane_bits = std::countr_zero(kernel_.most_queries);
+        for (std::int64_t block = begin / block_codes; block * block_codes < end; block += most_blocks) {
+            const std::int64_t blocks = std::min(most_blocks, (end - 1) / block_codes + 1 - block);
+            for (std::int64_t from = 0, some; from < count; from += some) {
+                some = together(count - from);
+                for (std::int64_t q = 0; q < some; ++q) {
+                    together_[q] = table(queries[from + q]);
+                    floor_[q] = candidates_.floor(queries[from + q]);
+                }
+                const std::size_t found =
+                    kernel_.select_nibbles(scan_of(op_.blocks, block, blocks, some), hits_.data());
                 for (std::size_t h = 0; h < found; ++h) {
-                    const auto lanes = static_cast<std::uint32_t>(width_);
-                    const std::int64_t own = probes[p + hits_[h].at % lanes].row, other = row + hits_[h].at / lanes;
-                    if (own != other) best.push(own - begin, hits_[h].value, other);
+                    const auto [sum, at] = hits_[h];
+                    const std::int64_t row = block * block_codes + (at >> lane_bits);
+                    const std::int64_t own = queries[from + (at & (most_ - 1))];
+                    if (row >= begin && row < end && row != first_ + own) candidates_.push(own, sum, row);
                 }
             }
         }
     }
 
-private:
-    static constexpr std::int64_t most_rows = 512;
-
-    const std::uint8_t* code(std::int64_t row) const { return op_.rows.codes.as<const std::uint8_t>() + row * d_; }
-    const float* factors(std::int64_t row) const { return op_.rows.factors.as<const float>() + 2 * row; }
-
-    void unpack(std::int64_t first, std::int64_t n) {
-        bytes_.to_signed(code(first), n * d_, block_.get());
-        for (std::int64_t i = 0; i < n; ++i) {
-            scale_[i] = factors(first + i)[0];
-            offset_[i] = -factors(first + i)[1] / 2;
-        }
-    }
-
-    void pack(const Probe* probes, std::int64_t count) {
-        for (std::int64_t j = 0; j < count; ++j)
-            bytes_.decode(code(probes[j].row), d_, factors(probes[j].row)[0], values_.get() + j * d_);
-        kernel_.pack(values_.get(), count, d_, d_, packed_.get());
-    }
-
-    const KnnJoin& op_;
-    const ScanKernel& kernel_;
-    const ByteDistanceKernels& bytes_;
-    std::int64_t width_, d_;
-    Aligned<float> values_;
-    Aligned<std::uint32_t> packed_;
-    Aligned<std::int8_t> block_;
-    std::vector<float> scale_, offset_;
-    std::vector<ScanHit> hits_;
-    std::vector<float> floor_;
+    const KnnScan& op_;
+    const PqKernels& kernel_;
+    std::int64_t m_, columns_, clusters_, most_;
+    int sum_bits_;
+    const std::int64_t* begins_;
+    std::vector<std::int32_t> subspaces_, steps_;
+    Aligned<float> entries_;
+    Aligned<std::uint8_t> tables_;
+    Candidates candidates_;
+    std::vector<std::int32_t> sums_;
+    std::vector<PqHit> hits_;
+    std::vector<std::int32_t> probes_;
+    std::vector<std::int64_t> queries_, ends_;
+    std::int64_t first_ = 0, count_ = 0;  // the group: these rows in the order of clusters
+    const std::uint8_t* together_[16];    // tables of the queries that are scanned together
+    std::int32_t floor_[16];
 };
 
 }  // namespace
 
-void run(const KnnEncode& op, Cpu cpu) {
-    const auto encode = kernels().byte_distance->encode;
-    const std::int64_t d = op.x.dim(1), stride = op.rows.codes.dim(1);
-    parallel_for(op.x.dim(0), 256, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
-        for (std::int64_t i = begin; i < end; ++i) {
-            const std::int64_t row = op.first + i;
-            const ByteCode code =
-                encode(op.x.as<const float>() + i * d, d, stride, 128, op.rows.codes.as<std::uint8_t>() + row * stride);
-            op.rows.factors.as<float>()[2 * row] = code.scale;
-            op.rows.factors.as<float>()[2 * row + 1] = op.rows.squared ? code.squares : 0;
-        }
-    });
+void run(const KnnScan& op, Cpu cpu) {
+    // Rows that probe much the same clusters, and whose tables stay in the nearer caches.
+    constexpr std::int64_t most_rows = 512, cache_bytes = 1 << 20;
+    const std::int64_t rows = std::clamp<std::int64_t>(cache_bytes / GroupScan::table_size(op), 16, most_rows);
+    std::vector<GroupScan> scans;
+    scans.reserve(workers_for(op.x.dim(0), rows, cpu.num_threads));
+    while (scans.size() < scans.capacity()) scans.emplace_back(op, rows);
+    parallel_for(op.x.dim(0), rows, cpu.num_threads,
+                 [&](std::int64_t begin, std::int64_t end, int worker) { scans[worker](begin, end); });
 }
 
-void run(const KnnJoin& op, Cpu cpu) {
-    constexpr std::int64_t group = 2048;  // rows whose panels are full: those of a cluster probe much the same others
-    const std::int64_t p = op.probes.dim(1);
-    parallel_for(op.last - op.first, group, cpu.num_threads, [&](std::int64_t from, std::int64_t to, int) {
-        const std::int64_t begin = op.first + from, end = op.first + to;
-        std::vector<Probe> probes;
-        for (std::int64_t i = begin; i < end; ++i)
-            for (std::int64_t k = 0; k < p; ++k)
-                probes.push_back({k > 0, op.probes.as<const std::int64_t>()[i * p + k], i});
-        std::sort(probes.begin(), probes.end());
-        Pools best(end - begin, op.ids.dim(1));
-        Panel panel(op);
-        std::vector<Probe> some;
-        for (std::size_t at = 0; at < probes.size();) {
-            some.clear();
-            const Probe first = probes[at];
-            while (at < probes.size() && first.meets_what(probes[at])) some.push_back(probes[at++]);
-            panel.meet(some, begin, best);
-        }
-        Comparison compare(op.rows);
-        std::vector<std::uint32_t> ids;
-        std::vector<float> distances;
-        std::vector<Neighbor> found;
-        for (std::int64_t i = begin; i < end; ++i) {
-            best.take(i - begin, ids);
-            compare(i, ids, distances);
-            found.clear();
-            for (std::size_t k = 0; k < ids.size(); ++k) found.push_back({distances[k], ids[k] | new_neighbor});
-            write(found, i, op.ids, op.distances);
-        }
-    });
-}
+void run(const KnnMerge& op, Cpu cpu) {
+    struct Neighbor {
+        float distance;
+        std::int64_t row;
 
-void run(const KnnReverse& op, Cpu) {
-    const std::int64_t n = op.ids.dim(0), kept = op.ids.dim(1), room = op.reverse.dim(1);
-    auto* reverse = op.reverse.as<std::uint32_t>();
-    std::fill_n(reverse, n * room, no_neighbor);
-    std::vector<std::int32_t> count(n);
-    for (std::int64_t i = 0; i < n; ++i) {
-        const auto* ids = op.ids.as<const std::uint32_t>() + i * kept;
-        for (std::int64_t k = 0; k < op.degree && ids[k] != no_neighbor; ++k) {
-            const std::uint32_t other = ids[k] & no_neighbor;
-            if (count[other] < room)
-                reverse[other * room + count[other]++] = static_cast<std::uint32_t>(i) | (ids[k] & new_neighbor);
-        }
-    }
-}
-
-void run(const KnnRefine& op, Cpu cpu) {
-    const std::int64_t n = op.rows.codes.dim(0), kept = op.ids.dim(1), room = op.reverse.dim(1);
-    const auto* ids = op.ids.as<const std::uint32_t>();
-    const auto* reverse = op.reverse.as<const std::uint32_t>();
-    /// Calls visit(entry) for the first of a row's list, and for its reverse.
-    const auto for_each_of = [&](std::int64_t row, auto visit) {
-        for (std::int64_t k = 0; k < op.degree && ids[row * kept + k] != no_neighbor; ++k) visit(ids[row * kept + k]);
-        for (std::int64_t k = 0; k < room && reverse[row * room + k] != no_neighbor; ++k)
-            visit(reverse[row * room + k]);
+        bool operator<(const Neighbor& b) const { return distance != b.distance ? distance < b.distance : row < b.row; }
     };
-    constexpr std::int64_t grain = 1024;
-    const std::int64_t rows = op.last - op.first;
-    std::vector<std::vector<std::uint32_t>> seen(workers_for(rows, grain, cpu.num_threads));
-    parallel_for(rows, grain, cpu.num_threads, [&](std::int64_t from, std::int64_t to, int worker) {
-        auto& mark = seen[worker];  // the last row, counted from 1, that met each
-        mark.resize(n);
-        Comparison compare(op.rows);
-        std::vector<std::uint32_t> others;
-        std::vector<float> distances;
-        std::vector<Neighbor> found;
-        for (std::int64_t i = op.first + from; i < op.first + to; ++i) {
-            const auto stamp = static_cast<std::uint32_t>(i + 1);
-            others.clear();
-            found.clear();
-            mark[i] = stamp;
-            for (std::int64_t k = 0; k < kept && ids[i * kept + k] != no_neighbor; ++k) {
-                const std::uint32_t id = ids[i * kept + k] & no_neighbor;
-                mark[id] = stamp;
-                found.push_back({op.distances.as<const float>()[i * kept + k], id});
-            }
-            const auto meet = [&](std::uint32_t row) {
-                if (mark[row] == stamp) return;
-                mark[row] = stamp;
-                others.push_back(row);
-                compare.fetch(row);
-            };
-            for_each_of(i, [&](std::uint32_t between) {
-                if (between & new_neighbor) meet(between & no_neighbor);
-                for_each_of(between & no_neighbor, [&](std::uint32_t entry) {
-                    if ((between | entry) & new_neighbor) meet(entry & no_neighbor);
-                });
-            });
-            compare(i, others, distances);
-            const float worst = static_cast<std::int64_t>(found.size()) < kept ? infinity : found.back().distance;
-            for (std::size_t k = 0; k < others.size(); ++k)
-                if (distances[k] <= worst) found.push_back({distances[k], others[k] | new_neighbor});
-            write(found, i, op.better_ids, op.better_distances);
+    const std::int64_t n = op.ids.dim(0), kept = op.ids.dim(1), k = op.neighbors.dim(1);
+    const auto* order = op.order.as<const std::int64_t>();
+    const auto* ids = op.ids.as<const std::int64_t>();
+    const auto* distances = op.distances.as<const float>();
+
+    std::vector<float> farthest(n);  // of the k best of a row's own candidates
+    parallel_for(n, 4096, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+        constexpr std::int32_t most = std::numeric_limits<std::int32_t>::max();
+        std::vector<std::int32_t> keys(
+            kept);  // higher for nearer ones: floats that are not negative compare as integers
+        for (std::int64_t i = begin; i < end; ++i) {
+            std::int64_t size = 0;
+            for (std::int64_t at = i * kept; at < (i + 1) * kept; ++at)
+                if (ids[at] != order[i])
+                    keys[size++] = most - std::bit_cast<std::int32_t>(std::max(distances[at], 0.0f));
+            farthest[order[i]] =
+                size < k ? std::numeric_limits<float>::infinity()
+                         : std::bit_cast<float>(most - kernels().pq->value_of_rank(keys.data(), size, k, 31, 0));
         }
     });
-}
 
-void run(const KnnSort& op, Cpu cpu) {
-    const std::int64_t kept = op.ids.dim(1);
-    parallel_for(op.ids.dim(0), 4096, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
-        std::vector<std::pair<float, std::int64_t>> list(kept);
+    // Candidates that are near enough to the row they name.
+    const auto for_each_offer = [&](auto visit) {
+        for (std::int64_t at = 0; at < n * kept; ++at)
+            if (distances[at] <= farthest[ids[at]]) visit(ids[at], Neighbor{distances[at], order[at / kept]});
+    };
+    std::vector<std::int64_t> ends(n + 1);
+    for_each_offer([&](std::int64_t row, const Neighbor&) { ++ends[row]; });
+    std::exclusive_scan(ends.begin(), ends.end(), ends.begin(), std::int64_t{0});
+    std::vector<Neighbor> offers(ends[n]);
+    for_each_offer([&](std::int64_t row, const Neighbor& offer) { offers[ends[row]++] = offer; });
+
+    parallel_for(n, 4096, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+        std::vector<Neighbor> found;
         for (std::int64_t i = begin; i < end; ++i) {
-            auto* ids = op.ids.as<std::int64_t>() + i * kept;
-            auto* distances = op.distances.as<float>() + i * kept;
-            for (std::int64_t k = 0; k < kept; ++k) list[k] = {distances[k], ids[k]};
-            std::sort(list.begin(), list.end());
-            for (std::int64_t k = 0; k < kept; ++k) std::tie(distances[k], ids[k]) = list[k];
+            const std::int64_t row = order[i];
+            const std::int64_t *own = ids + i * kept, *own_end = own + kept;
+            found.clear();
+            for (std::int64_t j = 0; j < kept; ++j)
+                if (own[j] != row && distances[i * kept + j] <= farthest[row])
+                    found.push_back({distances[i * kept + j], own[j]});
+            for (std::int64_t at = row > 0 ? ends[row - 1] : 0; at < ends[row]; ++at)
+                if (std::find(own, own_end, offers[at].row) == own_end) found.push_back(offers[at]);
+            const auto count = std::min<std::int64_t>(k, found.size());
+            std::partial_sort(found.begin(), found.begin() + count, found.end());
+            for (std::int64_t j = 0; j < k; ++j) {
+                op.neighbors.as<std::int64_t>()[row * k + j] = j < count ? found[j].row : -1;
+                op.nearest.as<float>()[row * k + j] =
+                    j < count ? found[j].distance : std::numeric_limits<float>::infinity();
+            }
         }
     });
 }

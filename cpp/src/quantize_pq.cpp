@@ -373,7 +373,8 @@ private:
     struct Scratch {
         Aligned<float> entries;
         Aligned<std::uint8_t> tables, blocks;
-        std::vector<std::vector<std::int32_t>> steps;  // of each query
+        std::vector<const std::uint8_t*> table;        // of each query
+        std::vector<std::vector<std::int32_t>> steps;  // the same
         Aligned<std::int32_t> floor;
         Aligned<PqHit> hits;
     };
@@ -383,6 +384,7 @@ private:
         if (!own.entries) {
             own.entries = aligned<float>(shape_.stride() * group_);
             own.tables = aligned<std::uint8_t>(table_size() * group_);
+            for (std::int64_t q = 0; q < group_; ++q) own.table.push_back(own.tables.get() + q * table_size());
             own.blocks = aligned<std::uint8_t>(shape_.packed ? 0 : chunk * shape_.columns);
             own.floor = aligned<std::int32_t>(most());
             own.hits = aligned<PqHit>(chunk * std::min(group_, most()));
@@ -406,8 +408,7 @@ private:
         return {codes,
                 static_cast<std::size_t>(blocks),
                 static_cast<std::size_t>(shape_.columns),
-                own.tables.get() + q * table_size(),
-                static_cast<std::size_t>(table_size()),
+                own.table.data() + q,
                 static_cast<std::size_t>(queries),
                 own.steps[q].data(),
                 own.steps[q].size(),

@@ -165,31 +165,21 @@ def hypercomplex_sum_products(
     where: int,
 ) -> None: ...
 def isa_choice() -> str: ...
-def knn_encode(x: typing.Any, first: int, rows: typing.Any, where: int) -> None: ...
-def knn_join(
-    rows: typing.Any,
+def knn_merge(
+    order: typing.Any, ids: typing.Any, distances: typing.Any, neighbors: typing.Any, nearest: typing.Any, where: int
+) -> None: ...
+def knn_scan(
+    x: typing.Any,
+    codebooks: typing.Any,
+    blocks: typing.Any,
+    centroids: typing.Any,
+    order: typing.Any,
     begins: typing.Any,
-    probes: typing.Any,
     first: int,
-    last: int,
+    probes: int,
     ids: typing.Any,
-    distances: typing.Any,
     where: int,
 ) -> None: ...
-def knn_refine(
-    rows: typing.Any,
-    ids: typing.Any,
-    distances: typing.Any,
-    reverse: typing.Any,
-    degree: int,
-    first: int,
-    last: int,
-    better_ids: typing.Any,
-    better_distances: typing.Any,
-    where: int,
-) -> None: ...
-def knn_reverse(ids: typing.Any, degree: int, reverse: typing.Any, where: int) -> None: ...
-def knn_sort(ids: typing.Any, distances: typing.Any, where: int) -> None: ...
 def maxsim_align(query: typing.Any, doc: typing.Any, ids: typing.Any, similarities: typing.Any, where: int) -> None: ...
 def maxsim_bounds(tokens: typing.Any, docs: typing.Any, bounds: typing.Any, where: int) -> None: ...
 def maxsim_buckets(

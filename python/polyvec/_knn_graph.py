@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from polyvec import _backend
-from polyvec._arrays import ArrayT, as_array, as_count, as_float32, choice, rows_of
-from polyvec._kmeans import train_centroids, training_rows
+from polyvec._arrays import ArrayT, aligned_bytes, as_array, as_count, as_float32, choice, rows_of
+from polyvec._kmeans import lloyd, seed_centroids, step, train_centroids, training_rows
 from polyvec._progress import Progress, reporting
 
 _ALL = 2048  # rows that are all compared with each other
-_CLUSTER = 56  # rows of a cluster, or more where there would be more than 3 sqrt(n) clusters
+_FEW_DIMS = 4  # in which clusters have few neighbours, and 4 bits a dimension tell few rows apart
+_CLUSTER = 56  # rows of a cluster, or more where there would be more than 1.5 sqrt(n) clusters
+_SUBSPACES = 96  # of codes, unless these would be wider than
+_MOST_WIDTH = 8
 _CHUNK = 8192  # rows between two reports of progress
-_MISSING = 0x7FFFFFFF  # instead of a row, which has no more bits: the highest one is the kernels' own
+
+Found = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
 
 
 def knn_graph(
@@ -23,8 +28,7 @@ def knn_graph(
     k: int,
     *,
     metric: Literal["cosine", "l2"] = "l2",
-    probes: int = 12,
-    passes: int = 2,
+    probes: int = 36,
     progress: Progress = None,
     num_threads: int | None = None,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
@@ -38,12 +42,11 @@ def knn_graph(
     metric : {"l2", "cosine"}
         "l2": *squared* distances; take the root for tools that expect Euclidean ones. "cosine": 1 - cosine.
     probes : int
-        Clusters of neighbouring rows that a row is compared with, of 56 rows each, or of sqrt(n) / 3 where that is
-        more. More probes give better recall and take longer.
-    passes : int
-        How often a row is then compared with the neighbours of its neighbours.
+        Clusters that a row is compared with, of 56 rows each, or of sqrt(n) / 1.5 where that is more. More probes give
+        better recall, which hundreds of neighbours may need, and take longer.
     progress : bool or callable, optional
-        True shows a bar; a callable is given (done, total): rows, once for the clusters and once a pass.
+        True shows a bar; a callable is given (done, total): rows, once as they are encoded and once as they are
+        compared.
     num_threads : int, optional
         CPU threads; the process setting when None.
 
@@ -58,20 +61,22 @@ def knn_graph(
     Raises
     ------
     ValueError
-        Another number of axes, NaN or Inf, k, probes or passes out of range.
+        Another number of axes, NaN or Inf, k or probes out of range.
     TypeError
         x of another dtype.
 
     Notes
     -----
-    Rows are compared in one byte an element, and what is returned by the rows themselves. Same result for any number of
-    threads; exact up to 2,048 rows but for what bytes confuse. Beside x it takes n * d bytes, and some 40 * n * k. With
-    scipy: ``csr_matrix((distances, indices, indptr), (n, n))``; for UMAP's `precomputed_knn` reshape to (n, k).
+    Rows are compared by codes of 4 bits a subspace, up to 96 subspaces or one for 8 dimensions. The best 2 k + 20 by
+    these are put in order by the rows themselves, together with those that have the row among their own best. Up to
+    2,048 rows are all compared with each other, and with 4 dimensions or fewer all rows of the clusters around a row's
+    own, without codes. Same result for any number of threads. Beside x it takes some 60 * n * k bytes. With scipy:
+    ``csr_matrix((distances, indices, indptr), (n, n))``; for UMAP's `precomputed_knn` reshape to (n, k).
 
     References
     ----------
-    NN-descent (Dong, Charikar and Li 2011): Efficient k-nearest neighbor graph construction for generic similarity
-    measures, sections 2.2 to 2.4.
+    Jegou, Douze and Schmid (2011): Product quantization for nearest neighbor search, section IV (codes in clusters).
+    Andre, Kermarrec and Le Scouarnec (2015): Cache locality is not enough, section 4 (tables in registers).
 
     Examples
     --------
@@ -81,95 +86,127 @@ def knn_graph(
     """
     op = "hnsw.knn_graph"
     given: Any = as_array(op, "x", x, dtypes=("float32", "float16", "bfloat16"), ndim=2)
-    k, probes, passes = as_count(op, "k", k), as_count(op, "probes", probes), as_count(op, "passes", passes, least=0)
+    k, probes = as_count(op, "k", k), as_count(op, "probes", probes)
     choice(op, "metric", metric, ("l2", "cosine"))
     _backend.require_finite(op, "x", given, num_threads)
     n, d = (int(length) for length in given.shape)
-    if n > _ALL:
-        order, begins, probed = _clusters(op, given, metric, probes, num_threads)
-    else:
-        order, begins, probed, passes = np.arange(n), np.array([0, n]), np.zeros((n, 1), np.int64), 0
-    codes = np.empty((n, -(-max(d, 1) // 64) * 64), np.uint8), np.empty((n, 2), np.float32), metric == "l2"
-
-    kept = k + max(5, k // 3)  # what is close to being a neighbour leads to neighbours
-    degree = min(kept, max(12, min(4 * k // 5, 32)))
-    ids, distances = np.empty((n, kept), np.int32), np.empty((n, kept), np.float32)
-    better, nearer = np.empty_like(ids), np.empty_like(distances)
-    reverse = np.empty((n, degree), np.int32)
-    with reporting(op, progress, n * (1 + passes), "rows") as report:
-        for first in range(0, n, _CHUNK):
-            block = _rows(op, given, order[first : first + _CHUNK], metric, num_threads)
-            _backend.run(op, "knn_encode", block, block, first, codes, num_threads=num_threads)
-        for first in range(0, n, _CHUNK):
-            last = min(first + _CHUNK, n)
-            _backend.run(op, "knn_join", ids, codes, begins, probed, first, last, ids, distances,
-                         num_threads=num_threads)  # fmt: skip
-            report(last - first)
-        for _ in range(passes):
-            _backend.run(op, "knn_reverse", ids, ids, degree, reverse, num_threads=num_threads)
-            for first in range(0, n, _CHUNK):
-                last = min(first + _CHUNK, n)
-                _backend.run(op, "knn_refine", ids, codes, ids, distances, reverse, degree, first, last, better,
-                             nearer, num_threads=num_threads)  # fmt: skip
-                report(last - first)
-            ids, better, distances, nearer = better, ids, nearer, distances
-
-    place = np.empty(n, np.int64)  # of a row among those in the order of their clusters
-    place[order] = np.arange(n)
-    exact = np.empty((n, kept), np.int64)
-    inverse_norms = _inverse_norms(given) if metric == "cosine" else np.ones(n, np.float32)
-    for first in range(0, n, _CHUNK):
-        some = slice(first, min(first + _CHUNK, n))
-        listed = ids[place[some]] & _MISSING
-        missing = listed == _MISSING
-        exact[some] = order[np.where(missing, 0, listed)]
-        queries: Any = as_float32(given[some])  # as they are: beside 16 bits they would be rounded again
-        kind = "l2" if metric == "l2" else "ip"
-        _backend.run(op, "scan_score_pairs", queries, queries, None, None, given, None, exact[some], None,
-                     distances[some], kind, num_threads=num_threads)  # fmt: skip
-        if metric == "cosine":
-            distances[some] = 1 - distances[some] * inverse_norms[some, None] * inverse_norms[exact[some]]
-        distances[some][missing] = np.inf
-    _backend.run(op, "knn_sort", exact, exact, distances, num_threads=num_threads)
-    exact, distances = exact[:, :k], distances[:, :k]
-    found = distances < np.inf
+    find = _by_rows if n <= _ALL or d <= _FEW_DIMS else _by_codes
+    neighbors, distances = find(op, given, min(k, max(n - 1, 0)), metric, probes, progress, num_threads)
+    found = neighbors >= 0
     indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(found.sum(axis=1))])
-    return indptr, exact[found], distances[found]
+    return indptr, neighbors[found], distances[found]
 
 
-def _rows(op: str, x: Any, rows: Any, metric: str, num_threads: int | None) -> Any:
-    """Return some rows as float32; of norm 1 for "cosine"."""
-    block = as_float32(rows_of(x, rows), copy=True)
-    if metric == "cosine":
-        _backend.run(op, "codes_unit_rows", block, block, num_threads=num_threads)
+def _by_rows(op: str, x: Any, k: int, metric: str, probes: int, progress: Progress, num_threads: int | None) -> Found:
+    """Compare the rows of each cluster with those of the clusters around it."""
+    n = int(x.shape[0])
+    centroids = _centroids(op, x, metric, num_threads) if n > _ALL else np.zeros((1, x.shape[1]), np.float32)
+    labels, around = np.zeros(n, np.int64), np.empty((len(centroids), min(probes, len(centroids))), np.int64)
+    if n > _ALL:
+        for first in range(0, n, _CHUNK):
+            _label(op, _rows(op, x[first : first + _CHUNK], metric, num_threads), centroids,
+                   labels[first : first + _CHUNK], num_threads)  # fmt: skip
+    _backend.run(op, "scan_topk", centroids, centroids, None, None, centroids, None, None, None, None,
+                 np.empty(around.shape, np.float32), around, "l2", num_threads=num_threads)  # fmt: skip
+    order, begins = _clusters(labels, len(centroids))
+    neighbors, distances = np.empty((n, k), np.int64), np.empty((n, k), np.float32)
+    with reporting(op, progress, n, "rows") as report:
+        for cluster in np.flatnonzero(np.diff(begins)):
+            others = [order[begins[c] : begins[c + 1]] for c in around[cluster] if c != cluster]
+            rows = np.concatenate([order[begins[cluster] : begins[cluster + 1]], *others])
+            count = int(begins[cluster + 1] - begins[cluster])
+            items = as_float32(rows_of(x, rows))
+            scores, ids = np.empty((count, k), np.float32), np.empty((count, k), np.int64)
+            _backend.run(op, "scan_topk", items, items[:count], None, None, items, None, None, np.arange(count + 1),
+                         np.arange(count), scores, ids, metric, num_threads=num_threads)  # fmt: skip
+            neighbors[rows[:count]] = np.where(ids < 0, -1, rows[ids])
+            distances[rows[:count]] = scores if metric == "l2" else 1 - scores
+            report(count)
+    return neighbors, distances
+
+
+def _by_codes(op: str, x: Any, k: int, metric: str, probes: int, progress: Progress, num_threads: int | None) -> Found:
+    """Compare rows with the codes of those in the nearest clusters, and then with the best of these."""
+    n, d = (int(length) for length in x.shape)
+    width = min(-(-d // _SUBSPACES), _MOST_WIDTH)
+    subspaces = -(-d // width)
+
+    def padded(rows: Any) -> Any:
+        return rows if d == subspaces * width else np.pad(rows, ((0, 0), (0, subspaces * width - d)))
+
+    def encode(rows: Any, out: Any) -> None:
+        _backend.run(op, "quantize_pq_encode", rows, padded(rows), codebooks, out, num_threads=num_threads)
+
+    def packed(codes: Any) -> Any:
+        shape = -(-len(codes) // 16), -(-codes.shape[1] // 4) * 4, 16
+        blocks = aligned_bytes(math.prod(shape)).reshape(shape)
+        _backend.run(op, "quantize_pq_pack", codes, codes, blocks, num_threads=num_threads)
+        return blocks
+
+    centroids = _centroids(op, x, metric, num_threads)
+    sample = padded(_rows(op, rows_of(x, training_rows(n, 256)), metric, num_threads))
+    pieces = np.ascontiguousarray(sample.reshape(len(sample), subspaces, width).transpose(1, 0, 2))
+    start = seed_centroids(op, pieces, 16, "l2", "k-means++", np.random.default_rng(0), num_threads)
+    codebooks = lloyd(op, pieces, start, "l2", 8, 1e-4, lambda _: None, num_threads, label=False)[0]
+
+    labels, codes = np.empty(n, np.int64), np.empty((n, -(-subspaces // 2)), np.uint8)
+    codes_of_centroids = np.empty((len(centroids), codes.shape[1]), np.uint8)
+    encode(centroids, codes_of_centroids)
+    kept = min(2 * k + 20, n - 1)
+    ids, nearness = np.empty((n, kept), np.int64), np.empty((n, kept), np.float32)
+    norms = np.ones(n, np.float32)
+    with reporting(op, progress, 2 * n, "rows") as report:
+        for first in range(0, n, _CHUNK):
+            some = slice(first, min(first + _CHUNK, n))
+            block = _rows(op, x[some], metric, num_threads)
+            _label(op, block, centroids, labels[some], num_threads)
+            encode(block, codes[some])
+            if metric == "cosine":
+                np.einsum("ij,ij->i", block, as_float32(x[some]), out=norms[some])
+            report(len(block))
+        order, begins = _clusters(labels, len(centroids))
+        blocks, centroid_blocks = packed(codes[order]), packed(codes_of_centroids)
+        inverse_norms = np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0)
+        for first in range(0, n, _CHUNK):
+            some = slice(first, min(first + _CHUNK, n))
+            rows = as_float32(rows_of(x, order[some]))
+            block = rows if metric == "l2" else rows * inverse_norms[order[some], None]
+            _backend.run(op, "knn_scan", block, padded(block), codebooks, blocks, centroid_blocks, order, begins, first,
+                         min(probes, len(centroids)), ids[some], num_threads=num_threads)  # fmt: skip
+            _backend.run(op, "scan_score_pairs", rows, rows, None, None, x, None, ids[some], None, nearness[some],
+                         "l2" if metric == "l2" else "ip", num_threads=num_threads)  # fmt: skip
+            if metric == "cosine":
+                nearness[some] = 1 - nearness[some] * inverse_norms[order[some], None] * inverse_norms[ids[some]]
+            report(len(rows))
+    neighbors, distances = np.empty((n, k), np.int64), np.empty((n, k), np.float32)
+    _backend.run(op, "knn_merge", order, order, ids, nearness, neighbors, distances, num_threads=num_threads)
+    return neighbors, distances
+
+
+def _rows(op: str, rows: Any, metric: str, num_threads: int | None) -> Any:
+    """Return rows as float32; of norm 1 for "cosine"."""
+    if metric == "l2":
+        return as_float32(rows)
+    block = as_float32(rows, copy=True)
+    _backend.run(op, "codes_unit_rows", block, block, num_threads=num_threads)
     return block
 
 
-def _inverse_norms(x: Any) -> npt.NDArray[np.float32]:
-    """Return 1 / |x|, 0 for a zero vector."""
-    squares = [
-        np.square(as_float32(x[i : i + _CHUNK]), dtype=np.float64).sum(1) for i in range(0, int(x.shape[0]), _CHUNK)
-    ]
-    with np.errstate(divide="ignore"):
-        inverse = 1 / np.sqrt(np.concatenate([np.empty(0), *squares]))
-    return np.where(np.isfinite(inverse), inverse, 0).astype(np.float32)
-
-
-def _clusters(
-    op: str, x: Any, metric: str, probes: int, num_threads: int | None
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return the rows in the order of their clusters, where each begins, and which each row is compared with."""
+def _centroids(op: str, x: Any, metric: str, num_threads: int | None) -> npt.NDArray[np.float32]:
     n = int(x.shape[0])
-    count = int(min(n / _CLUSTER, 3 * n**0.5))
-    sample = _rows(op, x, training_rows(n, count), metric, num_threads)
-    centroids = train_centroids(op, sample, count, num_threads)
-    probed = np.empty((n, min(probes, count)), np.int64)
-    distances = np.empty(probed.shape, np.float32)
-    for first in range(0, n, _CHUNK):
-        some = slice(first, min(first + _CHUNK, n))
-        block = _rows(op, x, np.arange(n)[some], metric, num_threads)
-        _backend.run(op, "scan_topk", block, block, None, None, centroids, None, None, None, None, distances[some],
-                     probed[some], "l2", num_threads=num_threads)  # fmt: skip
-    order = np.argsort(probed[:, 0], kind="stable")
-    begins = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.bincount(probed[:, 0], minlength=count))])
-    return order, begins, np.ascontiguousarray(probed[order])
+    count = int(min(n / _CLUSTER, 1.5 * n**0.5))
+    centroids: npt.NDArray[np.float32] = train_centroids(
+        op, _rows(op, rows_of(x, training_rows(n, count)), metric, num_threads), count, num_threads
+    )
+    return centroids
+
+
+def _label(op: str, rows: Any, centroids: Any, labels: npt.NDArray[np.int64], num_threads: int | None) -> None:
+    """Write the nearest centroid of each row."""
+    step(op, rows[None], centroids[None], labels[None], np.empty(1), None, "l2", num_threads)
+
+
+def _clusters(labels: npt.NDArray[np.int64], count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the rows in the order of their clusters, and where each of these begins."""
+    begins = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.bincount(labels, minlength=count))])
+    return np.argsort(labels, kind="stable"), begins

@@ -1,157 +1,88 @@
-/// The nearest other rows of every row: each is compared with the rows of a few clusters, then with the neighbours of
-/// its neighbours. Paper: NN-descent (Dong, Charikar and Li 2011: Efficient k-nearest neighbor graph construction for
-/// generic similarity measures), sections 2.2 to 2.4; its start is random, where this one's is the clusters.
-///
-/// Lists of neighbours are (n, kept) int32, nearest first, equal distances by the lower row: a row, and in the highest
-/// bit whether it is new since the pass before. Distances are those of rows in one byte an element, squared, or minus
-/// inner products. What is missing is no_neighbor, at infinity.
+/// The nearest other rows of every row: candidates by 4-bit codes of product quantisation among the rows of a few
+/// clusters, then, by exact distances, the best of a row's candidates and of the rows that have it among theirs.
 #pragma once
 
-#include <algorithm>
+#include <utility>
 
 #include "polyvec/array.hpp"
 #include "polyvec/error.hpp"
 #include "polyvec/exec.hpp"
+#include "polyvec/quantize_pq.hpp"
 
 namespace polyvec {
 
-constexpr std::uint32_t no_neighbor = 0x7fffffff, new_neighbor = 0x80000000;
-
-/// Rows of one byte an element: value i of a row is (byte i - 128) * its scale.
-struct KnnRows {
-    static constexpr std::int64_t align = 64;  // bytes that a row is padded to a multiple of, with 128
-
-    Array codes;    // (n, d rounded up) uint8
-    Array factors;  // (n, 2) float32: scale; squared length, or 0 beside inner products
-    bool squared;   // else by inner product
-
-    void validate(const char* op) const {
-        require_ndim(op, codes, 2);
-        require_dtype(op, codes, DType::u8);
-        require_contiguous(op, codes);
-        require(codes.dim(0) < no_neighbor, op, "x must have fewer than 2^31 - 1 rows, got ", codes.dim(0));
-        require(codes.dim(1) % align == 0 && codes.dim(1) <= 1 << 17, op, "x must have a d of at most 131072");
-        require_ndim(op, factors, 2);
-        require_dtype(op, factors, DType::f32);
-        require_contiguous(op, factors);
-        require_dim(op, factors, 0, codes.dim(0), "one row a row of codes");
-        require_dim(op, factors, 1, 2, "two factors");
-    }
-};
-
-/// Rows [first, first + x.dim(0)) of `rows` from vectors.
-struct KnnEncode {
+/// Fills ids with the nearest rows by their codes of each of some rows, in any order: of those in its own cluster and
+/// in the nearest others by the codes of their centroids, without itself. Where these are fewer, the rest is itself.
+struct KnnScan {
     static constexpr const char* op = "hnsw.knn_graph";
-    Array x;  // (m, d) float32
-    std::int64_t first;
-    KnnRows rows;
+    Array x;                     // (m, d) float32: rows order[first], order[first + 1], ...
+    Array codebooks;             // (., 16, .)
+    Array blocks;                // the codes of all rows in the order of their clusters, as PqPack writes them
+    Array centroids;             // those of the centroids
+    Array order;                 // (n,) int64: these rows
+    Array begins;                // (clusters + 1,) int64: where those of each begin
+    std::int64_t first, probes;  // clusters that a row is compared with
+    Array ids;                   // (m, kept) int64
 
     void validate() const {
-        rows.validate(op);
+        require_pq_codebooks(op, codebooks);
+        require(codebooks.dim(1) == 16, op, "codebooks must have 16 codewords a subspace");
         require_ndim(op, x, 2);
         require_dtype(op, x, DType::f32);
         require_contiguous(op, x);
-        require(rows.codes.dim(1) - KnnRows::align < x.dim(1) && x.dim(1) <= rows.codes.dim(1), op,
-                "codes must be as wide as x, rounded up");
-        require(0 <= first && first <= rows.codes.dim(0) - x.dim(0), op, "x must have rows of codes");
-    }
-};
-
-inline void require_lists(const char* op, const Array& lists, std::int64_t n) {
-    require_ndim(op, lists, 2);
-    require_dtype(op, lists, DType::i32);
-    require_contiguous(op, lists);
-    require_dim(op, lists, 0, n, "one row a row of x");
-}
-
-inline void require_neighbors(const char* op, const Array& ids, const Array& distances, std::int64_t n) {
-    require_lists(op, ids, n);
-    require_dtype(op, distances, DType::f32);
-    require_contiguous(op, distances);
-    require(distances.ndim == 2 && distances.shape == ids.shape, op, "distances must have the shape of ids");
-}
-
-/// Fills rows [first, last) of ids and distances from the clusters that they probe.
-struct KnnJoin {
-    static constexpr const char* op = "hnsw.knn_graph";
-    KnnRows rows;  // in the order of their clusters
-    Array begins;  // (clusters + 1,) int64: where their rows begin
-    Array probes;  // (n, p) int64: different clusters, its own first
-    std::int64_t first, last;
-    Array ids, distances;
-
-    void validate() const {
-        rows.validate(op);
-        const std::int64_t n = rows.codes.dim(0);
+        require_dim(op, x, 1, codebooks.dim(0) * codebooks.dim(2), "the dim of the codebooks");
+        require_ndim(op, order, 1);
+        require_dtype(op, order, DType::i64);
+        require_contiguous(op, order);
+        const std::int64_t n = order.dim(0), m = x.dim(0);
+        require_ids(op, order, n);
+        require(n < std::int64_t{1} << 31, op, "x must have fewer than 2^31 rows, got ", n);
+        require(0 <= first && first <= n - m, op, "x must be rows of the order");
         require_offsets(op, begins, n);
-        require_ndim(op, probes, 2);
-        require_dtype(op, probes, DType::i64);
-        require_contiguous(op, probes);
-        require_dim(op, probes, 0, n, "one row a row of x");
-        require(0 <= first && first <= last && last <= n, op, "first and last must be rows of x");
-        const auto* probe = probes.as<const std::int64_t>();
-        require(std::all_of(probe + first * probes.dim(1), probe + last * probes.dim(1),
-                            [&](std::int64_t c) { return c >= 0 && c < begins.dim(0) - 1; }),
-                op, "probes must be clusters");
-        require_neighbors(op, ids, distances, n);
-    }
-};
-
-/// reverse (n, r): the first r rows that have a row among the first `degree` of their list, with the bit of that entry.
-struct KnnReverse {
-    static constexpr const char* op = "hnsw.knn_graph";
-    Array ids;
-    std::int64_t degree;
-    Array reverse;
-
-    void validate() const {
-        require_lists(op, ids, ids.dim(0));
-        require_lists(op, reverse, ids.dim(0));
-        require(0 <= degree && degree <= ids.dim(1), op, "degree must be at most the length of a list");
-    }
-};
-
-/// Fills rows [first, last) of better_ids and better_distances: the best of a row's list and of the neighbours of its
-/// neighbours, where these are the first `degree` of a list and its reverse. Pairs without a new neighbour between them
-/// were compared before.
-struct KnnRefine {
-    static constexpr const char* op = "hnsw.knn_graph";
-    KnnRows rows;
-    Array ids, distances, reverse;
-    std::int64_t degree, first, last;
-    Array better_ids, better_distances;
-
-    void validate() const {
-        rows.validate(op);
-        const std::int64_t n = rows.codes.dim(0);
-        require_neighbors(op, ids, distances, n);
-        require_neighbors(op, better_ids, better_distances, n);
-        require_dim(op, better_ids, 1, ids.dim(1), "lists as long as ids");
-        require_lists(op, reverse, n);
-        require(0 <= degree && degree <= ids.dim(1), op, "degree must be at most the length of a list");
-        require(0 <= first && first <= last && last <= n, op, "first and last must be rows of x");
-    }
-};
-
-/// Puts each list of ids (n, kept) int64 in the order of its distances, equal ones by the lower id.
-struct KnnSort {
-    static constexpr const char* op = "hnsw.knn_graph";
-    Array ids, distances;
-
-    void validate() const {
+        const std::int64_t clusters = begins.dim(0) - 1;
+        require(1 <= probes && probes <= clusters, op, "probes must be at most the number of clusters");
+        for (const auto& [codes, rows] : {std::pair{&blocks, n}, std::pair{&centroids, clusters}}) {
+            require_ndim(op, *codes, 3);
+            require_dtype(op, *codes, DType::u8);
+            require_contiguous(op, *codes);
+            require(codes->dim(0) == (rows + 15) / 16 && codes->dim(1) == pq_columns(codebooks) && codes->dim(2) == 16,
+                    op, codes->name, " must hold a code a row");
+        }
         require_ndim(op, ids, 2);
         require_dtype(op, ids, DType::i64);
         require_contiguous(op, ids);
-        require_dtype(op, distances, DType::f32);
-        require_contiguous(op, distances);
-        require(distances.ndim == 2 && distances.shape == ids.shape, op, "distances must have the shape of ids");
+        require_dim(op, ids, 0, m, "one row a row of x");
     }
 };
 
-void run(const KnnEncode&, Cpu);
-void run(const KnnJoin&, Cpu);
-void run(const KnnReverse&, Cpu);
-void run(const KnnRefine&, Cpu);
-void run(const KnnSort&, Cpu);
+/// Fills row order[i] of neighbors and nearest, for every i, with the best of the candidates ids[i] and of the rows
+/// that have it among theirs: nearest first, equal distances by the lower row; missing ones are -1, at infinity.
+struct KnnMerge {
+    static constexpr const char* op = "hnsw.knn_graph";
+    Array order;               // (n,) int64: each row once
+    Array ids, distances;      // (n, kept) int64 and float32
+    Array neighbors, nearest;  // (n, k) int64 and float32
+
+    void validate() const {
+        require_ndim(op, order, 1);
+        require_dtype(op, order, DType::i64);
+        require_contiguous(op, order);
+        const std::int64_t n = order.dim(0);
+        require_ids(op, order, n);
+        for (const auto& [rows, values] : {std::pair{&ids, &distances}, std::pair{&neighbors, &nearest}}) {
+            require_ndim(op, *rows, 2);
+            require_dtype(op, *rows, DType::i64);
+            require_contiguous(op, *rows);
+            require_dim(op, *rows, 0, n, "one row a row of x");
+            require_dtype(op, *values, DType::f32);
+            require_contiguous(op, *values);
+            require(values->ndim == 2 && values->shape == rows->shape, op, "distances must have the shape of ids");
+        }
+        require_ids(op, ids, n);
+    }
+};
+
+void run(const KnnScan&, Cpu);
+void run(const KnnMerge&, Cpu);
 
 }  // namespace polyvec
