@@ -106,7 +106,9 @@ public:
           hits_(most_ * most_blocks * block_codes),
           probes_(rows * op.probes),
           queries_(rows * op.probes),
-          ends_(clusters_) {
+          ends_(clusters_),
+          together_(most_),
+          floor_(most_) {
         std::iota(subspaces_.begin(), subspaces_.end(), 0);
         std::iota(steps_.begin(), steps_.end(), 0);
     }
@@ -167,11 +169,11 @@ private:
         return {codes.as<const std::uint8_t>() + block * block_codes * columns_,
                 static_cast<std::size_t>(blocks),
                 static_cast<std::size_t>(columns_),
-                together_,
+                together_.data(),
                 static_cast<std::size_t>(queries),
                 steps_.data(),
                 steps_.size(),
-                floor_,
+                floor_.data(),
                 nullptr};
     }
 
@@ -279,9 +281,9 @@ private:
     std::vector<PqHit> hits_;
     std::vector<std::int32_t> probes_;
     std::vector<std::int64_t> queries_, ends_;
-    std::int64_t first_ = 0, count_ = 0;  // the group: these rows in the order of clusters
-    const std::uint8_t* together_[16];    // tables of the queries that are scanned together
-    std::int32_t floor_[16];
+    std::int64_t first_ = 0, count_ = 0;         // the group: these rows in the order of clusters
+    std::vector<const std::uint8_t*> together_;  // tables of the queries that are scanned together
+    std::vector<std::int32_t> floor_;            // of each
 };
 
 }  // namespace
@@ -312,8 +314,7 @@ void run(const KnnMerge& op, Cpu cpu) {
     std::vector<float> farthest(n);  // of the k best of a row's own candidates
     parallel_for(n, 4096, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
         constexpr std::int32_t most = std::numeric_limits<std::int32_t>::max();
-        std::vector<std::int32_t> keys(
-            kept);  // higher for nearer ones: floats that are not negative compare as integers
+        std::vector<std::int32_t> keys(kept);  // higher for nearer ones: floats from 0 on compare as integers do
         for (std::int64_t i = begin; i < end; ++i) {
             std::int64_t size = 0;
             for (std::int64_t at = i * kept; at < (i + 1) * kept; ++at)
