@@ -580,6 +580,10 @@ size_t select_nibbles(const PqScan& scan, PqHit* hits) noexcept {
             one_by_one(block + blocks_at_once);
         }
     }
+    if (!scan.allowed && block + 4 <= scan.blocks) {  // clusters are often shorter than blocks_at_once
+        hit = select_blocks<4>(scan, floor, block, hit);
+        block += 4;
+    }
     one_by_one(scan.blocks);
     return static_cast<size_t>(hit - hits);
 }
@@ -589,6 +593,8 @@ void sums_of_nibbles(const PqScan& scan, size_t distance, int32_t* sums, size_t 
     size_t block = 0;
     for (; block + blocks_at_once <= scan.blocks; block += blocks_at_once)
         sum_nibbles<blocks_at_once>(scan, scan.codes + block * bytes, bytes, sums + block * nibble_block, stride);
+    for (; block + 4 <= scan.blocks; block += 4)
+        sum_nibbles<4>(scan, scan.codes + block * bytes, bytes, sums + block * nibble_block, stride);
     for (; block < scan.blocks; ++block)
         sum_nibbles<1>(scan, scan.codes + block * bytes, bytes, sums + block * nibble_block, stride);
 }

@@ -28,7 +28,7 @@ def knn_graph(
     k: int,
     *,
     metric: Literal["cosine", "l2"] = "l2",
-    probes: int = 36,
+    probes: int = 40,
     progress: Progress = None,
     num_threads: int | None = None,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
