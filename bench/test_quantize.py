@@ -140,7 +140,8 @@ def test_search(compare, codec, glosses, neighbors, nq):
     to what may be among the best: of all codes 450 a query reach the floor of the moment, and 165 are rescored. 32
     lookups of 8 bits take 38, where float tables in memory take 32 times two loads and an addition. One query reads
     codes that its rivals have driven from a small share of a level-3 cache, and takes what a plain sum of them takes:
-    0.83 of the rate of fast-scan while lines were fetched a step of eight blocks at a time, 1.2 in the order of memory.
+    0.83 of the rate of fast-scan while lines were fetched a step of eight blocks at a time, 1.2 to 1.5 in the order of
+    memory.
     """
     quantizer, codes, index, name = codec
     queries, packed = queries_of(glosses, nq), quantizer.pack(codes)
