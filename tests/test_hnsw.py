@@ -305,6 +305,22 @@ def test_knn_graph_by_probes(rng, d):
     assert recall(1000) > 0.99
 
 
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+@pytest.mark.parametrize("dtype", ["float32", *HALVES])
+@pytest.mark.parametrize("d", [3, 12])
+def test_knn_graph_compares_all_where_clusters_have_too_few(rng, metric, dtype, d):
+    n, k = 2300, 300
+    x = sample(rng, n, d)
+    given = x if dtype == "float32" else arrays_of(x, dtype)[1]
+    x = rounded(x, dtype)
+    indptr, indices, distances = pv.hnsw.knn_graph(given, k, metric=metric, probes=1)
+    assert_exact(indptr, np.arange(n + 1) * k)
+    found, distances = indices.reshape(n, k), distances.reshape(n, k)
+    assert np.all(found != np.arange(n)[:, None])
+    assert np.all(np.diff(distances, axis=1) >= 0)
+    assert ref.recall(found, ref.neighbors(x, k, metric)[1]) > 0.999
+
+
 def recall_of_graph(x, metric):
     """Of 15 neighbours, of some rows."""
     some = np.arange(0, len(x), 17)

@@ -56,7 +56,7 @@ def knn_graph(
     indices : array of shape (number of neighbours,), int64
     distances : array of that shape, float32
         A sparse matrix by rows (CSR): the neighbours of row i are ``indices[indptr[i] : indptr[i + 1]]``, nearest
-        first. There are k of them, or all other rows that were found where these are fewer.
+        first. There are k of them, or all other rows where these are fewer.
 
     Raises
     ------
@@ -70,8 +70,9 @@ def knn_graph(
     Rows are compared by codes of 4 bits a subspace, up to 96 subspaces or one for 8 dimensions. The best 2 k + 20 by
     these are put in order by the rows themselves, together with those that have the row among their own best. Up to
     2,048 rows are all compared with each other, and with 4 dimensions or fewer all rows of the clusters around a row's
-    own, without codes. Same result for any number of threads. Beside x it takes some 60 * n * k bytes. With scipy:
-    ``csr_matrix((distances, indices, indptr), (n, n))``; for UMAP's `precomputed_knn` reshape to (n, k).
+    own, without codes. Rows that find fewer than k in their clusters are compared with all. Same result for any number
+    of threads. Beside x it takes some 60 * n * k bytes. With scipy: ``csr_matrix((distances, indices, indptr),
+    (n, n))``; for UMAP's `precomputed_knn` reshape to (n, k).
 
     References
     ----------
@@ -91,10 +92,25 @@ def knn_graph(
     _backend.require_finite(op, "x", given, num_threads)
     n, d = (int(length) for length in given.shape)
     find = _by_rows if n <= _ALL or d <= _FEW_DIMS else _by_codes
-    neighbors, distances = find(op, given, min(k, max(n - 1, 0)), metric, probes, progress, num_threads)
-    found = neighbors >= 0
-    indptr = np.concatenate([np.zeros(1, np.int64), np.cumsum(found.sum(axis=1))])
-    return indptr, neighbors[found], distances[found]
+    k = min(k, max(n - 1, 0))
+    neighbors, distances = find(op, given, k, metric, probes, progress, num_threads)
+    _complete(op, given, neighbors, distances, metric, num_threads)
+    return np.arange(n + 1, dtype=np.int64) * k, neighbors.ravel(), distances.ravel()
+
+
+def _complete(
+    op: str, x: Any, neighbors: npt.NDArray[np.int64], distances: npt.NDArray[np.float32], metric: str,
+    num_threads: int | None,
+) -> None:  # fmt: skip
+    """Compare rows that found too few in their clusters with all others."""
+    incomplete = np.flatnonzero((neighbors < 0).any(axis=1))
+    items = as_float32(x) if len(incomplete) else x
+    for first in range(0, len(incomplete), _ALL):
+        rows = incomplete[first : first + _ALL]
+        scores, ids = np.empty((len(rows), neighbors.shape[1]), np.float32), np.empty(neighbors[rows].shape, np.int64)
+        _backend.run(op, "scan_topk", items, items[rows], None, None, items, None, None, np.arange(len(rows) + 1),
+                     rows, scores, ids, metric, num_threads=num_threads)  # fmt: skip
+        neighbors[rows], distances[rows] = ids, scores if metric == "l2" else 1 - scores
 
 
 def _by_rows(op: str, x: Any, k: int, metric: str, probes: int, progress: Progress, num_threads: int | None) -> Found:
