@@ -107,10 +107,17 @@ def _complete(
     items = as_float32(x) if len(incomplete) else x
     for first in range(0, len(incomplete), _ALL):
         rows = incomplete[first : first + _ALL]
-        scores, ids = np.empty((len(rows), neighbors.shape[1]), np.float32), np.empty(neighbors[rows].shape, np.int64)
-        _backend.run(op, "scan_topk", items, items[rows], None, None, items, None, None, np.arange(len(rows) + 1),
-                     rows, scores, ids, metric, num_threads=num_threads)  # fmt: skip
-        neighbors[rows], distances[rows] = ids, scores if metric == "l2" else 1 - scores
+        neighbors[rows], distances[rows] = _nearest_others(op, items, rows, neighbors.shape[1], metric, num_threads)
+
+
+def _nearest_others(
+    op: str, items: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], k: int, metric: str, num_threads: int | None
+) -> Found:
+    """Compare some rows of the items with all others; -1 where there are fewer than k."""
+    scores, ids = np.empty((len(rows), k), np.float32), np.empty((len(rows), k), np.int64)
+    _backend.run(op, "scan_topk", items, items[rows], None, None, items, None, None, np.arange(len(rows) + 1), rows,
+                 scores, ids, metric, num_threads=num_threads)  # fmt: skip
+    return ids, scores if metric == "l2" else 1 - scores
 
 
 def _by_rows(op: str, x: Any, k: int, metric: str, probes: int, progress: Progress, num_threads: int | None) -> Found:
@@ -131,12 +138,10 @@ def _by_rows(op: str, x: Any, k: int, metric: str, probes: int, progress: Progre
             others = [order[begins[c] : begins[c + 1]] for c in around[cluster] if c != cluster]
             rows = np.concatenate([order[begins[cluster] : begins[cluster + 1]], *others])
             count = int(begins[cluster + 1] - begins[cluster])
-            items = as_float32(rows_of(x, rows))
-            scores, ids = np.empty((count, k), np.float32), np.empty((count, k), np.int64)
-            _backend.run(op, "scan_topk", items, items[:count], None, None, items, None, None, np.arange(count + 1),
-                         np.arange(count), scores, ids, metric, num_threads=num_threads)  # fmt: skip
+            ids, distances[rows[:count]] = _nearest_others(
+                op, as_float32(rows_of(x, rows)), np.arange(count), k, metric, num_threads
+            )
             neighbors[rows[:count]] = np.where(ids < 0, -1, rows[ids])
-            distances[rows[:count]] = scores if metric == "l2" else 1 - scores
             report(count)
     return neighbors, distances
 
