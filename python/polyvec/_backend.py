@@ -50,16 +50,16 @@ def run(op: str, function: str, like: Any, *args: Any, num_threads: int | None =
     device = device_name(like)
     if device not in ("cpu", "cuda"):
         raise TypeError(f"{op}: arrays must be on cpu or cuda, got {device}")
+    module = _core if device == "cpu" else cuda_module()
+    kernel = getattr(module, function, None)
+    if module is not None and kernel is None:
+        raise TypeError(f"{op}: arrays must be on cpu, got cuda; this function has no CUDA form yet")
     for arg in args:  # a call of a graph takes microseconds: numpy's arrays need no second question
         on_cpu = isinstance(arg, np.ndarray)
         if (on_cpu and device != "cpu") or (not on_cpu and is_array(arg) and device_name(arg) != device):
             raise TypeError(f"{op}: arrays must be on one device, got {device} and {device_name(arg)}")
-    module = _core if device == "cpu" else cuda_module()
-    if module is None:
-        raise RuntimeError(f"{op}: {_MISSING}")
-    kernel = getattr(module, function, None)
     if kernel is None:
-        raise TypeError(f"{op}: arrays must be on cpu, got cuda; this function has no CUDA form yet")
+        raise RuntimeError(f"{op}: {_MISSING}")
     return kernel(*args, threads(op, num_threads) if device == "cpu" else _stream_of(like))
 
 
