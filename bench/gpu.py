@@ -297,6 +297,67 @@ def residual_case(docs, centroids=8192):
     )
 
 
+def centroid_case(docs, centroids=8192):
+    """One query against documents of 180 tokens of which only centroids are kept."""
+    ids = torch.randint(centroids, (docs * 180, 1), device=DEVICE, dtype=torch.int16).view(torch.uint16)
+    means, query = torch.randn(centroids, D, device=DEVICE) / 8, torch.randn(1, 32, D, device=DEVICE) / 8
+    packed = pv.maxsim.PackedTokens(pv.Ragged(ids, torch.arange(docs + 1) * 180), "centroid", D, centroids=means)
+    queries = pv.Ragged.from_padded(query)
+
+    def looked_up(query, means):
+        table, rows = query[0] @ means.T, ids.view(torch.int16).view(docs, 180)
+        return torch.cat([table[:, some.long()].amax(-1).sum(0)[None] for some in rows.split(10_000)], 1)
+
+    yield Case(
+        f"maxsim.score, 32 tokens, {docs:,} documents of 180, centroid",
+        ids.nbytes,
+        lambda: pv.maxsim.score(queries, packed),
+        looked_up,
+        (query, means),
+        compiled=False,
+        tolerance={"rtol": 1e-2, "atol": 0.1},
+    )
+
+
+def certified_case(docs):
+    """The exact ten best of float32 tokens, by way of int8 ones; torch scores all."""
+    tokens, query = torch.randn(docs, 180, D, device=DEVICE) / 8, torch.randn(1, 32, D, device=DEVICE) / 8
+    sets, queries = pv.Ragged.from_padded(tokens), pv.Ragged.from_padded(query)
+    packed = pv.maxsim.pack(sets, "int8")
+    yield Case(
+        f"maxsim.certified_topk, 32 tokens, {docs:,} documents of 180, k = 10",
+        tokens.numel(),
+        lambda: pv.maxsim.certified_topk(queries, packed, sets, 10).scores,
+        lambda query, tokens: eager_maxsim(query, tokens).topk(10).values,
+        (query, tokens),
+        compiled=False,
+        tolerance={"rtol": 1e-2, "atol": 0.1},  # torch's products are of TF32
+    )
+
+
+def soft_assign_case(n, m=64, k=256, d=768):
+    """The means of codewords under a softmax, and both gradients."""
+    x, codebooks, grad = (torch.randn(s, device=DEVICE) for s in ((n, d), (m, k, d // m), (n, d)))
+
+    def eager(x, codebooks):
+        pieces = x.view(n, m, -1).transpose(0, 1)
+        distances = (
+            pieces.square().sum(-1, keepdim=True) - 2 * pieces @ codebooks.mT + codebooks.square().sum(-1)[:, None]
+        )
+        return (torch.softmax(-distances, -1) @ codebooks).transpose(0, 1).reshape(n, d)
+
+    yield Case(
+        f"soft_assign, forward and backward, {n:,} x {d}, {m} x {k} codewords",
+        12 * n * k * d,
+        with_gradients(lambda x, c: pvt.soft_assign(x, c, hard=False).quantized, (x, codebooks), grad),
+        eager,
+        (x, codebooks),
+        grad=grad,
+        unit="TFLOP/s",
+        tolerance={"rtol": 1e-2, "atol": 1e-1},
+    )
+
+
 def packing_case(docs):
     """Documents of 180 tokens to int8."""
     padded = torch.randn(docs, 180, D, device=DEVICE)
@@ -489,6 +550,9 @@ def main():
         packing_case(100_000),
         maxsim_cases(min(1_000_000, free // 2 // (180 * D * 2))),
         residual_case(1_000_000),
+        centroid_case(1_000_000),
+        certified_case(20_000),
+        soft_assign_case(4096),
     ):
         lines += [row(case, ceilings) for case in some]
     path = arguments.out / f"{gpu.replace(' ', '-')}.md"

@@ -6,6 +6,8 @@
 
 #include "best_rows.cuh"
 #include "launch.cuh"
+#include "maxsim_centroids.cuh"
+#include "maxsim_certified.cuh"
 #include "maxsim_streams.cuh"
 #include "maxsim_tiles.cuh"
 #include "polyvec/maxsim.hpp"
@@ -454,10 +456,26 @@ bool score_by_tiles(const Scores& call) {
 #endif
 }
 
+/// Documents of which only centroids are kept.
+void score_centroids(const Scores& call) {
+    const auto& [op, cuda, queries, docs, missing, work, columns, dtype, out, found] = call;
+    const std::int64_t n = queries.size(), tokens = queries.tokens.dim(0), rows = docs.centroids.dim(0);
+    const auto* offsets = queries.offsets.as<const std::int64_t>();
+    const Scratch<streams::HalfScores> table(op, cuda, (tokens / streams::rows + n) * rows * 8);
+    if (tokens > 0 && rows > 0)
+        with_tokens(queries.tokens.dtype, [&]<class T>() {
+            launch(op, cuda, blocks_for(rows * 8, threads_per_block, n), dim3(threads_per_block), 0,
+                   streams::centroid_kernel<T>, queries.tokens.as<const T>(), offsets, n,
+                   docs.centroids.as<const float>(), rows, queries.dim(), table.get());
+        });
+    launch(op, cuda, blocks_for(std::min(columns, std::int64_t(1) << 20), centroids::warps, n),
+           dim3(centroids::warps * 32), 0, centroids::score_kernel, offsets, n, docs.tokens.as<const std::uint16_t>(),
+           docs.offsets.as<const std::int64_t>(), work, table.get(), rows, missing, static_cast<float*>(out));
+}
+
 void score(const Scores& call) {
-    require(call.docs.format() != StoredTokens::centroid, call.op,
-            "docs must have more than centroids on a GPU: pack them as residuals");
     if (call.queries.size() == 0 || call.columns == 0) return;
+    if (call.docs.format() == StoredTokens::centroid) return score_centroids(call);
     if (call.queries.tokens.dtype == DType::f64)
         return call.dtype == DType::f64 ? score_plainly<double, double>(call) : score_plainly<double, float>(call);
     if (score_by_tiles(call) || score_by_streams(call)) return;
@@ -552,6 +570,67 @@ void run(const MaxsimTopk& op, Cuda cuda) {
     if (slices > 1)
         select_best(op.op, cuda, {best, best_ids, nullptr, slices * k, n}, op.scores.as<float>(),
                     op.ids.as<std::int64_t>(), k);
+}
+
+namespace {
+
+/// Some of the queries.
+void certify(const MaxsimCertifiedTopk& op, std::int64_t begin, std::int64_t n, Cuda cuda) {
+    const std::int64_t k = op.scores.dim(1), nd = op.docs.size(), d = op.queries.dim();
+    TokenSets queries = op.queries;
+    queries.offsets.data = queries.offsets.as<std::int64_t>() + begin;
+    queries.offsets.shape[0] = n + 1;
+    const auto* offsets = queries.offsets.as<const std::int64_t>();
+    const auto* bounds = op.bounds.as<const float>();
+    const auto blocks = dim3(static_cast<unsigned>(std::min<std::int64_t>(n, 1 << 16)));
+    const StoredTokens exact{op.exact, {}, {}, {}, {}};
+    const auto score_lists = [&](const std::int64_t* lists, const std::int64_t* ids, std::int64_t columns, float* out) {
+        score(Scores{op.op, cuda, queries, exact, {}, {lists, ids, false, nd}, columns, DType::f32, out, nullptr});
+    };
+
+    const Scratch<float> estimates(op.op, cuda, n * nd), first_scores(op.op, cuda, n * k), enough(op.op, cuda, n);
+    const Scratch<std::int64_t> first(op.op, cuda, n * k), begins(op.op, cuda, n + 1);
+    const Scratch<certified::QueryNorms> norms(op.op, cuda, n);
+    std::int64_t* const rescored = op.rescored.as<std::int64_t>() + begin;
+    score(Scores{op.op, cuda, queries, op.docs, {}, all_of(op.docs), nd, DType::f32, estimates.get(), nullptr});
+    select_best(op.op, cuda, {estimates.get(), nullptr, nullptr, nd, n}, first_scores.get(), first.get(), k);
+    launch_rows(op.op, cuda, n + 1, 1, certified::steps_kernel, n + 1, k, begins.get());
+    score_lists(begins.get(), first.get(), k, first_scores.get());
+    launch(op.op, cuda, blocks_for(n, 8), dim3(256), 0, certified::norms_kernel, op.queries.tokens.as<const float>(),
+           offsets, n, d, norms.get());
+    launch(op.op, cuda, blocks, dim3(certified::threads), 0, certified::mark_kernel, first.get(), first_scores.get(), n,
+           k, nd, estimates.get(), enough.get(), rescored);
+
+    // How many are left is known to the GPU alone: there is room for all.
+    const Scratch<float> other_scores(op.op, cuda, n * nd), best_others(op.op, cuda, n * k),
+        both(op.op, cuda, 2 * n * k);
+    const Scratch<std::int64_t> others(op.op, cuda, n * nd), best_other_ids(op.op, cuda, n * k),
+        both_ids(op.op, cuda, 2 * n * k);
+    const auto find_others = [&](std::int64_t* ids) {
+        launch(op.op, cuda, blocks, dim3(certified::threads), 0, certified::others_kernel, estimates.get(), bounds,
+               norms.get(), offsets, enough.get(), n, nd, d, begins.get(), ids);
+    };
+    find_others(nullptr);
+    launch(op.op, cuda, dim3(1), dim3(32), 0, certified::begins_kernel, n, begins.get(), rescored);
+    find_others(others.get());
+    score_lists(begins.get(), others.get(), nd, other_scores.get());
+    select_best(op.op, cuda, {other_scores.get(), others.get(), begins.get(), nd, n}, best_others.get(),
+                best_other_ids.get(), k);
+    launch_rows(op.op, cuda, n, 2 * k, certified::join_kernel, first_scores.get(), first.get(), best_others.get(),
+                best_other_ids.get(), n, k, both.get(), both_ids.get());
+    select_best(op.op, cuda, {both.get(), both_ids.get(), nullptr, 2 * k, n}, op.scores.as<float>() + begin * k,
+                op.ids.as<std::int64_t>() + begin * k, k);
+}
+
+}  // namespace
+
+void run(const MaxsimCertifiedTopk& op, Cuda cuda) {
+    constexpr std::int64_t most = 1 << 24;  // documents of all queries at a time, 16 bytes each
+    const std::int64_t n = op.queries.size(), k = op.scores.dim(1), nd = op.docs.size();
+    require(k <= most_best, op.op, "k must be at most ", most_best, " on a GPU, got ", k);
+    require<TypeError>(op.docs.format() == StoredTokens::int8, op.op, "packed must be int8 on a GPU");
+    const std::int64_t step = std::max<std::int64_t>(1, most / (nd + 1));
+    for (std::int64_t begin = 0; begin < n; begin += step) certify(op, begin, std::min(step, n - begin), cuda);
 }
 
 void run(const MaxsimAlign& op, Cuda cuda) {

@@ -1,12 +1,15 @@
 /// The table of contents of polyvec._cuda.
 #include <cuda_runtime_api.h>
 
+#include "clusters.hpp"
 #include "fde.hpp"
 #include "hypercomplex.hpp"
 #include "maxsim.hpp"
 #include "run_op.hpp"
 #include "scan.hpp"
+#include "soft_assign.hpp"
 #include "status.hpp"
+#include "vq_linear.hpp"
 
 namespace polyvec {
 namespace {
@@ -39,10 +42,14 @@ PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
     m.doc() = "Compiled CUDA kernels of polyvec. Strict: polyvec's Python functions prepare its arguments.";
     register_errors();
     m.def("info", &info);
+    bind_certified_topk<Cuda>(m);
+    bind_clusters<Cuda>(m);
     bind_fde<Cuda>(m);
     bind_fde_blocks<Cuda>(m);
     bind_hypercomplex<Cuda>(m);
     bind_maxsim<Cuda>(m);
     bind_packed_tokens<Cuda>(m);
     bind_scan<Cuda>(m);
+    bind_soft_assign<Cuda>(m);
+    bind_vq_linear<Cuda>(m);
 }

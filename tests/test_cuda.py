@@ -98,9 +98,9 @@ def test_without_a_gpu_a_call_says_so(op, call):
             "hypercomplex.relation_query: arrays must be on one device, got cuda and cpu",
         ),
         (
-            lambda: pv.maxsim.pool([elsewhere(3, 4)], 2),
+            lambda: pv.hnsw.Index(4).add(elsewhere(3, 4)),
             TypeError,
-            "maxsim.pool: arrays must be on cpu, got cuda; this function has no CUDA form yet",
+            "hnsw.Index.add: arrays must be on cpu, got cuda; this function has no CUDA form yet",
         ),
     ],
 )

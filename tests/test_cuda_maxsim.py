@@ -219,11 +219,13 @@ def test_residuals_that_lie_there_are_scaled_as_on_the_cpu(rng, on_device, bits)
         assert_same_tensors(pv.maxsim.from_residuals(*arrays, offsets, normalize=normalize), theirs)
 
 
-@pytest.mark.parametrize("dtype", [*ROUNDED, "residual4"])
+@pytest.mark.parametrize("dtype", [*ROUNDED, "residual4", "centroid"])
 def test_documents_are_appended_there(rng, on_device, dtype):
     docs, more = sample(rng, DOC_TOKENS, 12), sample(rng, [4, 0, 9], 12)
     centroids = rng.standard_normal((5, 12)).astype(np.float32)
-    options = [{"centroids": x} if dtype == "residual4" else {} for x in (centroids, on_device(centroids))]
+    options = [
+        {"centroids": x} if dtype in ("residual4", "centroid") else {} for x in (centroids, on_device(centroids))
+    ]
     theirs = pv.maxsim.pack(docs, dtype, **options[0]).append(more)
     ours = pv.maxsim.pack(placed(on_device, docs), dtype, **options[1])
     assert_same_tensors(ours.append(placed(on_device, more)), theirs)
@@ -240,7 +242,7 @@ def test_tokens_that_are_not_finite_stay_so(on_device):
         pv.maxsim.pack(docs, "residual4")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "residual4"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "residual4", "centroid"])
 def test_packed_tokens_move_to_a_gpu(rng, gpu, dtype):
     packed = pv.maxsim.pack(sample(rng, DOC_TOKENS, 16), dtype)
     queries = sample(rng, QUERY_TOKENS, 16)
@@ -251,9 +253,97 @@ def test_packed_tokens_move_to_a_gpu(rng, gpu, dtype):
     gpu.testing.assert_close(scores.cpu(), gpu.from_numpy(pv.maxsim.score(queries, packed)), rtol=1e-2, atol=1e-1)
 
 
-def test_centroids_are_scored_on_a_cpu_alone(rng, on_device):
-    packed = placed_packed(on_device, pv.maxsim.pack(sample(rng, [3, 4], 8), "centroid"))
-    with pytest.raises(ValueError, match=r"^maxsim\.topk: docs must have more than centroids on a GPU: pack them as"):
-        pv.maxsim.topk(placed(on_device, sample(rng, [2], 8)), packed, 1)
-    with pytest.raises(ValueError, match=r"^maxsim\.pack: docs must be on the cpu for centroid, got"):
-        pv.maxsim.pack(placed(on_device, sample(rng, [2], 8)), "centroid")
+@pytest.mark.parametrize("d", [1, 8, 40])
+def test_score_of_centroids(rng, on_device, d):
+    queries, docs = sample(rng, QUERY_TOKENS, d), sample(rng, DOC_TOKENS, d)
+    centroids = rng.standard_normal((50, d)).astype(np.float32)
+    packed = pv.maxsim.pack(docs, "centroid", centroids=centroids)
+    decoded = [centroids[np.asarray(ids)[:, 0]] for ids in packed._sets]
+    sets, there = placed(on_device, queries), placed_packed(on_device, packed)
+    scores = pv.maxsim.score(sets, there)
+    assert_scores(scores, queries, decoded, rounded_to=2.0**-11)  # products are kept in float16
+    pairs = pv.maxsim.score_pairs(placed(on_device, queries[:4]), there.take([4, 0, 8, 1]))
+    assert_exact(pairs, on_host(scores)[range(4), [4, 0, 8, 1]])
+    for padding in ("zero", "relu"):
+        options = {"padding": padding, "empty": -3.0}
+        ours = on_host(pv.maxsim.score(sets, there, **options))
+        theirs = pv.maxsim.score(queries, decoded, **options)
+        assert np.allclose(ours, theirs, rtol=2.0**-10, atol=2.0**-9 * np.sqrt(d) * 70)
+    best, ids = map(on_host, pv.maxsim.topk(sets, there, 4))
+    assert_exact(ids, ref.topk(on_host(scores), 4))
+    assert_exact(best, np.take_along_axis(on_host(scores), ids, 1))
+    lists = [[2, -1, 7], [], [9, 1], [0, 3], [8], [5, 4, 3], [1]]
+    candidates = np.cumsum([0, *map(len, lists)]), np.array([i for ids in lists for i in ids])
+    ids = on_host(pv.maxsim.topk(sets, there, 3, candidates=tuple(map(on_device, candidates)))[1])
+    assert_exact(
+        ids, ref.topk(on_host(scores), 3, [np.array([i for i in x if 0 <= i < len(docs)], int) for x in lists])
+    )
+
+
+def test_packing_centroids_there_gives_the_bits_of_the_cpu(rng, on_device):
+    docs, centroids = sample(rng, DOC_TOKENS, 6), rng.standard_normal((40_000, 6)).astype(np.float32)
+    packed = pv.maxsim.pack(placed(on_device, docs), "centroid", centroids=on_device(centroids))
+    assert_same_tensors(packed, pv.maxsim.pack(docs, "centroid", centroids=centroids))
+    with pytest.raises(ValueError, match=r"^maxsim\.pack: centroids must be given for centroid on a GPU, got None$"):
+        pv.maxsim.pack(placed(on_device, docs), "centroid")
+
+
+def certified(on_device, queries, docs, k):
+    """Its result, which must be that of topk."""
+    packed = placed_packed(on_device, pv.maxsim.pack(docs, "int8"))
+    sets = placed(on_device, queries), placed(on_device, docs)
+    best = pv.maxsim.certified_topk(sets[0], packed, sets[1], k)
+    for ours, theirs in zip(best[:2], pv.maxsim.topk(*sets, k), strict=True):
+        assert_exact(ours, on_host(theirs))
+    rescored = on_host(best.rescored)
+    assert ((rescored >= min(k, len(docs))) & (rescored <= len(docs))).all()
+    return rescored
+
+
+@pytest.mark.parametrize("d", [1, 4, 17, 128])
+@pytest.mark.parametrize("k", [1, 7, 90])
+def test_certified_documents_are_those_of_topk(rng, on_device, d, k):
+    queries = sample(rng, [5, 0, 32, 1, 70], d)
+    certified(on_device, queries, sample(rng, rng.integers(0, 30, 80), d), k)
+
+
+@pytest.mark.parametrize("scale", [1e-45, 1e-38, 1e-25, 1e-19, 1e17, 1e30])
+def test_documents_are_certified_whatever_their_size(rng, on_device, scale):
+    queries, docs = sample(rng, [3, 20], 24), sample(rng, [4] * 50, 24)
+    for at in (1, scale):
+        certified(on_device, [np.float32(scale) * q for q in queries], [np.float32(at) * x for x in docs], 6)
+
+
+def test_few_documents_are_rescored_unless_they_are_alike(rng, on_device):
+    docs = rng.standard_normal((400, 6, 32), np.float32)
+    assert_exact(certified(on_device, list(docs[:10]), list(docs), 1), np.ones(10))
+    alike = np.repeat(rng.standard_normal((3, 4, 16), np.float32), 40, axis=0)
+    alike += rng.standard_normal(alike.shape, np.float32) * np.float32(1e-4)
+    alike[7::9] = alike[7]
+    assert (certified(on_device, list(alike[[0, 7, 50]] + np.float32(0.01)), list(alike), 5) >= 30).all()
+
+
+def test_what_a_gpu_does_not_certify(rng, on_device):
+    queries, docs = sample(rng, [3], 8), sample(rng, [4, 2], 8)
+    sets = placed(on_device, queries), placed(on_device, docs)
+    packed = pv.maxsim.pack(docs, "residual4", centroids=np.concatenate(docs))
+    with pytest.raises(TypeError, match=r"^maxsim\.certified_topk: packed must be int8 on a GPU$"):
+        pv.maxsim.certified_topk(sets[0], placed_packed(on_device, packed), sets[1], 1)
+    packed = placed_packed(on_device, pv.maxsim.pack(docs, "int8"))
+    with pytest.raises(ValueError, match=r"^maxsim\.certified_topk: k must be at most 4096 on a GPU, got 4097$"):
+        pv.maxsim.certified_topk(sets[0], packed, sets[1], 4097)
+
+
+def test_certified_search_can_be_captured_in_a_graph(rng, gpu):
+    docs, queries = (
+        gpu.from_numpy(rng.standard_normal(shape, np.float32)).cuda() for shape in ((90, 5, 16), (4, 3, 16))
+    )
+    sets = [pv.Ragged(x.flatten(0, 1), np.arange(len(x) + 1) * x.shape[1]) for x in (queries, docs)]
+    packed = pv.maxsim.pack(sets[1], "int8")
+    expected = [x.clone() for x in pv.maxsim.certified_topk(sets[0], packed, sets[1], 7)]
+    graph = gpu.cuda.CUDAGraph()
+    with gpu.cuda.graph(graph):
+        results = pv.maxsim.certified_topk(sets[0], packed, sets[1], 7)
+    graph.replay()
+    for actual, of in zip(results, expected, strict=True):
+        assert_exact(actual, on_host(of))

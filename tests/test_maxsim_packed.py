@@ -216,9 +216,6 @@ def test_moving_to_a_gpu_that_torch_does_not_find(monkeypatch):
     text = r"^PackedTokens\.to: device must be cpu, as torch finds no GPU, got cuda:1$"
     with pytest.raises(pv.CudaError, match=text):
         packed.to("cuda:1")
-    text = r"^PackedTokens\.to: device must be cpu for tokens packed as centroids, got cuda$"
-    with pytest.raises(pv.CudaError, match=text):
-        pv.maxsim.pack(np.ones((2, 3, 4), np.float32), "centroid").to("cuda")
 
 
 def test_extreme_elements():

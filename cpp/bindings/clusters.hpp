@@ -8,7 +8,7 @@ namespace polyvec {
 template <class Exec>
 void bind_clusters(py::module_& m) {
     m.def(
-        "cluster_sets",
+        "clusters_of_sets",
         [](const py::object& values, const py::object& offsets, const py::object& mean_offsets, const py::object& means,
            const py::object& labels, const py::object& inertia, const py::object& iterations, std::int64_t max_iter,
            double tolerance, bool ward, std::intptr_t where) {

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from polyvec import _backend
-from polyvec._arrays import as_count, choice, empty
+from polyvec._arrays import as_count, choice, device_name, empty
 from polyvec._ragged import Ragged, as_ragged
 
 
@@ -24,6 +23,7 @@ class KMeansSetsResult(NamedTuple):
     inertia : numpy array of shape (n,), float64
         The sum of squared distances of a set's rows from their centroids.
     iterations : numpy array of shape (n,), int64
+        These two are numpy arrays on a CPU, and lie beside the sets on a GPU.
 
     Examples
     --------
@@ -143,6 +143,9 @@ def pool(
     -----
     At most 2 n k d flops an iteration and document of n tokens; "ward" 2 n^2 d flops and 4 n^2 bytes.
 
+    On a GPU nothing waits for values: a document with NaN or Inf has means of NaN. "ward" takes 4 d bytes a token
+    there, and about 9 n^2 d flops.
+
     References
     ----------
     Veneroso et al. (2025): CRISP, section 3 (k-means). Clavie et al. (2024): Reducing the footprint of multi-vector
@@ -186,35 +189,39 @@ def cluster(
         counts = np.clip((ratio * ragged.lengths).astype(np.int64), np.minimum(1, ragged.lengths), ragged.lengths)
     offsets = np.zeros(len(ragged) + 1, np.int64)
     np.cumsum(counts, out=offsets[1:])
-    return _cluster_into(op, name, ragged, offsets, method, max_iter, tolerance, num_threads)
+    centroids = Ragged(empty(ragged.values, (int(offsets[-1]), ragged.dim), "float32"), offsets)
+    return _cluster_into(op, name, ragged, centroids, method, max_iter, tolerance, num_threads)
 
 
 def _cluster_into(
     op: str,
     name: str,
     ragged: Ragged,
-    offsets: npt.NDArray[np.int64],
+    centroids: Ragged,
     method: str,
     max_iter: int,
     tolerance: float,
     num_threads: int | None,
 ) -> KMeansSetsResult:
-    """Cluster sets into as many means each as `offsets` say."""
-    means = empty(ragged.values, (int(offsets[-1]), ragged.dim), "float32")
-    labels = empty(ragged.values, (int(ragged.values.shape[0]),), "int64")
-    inertia, iterations = np.empty(len(ragged)), np.empty(len(ragged), np.int64)
+    """Cluster sets into as many means each as `centroids` has room for, and write them there."""
+    values, n = ragged.values, len(ragged)
+    labels = empty(values, (int(values.shape[0]),), "int64")
+    on_cpu = device_name(values) == "cpu"
+    if on_cpu:
+        inertia, iterations = np.empty(n), np.empty(n, np.int64)
+    else:
+        inertia, iterations = empty(values, (n,), "float64"), empty(values, (n,), "int64")
     _backend.run(
-        op, "cluster_sets", ragged.values,
-        ragged.values, ragged.offsets, offsets, means, labels, inertia, iterations, max_iter, tolerance,
-        method == "ward", num_threads=num_threads,
+        op, "clusters_of_sets", values,
+        values, ragged.placed_offsets, centroids.placed_offsets, centroids.values, labels, inertia, iterations,
+        max_iter, tolerance, method == "ward", num_threads=num_threads,
     )  # fmt: skip
-    if np.isnan(inertia).any():
-        _backend.require_finite(op, name, ragged.values, num_threads)
-    return KMeansSetsResult(Ragged(means, offsets), labels, inertia, iterations)
+    if on_cpu and np.isnan(inertia).any():
+        _backend.require_finite(op, name, values, num_threads)
+    return KMeansSetsResult(centroids, labels, inertia, iterations)
 
 
-def pool_into(docs: Ragged, offsets: npt.NDArray[np.int64], *, method: str, max_iter: int) -> tuple[Any, Any]:
-    """Return the means of `pool` where `offsets` say, and for each token the number of its mean in the document."""
+def pool_into(docs: Ragged, means: Ragged, *, method: str, max_iter: int) -> Any:
+    """Write the means of `pool` where `means` has room for them, and return the number of each token's."""
     op = "maxsim.pool"
-    result = _cluster_into(op, "docs", as_ragged(op, "docs", docs), offsets, method, max_iter, 0.0, None)
-    return result.centroids.values, result.labels
+    return _cluster_into(op, "docs", as_ragged(op, "docs", docs), means, method, max_iter, 0.0, None).labels

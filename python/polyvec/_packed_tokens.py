@@ -41,6 +41,15 @@ def _check_centroids(op: str, centroid_ids: Any, centroids: Any, dim: int) -> No
         raise IndexError(f"{op}: codes must be in [0, {n}), got {int(centroid_ids.min())} to {int(centroid_ids.max())}")
 
 
+def _as_uint16(x: Any) -> Any:
+    """The integers `x`, in their library; torch converts few dtypes to uint16 on a GPU."""
+    if not is_torch(x):
+        return x.astype(np.uint16)
+    import torch
+
+    return x.to(torch.int16).view(torch.uint16)
+
+
 def _joined(a: Any, b: Any) -> Any:
     """The rows of both, in a's library; None where one has none."""
     if a is None or b is None:
@@ -185,7 +194,7 @@ class PackedTokens(_files.Saved):
         Raises
         ------
         CudaError
-            A GPU where torch finds none, or for tokens packed as "centroid".
+            A GPU where torch finds none.
 
         Examples
         --------
@@ -197,8 +206,6 @@ class PackedTokens(_files.Saved):
         import torch
 
         device = torch.device(device)
-        if device.type != "cpu" and self._dtype == "centroid":
-            raise CudaError(f"PackedTokens.to: device must be cpu for tokens packed as centroids, got {device}")
         if device.type == "cuda" and not torch.cuda.is_available():
             raise CudaError(f"PackedTokens.to: device must be cpu, as torch finds no GPU, got {device}")
 
@@ -322,7 +329,7 @@ def pack(docs: Any, dtype: str = "float32", *, centroids: Any = None, num_thread
         not change them afterwards. The others take a half, a quarter, an eighth or a sixteenth of the memory, and
         round: "bfloat16" to 8 significant bits, "float16" to 11, "int8" to 127 steps of the token's largest element;
         "residual4" and "residual2" store the nearest centroid and 4 or 2 bits for each element of the difference;
-        "centroid" stores the nearest centroid alone, in 2 bytes: on a CPU, for a first choice of candidates.
+        "centroid" stores the nearest centroid alone, in 2 bytes, for a first choice of candidates.
     centroids : array of shape (n, d), float32, optional
         For residuals and "centroid", there at most 65,536. None, on a CPU, trains `2 ** floor(log2(16 * sqrt(T)))` of
         them for T tokens, as many as ColBERTv2, by 4 steps of k-means on at most 16 tokens for each.
@@ -337,7 +344,7 @@ def pack(docs: Any, dtype: str = "float32", *, centroids: Any = None, num_thread
     ------
     ValueError
         NaN or Inf in a token; an unknown dtype; an element that is infinite in float16; centroids without need, of
-        another width or too many, or none for residuals on a GPU; "centroid" on a GPU.
+        another width or too many, or none for residuals and "centroid" on a GPU.
     TypeError
         Tokens or centroids that are not float32.
 
@@ -356,8 +363,9 @@ def pack(docs: Any, dtype: str = "float32", *, centroids: Any = None, num_thread
     token, where float32 tokens take 2 d flops. The 100 best of all hold nearly all of the 10
     exactly best: rescore them by `topk(..., candidates=...)`, as `retrieve.MultiVectorIndex` does.
 
-    On a GPU tokens are stored as on a CPU, and stay there. Nothing waits for values: an element beyond 65504 is
-    infinite in float16, and a token with NaN or Inf keeps them, or has the scale NaN in int8.
+    On a GPU tokens are stored as on a CPU, and stay there; products with centroids are kept in float16, not in steps.
+    Nothing waits for values: an element beyond 65504 is infinite in float16, and a token with NaN or Inf keeps them, or
+    has the scale NaN in int8.
 
     References
     ----------
@@ -377,11 +385,8 @@ def pack(docs: Any, dtype: str = "float32", *, centroids: Any = None, num_thread
         if centroids is not None:
             raise ValueError(f"{op}: centroids must be None for {dtype}, got {type(centroids).__name__}")
         return _encoded(op, sets, dtype, {}, num_threads)
-    if device_name(sets.values) != "cpu":
-        if dtype == "centroid":
-            raise ValueError(f"{op}: docs must be on the cpu for {dtype}, got {device_name(sets.values)}")
-        if centroids is None:
-            raise ValueError(f"{op}: centroids must be given for {dtype} on a GPU, got None")
+    if device_name(sets.values) != "cpu" and centroids is None:
+        raise ValueError(f"{op}: centroids must be given for {dtype} on a GPU, got None")
     if centroids is None:
         count = centroid_count(int(sets.values.shape[0]))
         if dtype == "centroid":
@@ -433,8 +438,7 @@ def _encoded(op: str, docs: Ragged, dtype: str, parts: dict[str, Any], num_threa
         return PackedTokens(docs, dtype, docs.dim)
     tokens, n = docs.values, int(docs.values.shape[0])
     if dtype == "centroid":
-        ids = empty(tokens, (n, 1), "uint16")
-        np.asarray(ids)[:, 0] = parts["centroid_ids"]
+        ids = _as_uint16(parts["centroid_ids"]).reshape(n, 1)
         return PackedTokens(docs.with_values(ids), dtype, docs.dim, centroids=parts["centroids"])
     codes = empty(tokens, (n, _stored_width(dtype, docs.dim)), STORED[dtype])
     if STORED[dtype] != "uint8":

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from polyvec import _backend
-from polyvec._arrays import ArrayT, as_array, empty, output, require_cpu
+from polyvec._arrays import ArrayT, as_array, device_name, empty, output
 from polyvec._product_quantizer import ProductQuantizer
 
 
@@ -28,7 +28,8 @@ def vq_linear(
     codes : array of shape (outputs, code_size), uint8
         The rows of W as `ProductQuantizer.encode` writes them.
     codebooks : ProductQuantizer, or array of shape (m, 256 or 16, d / m), float32
-        The fitted quantizer; or the `codebooks` of one without rotation, where 16 codewords are codes of 4 bits.
+        The fitted quantizer, on a CPU; or the `codebooks` of one without rotation, where 16 codewords are codes of 4
+        bits.
     bias : array of shape (outputs,), float32, optional
     out : array of shape (n, outputs), float32, optional
     num_threads : int, optional
@@ -79,6 +80,8 @@ def vq_linear(
         bias = as_array(op, "bias", bias, ndim=1)
     out = output(op, out, x, (int(x.shape[0]), int(codes.shape[0])), "float32")
     rows: Any = x
+    if quantizer is not None and device_name(x) != "cpu":
+        raise TypeError(f"{op}: codebooks must be an array for x on a GPU, got ProductQuantizer")
     if quantizer is not None and int(x.shape[1]) == quantizer.dim:  # another width is refused below
         rows = quantizer._rotated(np.asarray(x))
     _backend.run(op, "vq_linear", x, rows, codes, codebooks, bias, out, num_threads=num_threads)
@@ -109,6 +112,5 @@ def vq_linear_gradient(
 
 def _inputs(op: str, x: Any, codes: Any, codebooks: Any) -> tuple[Any, Any, Any]:
     x = as_array(op, "x", x, ndim=2)
-    require_cpu(op, "x", x)
     codes = as_array(op, "codes", codes, dtypes=("uint8",), ndim=2)
     return x, codes, as_array(op, "codebooks", codebooks, ndim=3)

@@ -444,7 +444,8 @@ def certified_topk(
     Only lengths are compared: other tokens than those that were packed give a wrong result. The bound counts every
     rounding of the two computations. First the k best as packed are scored exactly; the k-th of these scores is what a
     bound has to reach. Of real documents, int8 tokens leave one in a hundred to be rescored; residual codes leave
-    nearly all, so that `topk` of the float tokens is faster. Holds up to 64 MB of scores at a time.
+    nearly all, so that `topk` of the float tokens is faster. Holds up to 64 MB of scores at a time. On a GPU tokens are
+    int8 and k at most 4096; nothing waits for how many are left, for which there is room (256 MB).
 
     Examples
     --------
@@ -464,11 +465,13 @@ def certified_topk(
         raise ValueError(f"{op}: packed must have bounds, as pack makes them")
     q, stored, _ = _queries_and_docs(op, queries, packed, (None, None), num_threads)
     floats = _float_sets(op, "docs", docs, None, ("float32",), q.dim, like="queries")
+    if not np.array_equal(floats.offsets, packed._sets.offsets):
+        raise ValueError(f"{op}: docs must have the lengths of the packed documents")
     scores, ids = outputs(op, out, q.values, (len(q), k), ("float32", "int64"), ("scores", "ids"))
     rescored = empty(q.values, (len(q),), "int64")
     _backend.run(
         op, "maxsim_certified_topk", q.values,
-        q.values, q.placed_offsets, stored, packed._bounds, floats.values, floats.offsets, scores, ids, rescored,
+        q.values, q.placed_offsets, stored, packed._bounds, floats.values, floats.placed_offsets, scores, ids, rescored,
         num_threads=num_threads,
     )  # fmt: skip
     return CertifiedTopk(scores, ids, rescored)

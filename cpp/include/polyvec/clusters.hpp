@@ -39,7 +39,7 @@ struct ClusterSets {
         const std::int64_t n = offsets.dim(0) - 1;
         require_dim(op, mean_offsets, 0, n + 1, "as many entries as offsets");
         const auto *rows = offsets.as<const std::int64_t>(), *kept = mean_offsets.as<const std::int64_t>();
-        for (std::int64_t s = 0; s < n; ++s) {
+        for (std::int64_t s = 0; offsets.device == Device::cpu && s < n; ++s) {
             const std::int64_t size = rows[s + 1] - rows[s], k = kept[s + 1] - kept[s];
             require(k <= size && (k > 0 || size == 0), op, "k must be in [1, ", size, "] for set ", s, ", got ", k);
         }
@@ -54,5 +54,8 @@ struct ClusterSets {
 };
 
 void run(const ClusterSets&, Cpu);
+
+// On a GPU a set with NaN or Inf has means of NaN, too.
+void run(const ClusterSets&, Cuda);
 
 }  // namespace polyvec

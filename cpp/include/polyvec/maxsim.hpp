@@ -126,9 +126,8 @@ struct MaxsimCertifiedTopk {
         require(static_cast<bool>(docs.scales), op, "packed must be int8 or residual codes");
         require_bounds(op, bounds, docs);
         require_pair(op, queries, {exact, {}, {}, {}, {}});
-        for (std::int64_t i = 0; i <= docs.size(); ++i)
-            require(exact.size() == docs.size() && exact.begin(i) == docs.begin(i), op,
-                    "docs must have the lengths of the packed documents");
+        require(exact.size() == docs.size(), op, "docs must have as many documents as packed (", docs.size(), "), got ",
+                exact.size());
         require_topk(op, scores, ids, queries.size());
         require_out(op, rescored, DType::i64);
         require_ndim(op, rescored, 1);
@@ -224,6 +223,7 @@ void run(const MaxsimScore&, Cuda);
 void run(const MaxsimScorePairs&, Cuda);
 void run(const MaxsimScoreMatrix&, Cuda);
 void run(const MaxsimTopk&, Cuda);
+void run(const MaxsimCertifiedTopk&, Cuda);  // of int8 tokens
 void run(const MaxsimAlign&, Cuda);
 void run(const MaxsimMatch&, Cuda);
 void run(const MaxsimMatchGradient&, Cuda);

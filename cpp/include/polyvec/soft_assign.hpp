@@ -71,5 +71,7 @@ struct SoftAssignGradient {
 
 void run(const SoftAssign&, Cpu);
 void run(const SoftAssignGradient&, Cpu);
+void run(const SoftAssign&, Cuda);
+void run(const SoftAssignGradient&, Cuda);
 
 }  // namespace polyvec

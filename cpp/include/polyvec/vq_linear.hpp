@@ -57,5 +57,7 @@ struct VqLinearGradient {
 
 void run(const VqLinear&, Cpu);
 void run(const VqLinearGradient&, Cpu);
+void run(const VqLinear&, Cuda);
+void run(const VqLinearGradient&, Cuda);
 
 }  // namespace polyvec

@@ -97,7 +97,7 @@ def _token_sets(op: str, name: str, x: Any, mask: Any) -> tuple[Tensor, Tensor]:
         offsets = torch.as_tensor(second)
         if first.is_cuda and not offsets.is_cuda:
             offsets = torch.from_numpy(Ragged(first.detach(), offsets).offsets).to(first.device)
-        return narrowed(first), offsets
+        return first, offsets
     if first.dim() != 3:
         raise ValueError(
             f"{op}: {name} must be a padded (n, t, d) tensor, (padded, lengths) or (values, offsets), "
@@ -105,9 +105,15 @@ def _token_sets(op: str, name: str, x: Any, mask: Any) -> tuple[Tensor, Tensor]:
         )
     if second is None and mask is None:
         offsets = torch.arange(first.shape[0] + 1, device=first.device) * first.shape[1]
-        return narrowed(first.flatten(0, 1)), offsets
+        return first.flatten(0, 1), offsets
     sets = Ragged.from_padded(first, second, mask=mask)  # indexes `first`, which torch differentiates
-    return narrowed(sets.values), torch.from_numpy(sets.offsets).to(first.device)
+    return sets.values, torch.from_numpy(sets.offsets).to(first.device)
+
+
+def _narrowed_sets(op: str, name: str, x: Any, mask: Any) -> tuple[Tensor, Tensor]:
+    """The same for scores, which autocast computes in a narrower type on a GPU."""
+    values, offsets = _token_sets(op, name, x, mask)
+    return narrowed(values), offsets
 
 
 def maxsim(queries: Any, docs: Any, *, query_mask: Any = None, doc_mask: Any = None) -> Tensor:
@@ -151,7 +157,7 @@ def maxsim(queries: Any, docs: Any, *, query_mask: Any = None, doc_mask: Any = N
     ([[3.0]], [[[0.0, 0.0], [2.0, 1.0]]])
     """
     op = "torch.maxsim"
-    sets = *_token_sets(op, "queries", queries, query_mask), *_token_sets(op, "docs", docs, doc_mask)
+    sets = *_narrowed_sets(op, "queries", queries, query_mask), *_narrowed_sets(op, "docs", docs, doc_mask)
     return _match(*sets, False)[0]
 
 
@@ -185,7 +191,7 @@ def maxsim_pairs(queries: Any, docs: Any, *, query_mask: Any = None, doc_mask: A
     (torch.Size([2, 3, 4]), tensor(24.))
     """
     op = "torch.maxsim_pairs"
-    sets = *_token_sets(op, "queries", queries, query_mask), *_token_sets(op, "docs", docs, doc_mask)
+    sets = *_narrowed_sets(op, "queries", queries, query_mask), *_narrowed_sets(op, "docs", docs, doc_mask)
     return _match(*sets, True)[0]
 
 
@@ -198,10 +204,10 @@ def maxsim_pairs(queries: Any, docs: Any, *, query_mask: Any = None, doc_mask: A
 def _pool(
     values: Tensor, offsets: Tensor, mean_offsets: Tensor, count: int, method: str, max_iter: int
 ) -> tuple[Tensor, Tensor]:
-    means, labels = _maxsim.pool_into(
-        Ragged(values.detach(), offsets), mean_offsets.numpy(), method=method, max_iter=max_iter
-    )
-    return means, labels + mean_offsets[:-1].repeat_interleave(offsets.diff())
+    means = _ragged(values.new_empty(count, values.shape[1]), mean_offsets)
+    labels = _maxsim.pool_into(_ragged(values, offsets), means, method=method, max_iter=max_iter)
+    firsts = mean_offsets[:-1].repeat_interleave(offsets.diff(), output_size=values.shape[0])
+    return means.values, labels + firsts
 
 
 @_pool.register_fake
@@ -219,7 +225,7 @@ def _save_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor])
 
 def _pool_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     (rows,) = ctx.saved_tensors
-    sizes = torch.zeros(ctx.count, dtype=grad.dtype).index_add_(0, rows, torch.ones_like(rows, dtype=grad.dtype))
+    sizes = grad.new_zeros(ctx.count).index_add_(0, rows, torch.ones_like(rows, dtype=grad.dtype))
     return (grad / sizes[:, None])[rows], None, None, None, None, None
 
 
@@ -271,8 +277,8 @@ def pool(
     -----
     Which token belongs to which cluster counts as constant: a token's gradient is that of its mean over the number of
     tokens in it (CRISP trains an encoder through its clusters so). Derivatives of any order. A forward saves an int64 a
-    token. Lengths, offsets and masks break the graph of `torch.compile`, for it cannot know how many tokens they keep.
-    Runs in float32 under autocast. CPU only.
+    token. Lengths, offsets and masks break the graph of `torch.compile`, for it cannot know how many tokens they keep;
+    on a GPU they are waited for. Runs in float32 under autocast. On a GPU a document with NaN or Inf has means of NaN.
 
     References
     ----------
@@ -303,7 +309,7 @@ def pool(
     if isinstance(docs, Tensor) and doc_mask is None:  # lengths that torch.compile knows
         n, t = docs.shape[:2]
         kept = min(k, t) if k is not None else max(min(1, t), int(t * float(ratio or 0)))
-        mean_offsets, count = torch.arange(n + 1) * kept, n * kept
+        mean_offsets, count = torch.arange(n + 1, device=values.device) * kept, n * kept
     else:
         lengths = offsets.diff()
         least = lengths.clamp(max=1 if k is None else k)

@@ -193,8 +193,9 @@ def soft_assign(x: Tensor, codebooks: Tensor, *, temperature: float = 1.0, hard:
     du = 2 sum_j ds_j c_j and dc_j = w_j g + 2 ds_j (u - c_j), where w is 1 at the id and else 0 (hard), or p (soft).
     2 n k d flops for a forward (twice that when soft) and 8 n k d for both gradients. Probabilities are computed anew
     in the backward, and neither they nor differences u - c_j are stored: a forward saves its inputs alone. Sums over
-    rows run in a fixed order: gradients have the same bits for any number of threads. First derivatives only. CPU
-    only. Runs in float32 under autocast.
+    rows run in a fixed order: gradients have the same bits for any number of threads. First derivatives only. Runs in
+    float32 under autocast. On a GPU nothing waits for values, so that NaN and Inf are not refused; p is kept there for
+    up to 2^26 codewords of rows at a time.
 
     References
     ----------
@@ -298,7 +299,7 @@ def vq_linear(x: Tensor, codes: Tensor, codebooks: Tensor, *, bias: Tensor | Non
     Codes are fixed; x, codebooks and bias have gradients: fine-tuning of a compressed layer. With g_c the sum of the
     gradients of the outputs whose code has codeword c in a subspace, dx = sum_c g_c c and dc = g_c x: n m outputs
     additions and 4 n k d flops for both, in a fixed order: the same bits for any number of threads. First derivatives
-    only. CPU only. Runs in float32 under autocast.
+    only. Runs in float32 under autocast. On a GPU products take the flops of a layer that is not compressed.
 
     Examples
     --------
