@@ -181,6 +181,41 @@ def test_search_storage(curve, data, threads):
     assert all(abs(a["recall"] - b["recall"]) < 0.01 for a, b in zip(halves, floats, strict=True))
 
 
+@pytest.mark.parametrize("share", [0.5, 0.1, 0.01])
+def test_search_filtered(curve, data, threads, share):
+    """40,000 of the sentences, of which a share may be found; faiss walks and leaves the others out of its results."""
+    faiss = pytest.importorskip("faiss")
+    x, queries, metric = glosses(data)
+    x, queries = x[:40_000], queries[:1000]
+    shown = np.sort(np.random.default_rng(0).permutation(len(x))[: round(share * len(x))])
+    truth = shown[pv.scan.topk(queries, x[shown], K, metric=metric)[1]]
+    index = pv.hnsw.Index(x.shape[1], metric=metric, storage="int8", m=M, ef_construction=EF_CONSTRUCTION)
+    index.add(x, num_threads=threads)
+    frozen = index.freeze()
+    faiss.omp_set_num_threads(threads)
+    rival = faiss.IndexHNSWFlat(x.shape[1], M, faiss.METRIC_INNER_PRODUCT)
+    rival.hnsw.efConstruction = EF_CONSTRUCTION
+    rival.add(x)
+    selector = faiss.IDSelectorBatch(shown)
+
+    def search(index):
+        return lambda ef: index.search(queries, K, ef=ef, include=shown, num_threads=threads)[1]
+
+    points = curve(
+        search(frozen),
+        {
+            "polyvec, int8": search(index),
+            "faiss": lambda ef: rival.search(queries, K, params=faiss.SearchParametersHNSW(sel=selector, efSearch=ef))[
+                1
+            ],
+        },
+        settings=[16, 32, 64, 128],
+        recall=recall_of(truth),
+        queries=len(queries),
+    )
+    assert points["polyvec"][-1]["recall"] > 0.98
+
+
 @pytest.mark.parametrize(("k", "settings"), [(10, [10, 20, 40, 80]), (100, [100, 200, 400, 800])])
 def test_search_fitted(curve, data, threads, k, settings):
     """16,980 articles for 1,111 users, inner products of a factorisation; links for the other 4,440 users."""

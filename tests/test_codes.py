@@ -190,6 +190,7 @@ def test_search_is_exact_on_whole_numbers(rng, isa, nq, bits, metric):
         expected, kept = ref_scan.topk(queries, items[include], k, metric)
         assert_exact(scores, expected)
         assert_exact(ids, np.where(kept >= 0, np.flatnonzero(include)[kept] if include.any() else -1, -1))
+        assert_exact(codec.search(queries, codes, k, include=[])[1], np.full((len(queries), k), -1))
         again = codec.search(queries, codes, k, include=np.flatnonzero(include)[::-1])
         assert_exact(again[0], scores)
         assert_exact(again[1], ids)

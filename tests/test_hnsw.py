@@ -659,6 +659,79 @@ def test_all_removed(rng, metric):
     assert_exact(index.search(np.ones((1, 3), np.float32), 2)[1], [[3, -1]])
 
 
+# Filters
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("share", [0.5, 0.1, 0.01, 0.001])
+def test_recall_among_included_vectors(rng, data, storage, frozen, share):
+    """Walks, and comparisons with all that are included where these are few."""
+    vectors = read(data / "sift-10k" / "vectors.npy.xz").astype(np.float32)
+    x, queries = vectors[:5000], vectors[5000:5100]
+    index = pv.hnsw.Index(128, metric="l2", storage=storage)
+    index.add(x, num_threads=2)
+    index = index.freeze() if frozen else index
+    shown = np.sort(rng.permutation(5000)[: round(5000 * share)])
+    scores, ids = index.search(queries, 10, include=shown)
+    count = min(10, len(shown))
+    assert np.isin(ids[:, :count], shown).all()
+    assert_exact(ids[:, count:], np.full((100, 10 - count), -1))
+    assert np.isinf(scores[:, count:]).all()
+    truth = ref.search(queries, x[shown], count, "l2", shown)
+    assert ref.recall(ids[:, :count], truth[1]) > (0.95 if share > 0.02 else 0.999)
+    mask = np.zeros(5000, bool)
+    mask[shown] = True
+    for other in (mask, mask[: shown.max() + 1], np.append(mask, True), np.append(shown[::-1], [7000, -5])):
+        assert_exact(index.search(queries, 10, include=other)[1], ids)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_included_vectors_far_from_the_query_are_all_compared(rng, frozen):
+    """Near vectors are all hidden: a walk through them gives up."""
+    near, far = sample(rng, 3000, 8), sample(rng, 1500, 8) + 20
+    index = build(np.concatenate([near, far]))
+    index = index.freeze() if frozen else index
+    scores, ids = index.search(near[:30], 10, ef=16, include=np.arange(3000, 4500))
+    expected, truth = ref.search(near[:30], far, 10, "l2", np.arange(3000, 4500))
+    assert_exact(ids, truth)
+    assert_reduction(scores, expected, expected, length=16)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_including_all_or_none(rng, frozen):
+    x, queries = sample(rng, 900, 6), sample(rng, 20, 6)
+    index = build(x)
+    index.remove(np.arange(0, 900, 3))
+    index = index.freeze() if frozen else index
+    for one, other in zip(index.search(queries, 5), index.search(queries, 5, include=np.arange(900)), strict=True):
+        assert_exact(one, other)
+    for none in ([], np.zeros(900, bool), np.zeros(0, bool), [0, 3, 2**62], np.array([], np.int32)):
+        scores, ids = index.search(queries, 5, include=none)
+        assert_exact(ids, np.full((20, 5), -1))
+        assert_exact(scores, np.full((20, 5), np.inf))
+    assert index.search(queries, 5, include=[4, 4])[1][:, :2].tolist() == [[4, -1]] * 20
+
+
+def test_included_ids_are_names(rng):
+    x = sample(rng, 6, 3)
+    index = pv.hnsw.Index(3, metric="l2")
+    index.add(x, [2**63 - 1, -7, 3, 900, 5, 0])
+    assert_exact(index.search(x[:1], 6, include=[-7, 900, 2**63 - 1])[1][0, 3:], [-1, -1, -1])
+    assert sorted(index.search(x[:1], 2, include=[900, -7])[1][0]) == [-7, 900]
+    assert sorted(index.search(x[:1], 3, include=[True, False, True, True, True, False])[1][0]) == [-1, 0, 3]
+
+
+def test_filtered_searches_do_not_depend_on_threads_or_company(rng, isa):
+    x, queries = sample(rng, 3000, 20), sample(rng, 100, 20)
+    include = rng.permutation(3000)[:900]
+    for index in (build(x, storage="int8"), build(x).freeze()):
+        together = index.search(queries, 7, ef=20, include=include, num_threads=2)
+        alone = [index.search(query[None], 7, ef=20, include=include, num_threads=1) for query in queries]
+        for part in (0, 1):
+            assert_exact(together[part], np.concatenate([result[part] for result in alone]))
+
+
 @settings(max_examples=25)
 @given(
     steps=st.lists(st.tuples(st.sampled_from(["add", "add", "remove", "reload"]), st.integers(0, 40)), max_size=8),
@@ -1351,6 +1424,16 @@ def index():
             "hnsw.knn_graph: x must be finite, got NaN or Inf in row 1",
         ),
         (lambda i: i.get([5, 9]), IndexError, "hnsw.Index.get: ids must be in the index, got 9"),
+        (
+            lambda i: i.search(zeros(1, 4), 1, include=[0.5]),
+            TypeError,
+            "hnsw.Index.search: include must be integers, got float64",
+        ),
+        (
+            lambda i: i.search(zeros(1, 4), 1, include=np.zeros((2, 2), bool)),
+            ValueError,
+            "hnsw.Index.search: include must have 1 axis, got shape (2, 2)",
+        ),
         (lambda i: i.remove([5, 9]), IndexError, "hnsw.Index.remove: ids must be in the index, got 9"),
         (lambda i: i.remove([5, 5]), ValueError, "hnsw.Index.remove: ids must be distinct, got 5 twice"),
     ],

@@ -133,7 +133,7 @@ void Builder::link_batch(std::int64_t end) {
             worker, begin + from, begin + to,
             [&](Walk& walk, std::int64_t slot) {
                 walk.target.set(static_cast<std::uint32_t>(slot));
-                walk.start(ef_, std::min<int>(highest, graph_.levels[slot]), false);
+                walk.start(ef_, std::min<int>(highest, graph_.levels[slot]));
             },
             [&](Walk& walk, std::int64_t slot) {
                 for (int level = std::min<int>(highest, graph_.levels[slot]); level >= 0; --level) {

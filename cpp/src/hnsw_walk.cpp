@@ -118,10 +118,12 @@ void Walk::prepare(const Graph& graph, std::size_t ef) {
     upper_found_.resize(max_level + 1);
 }
 
-void Walk::start(std::size_t ef, int wide, bool skip_removed) {
+void Walk::start(std::size_t ef, int wide, const std::uint8_t* hidden, std::size_t most) {
     ef_ = ef;
     wide_ = wide;
-    skip_removed_ = skip_removed;
+    hidden_ = hidden;
+    most_ = most;
+    gave_up_ = false;
     level_ = graph_->levels[graph_->entry];
     float distance;
     target.measure(&graph_->entry, 1, &distance);
@@ -135,7 +137,7 @@ void Walk::begin_level(Entry start) {
     slots_.assign(1, slot);
     known_ = 1;
     seen_[slot / 64] |= std::uint64_t(1) << slot % 64;
-    skip_removed_&& level_ <= wide_ ? take(start) : pool.insert(start);
+    hidden_&& level_ <= wide_ ? take(start) : pool.insert(start);
     fetch_links();
     measuring_ = false;
 }
@@ -151,7 +153,8 @@ bool Walk::step() {
         measuring_ = false;
         return true;
     }
-    measuring_ = look();
+    gave_up_ = level_ == 0 && known_ > most_;
+    measuring_ = !gave_up_ && look();
     if (measuring_) return true;
     forget();
     if (level_ == 0) return false;
@@ -195,7 +198,7 @@ void Walk::measure() {
         slots = near_.data();
     }
     target.measure(slots, count, distances_.data());
-    if (skip_removed_ && level_ <= wide_) {
+    if (hidden_ && level_ <= wide_) {
         for (std::size_t i = 0; i < count; ++i) take(entry_of(distances_[i], slots[i]));
     } else {
         for (std::size_t i = 0; i < count; ++i) pool.insert(entry_of(distances_[i], slots[i]));
@@ -215,7 +218,7 @@ void Walk::fetch_links() const {
 }
 
 void Walk::take(Entry entry) {
-    if (!graph_->removed[slot_of(entry)]) return pool.insert(entry);
+    if (!hidden_[slot_of(entry)]) return pool.insert(entry);
     if (!pool.accepts(entry)) return;
     detours_.push_back(entry);
     std::push_heap(detours_.begin(), detours_.end(), std::greater<>());
@@ -235,17 +238,14 @@ std::uint32_t Walk::next() {
     return slot_of(*open);
 }
 
-void Walk::scan(std::size_t ef) {
+void Walk::scan(std::size_t ef, std::span<const std::uint32_t> slots) {
     constexpr std::size_t batch = 256;
-    std::uint32_t slots[batch];
     float distances[batch];
     pool.reset(ef);
-    for (std::int64_t slot = 0; slot < graph_->n;) {
-        std::size_t count = 0;
-        for (; slot < graph_->n && count < batch; ++slot)
-            if (!graph_->removed[slot]) slots[count++] = static_cast<std::uint32_t>(slot);
-        target.measure_exactly(slots, count, distances);
-        for (std::size_t i = 0; i < count; ++i) pool.insert(entry_of(distances[i], slots[i]));
+    for (std::size_t first = 0; first < slots.size(); first += batch) {
+        const std::size_t count = std::min(batch, slots.size() - first);
+        target.measure_exactly(slots.data() + first, count, distances);
+        for (std::size_t i = 0; i < count; ++i) pool.insert(entry_of(distances[i], slots[first + i]));
     }
 }
 

@@ -139,13 +139,18 @@ public:
     void prepare(const Graph& graph, std::size_t ef);
 
     /// From the graph's entry down to level 0. At levels above `wide` the nearest slot is kept, at the others `ef`.
-    /// Where `skip_removed`, removed slots are followed as others are, but take no place in the pool.
-    void start(std::size_t ef, int wide, bool skip_removed);
+    /// hidden (a byte a slot, or null): slots that are followed as others are, but take no place in the pool. A walk
+    /// ends at level 0 when it has seen more than `most` slots.
+    void start(std::size_t ef, int wide, const std::uint8_t* hidden = nullptr,
+               std::size_t most = std::numeric_limits<std::size_t>::max());
     /// One step; false: the walk is at its end.
     bool step();
 
-    /// Fills the pool with the exactly nearest `ef` of all slots that are not removed.
-    void scan(std::size_t ef);
+    /// Whether it has seen more than `most`: what it found are not the nearest that it could have.
+    bool gave_up() const { return gave_up_; }
+
+    /// Fills the pool with the exactly nearest `ef` of some slots.
+    void scan(std::size_t ef, std::span<const std::uint32_t> slots);
     /// Replaces the distances of the pool's first `count` entries by exact ones, and sorts them.
     void measure_exactly(std::size_t count);
     /// The same of as many as may be among the k nearest, judged by how far off the first ones are.
@@ -173,13 +178,15 @@ private:
     const Graph* graph_ = nullptr;
     std::size_t ef_ = 0;
     int level_ = 0, wide_ = 0, at_a_time_ = 1;
-    bool skip_removed_ = false, measuring_ = false;
+    const std::uint8_t* hidden_ = nullptr;
+    std::size_t most_ = 0;
+    bool gave_up_ = false, measuring_ = false;
     std::vector<std::uint64_t> seen_;   // a bit a slot
     std::vector<std::uint32_t> slots_;  // those whose bits are set; the last `fresh_` are to be measured
     std::size_t known_ = 0, fresh_ = 0;
     std::vector<std::uint32_t> near_;  // those of them that are worth measuring, where the target selects
     std::vector<float> distances_;
-    std::vector<Entry> detours_;  // removed slots to follow, a heap with the nearest first
+    std::vector<Entry> detours_;  // hidden slots to follow, a heap with the nearest first
     std::vector<std::vector<Entry>> upper_found_;
 };
 

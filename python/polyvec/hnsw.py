@@ -11,7 +11,19 @@ import numpy as np
 import numpy.typing as npt
 
 from polyvec import _backend, _core, _files
-from polyvec._arrays import Array, ArrayT, as_array, as_count, as_float32, as_ids, choice, output, outputs, require_cpu
+from polyvec._arrays import (
+    Array,
+    ArrayT,
+    as_array,
+    as_count,
+    as_float32,
+    as_ids,
+    as_selection,
+    choice,
+    output,
+    outputs,
+    require_cpu,
+)
 from polyvec._files import State
 from polyvec._knn_graph import knn_graph
 from polyvec._progress import Progress, reporting
@@ -224,6 +236,7 @@ class Index(_files.Saved):
         k: int,
         *,
         ef: int | None = None,
+        include: Any = None,
         out: tuple[ArrayT, ArrayT] | None = None,
         num_threads: int | None = None,
     ) -> tuple[ArrayT, ArrayT]:
@@ -236,6 +249,9 @@ class Index(_files.Saved):
         ef : int, optional
             Candidates kept on the way, at least k; max(k, 64) by default. More give better recall and take longer,
             both in proportion. With `ef >= len(index)` the search is exact.
+        include : integer array of shape (m,) or bool array of shape (m,), optional
+            Which vectors may be found: their ids (others than the index has are passed over), or a mask over the ids
+            0 to m - 1. All when None.
         out : pair of arrays of shape (nq, k), float32 and int64, optional
             Written and returned.
         num_threads : int, optional
@@ -263,6 +279,19 @@ class Index(_files.Saved):
         in float32, whatever the dtypes. Same result for any number of threads, and for a query alone or among others. A
         query with NaN finds nothing. Removed vectors are passed through without counting as candidates: after removing
         most of an index, searches are faster in a new one.
+
+        So are vectors that `include` leaves out: a walk takes len(index) / m times as many steps. Where that costs more
+        than to compare all that it includes, and where a walk does not come to an end in that time, because near
+        vectors are others, these are compared: exact, and never much slower than that. A call reads m ids, or the ids
+        of all vectors for a mask, first: pass many queries at once.
+
+        Examples
+        --------
+        >>> import numpy as np, polyvec as pv
+        >>> index = pv.hnsw.Index(2, metric="l2")
+        >>> index.add(np.array([[0, 0], [3, 0], [0, 4]], np.float32), [10, 20, 30])
+        >>> index.search(np.zeros((1, 2), np.float32), 2, include=[30, 20, 7])[1]
+        array([[20, 30]])
         """
         op = "hnsw.Index.search"
         x: Any = as_array(op, "queries", queries, dtypes=_FLOATS, ndim=2)
@@ -271,7 +300,8 @@ class Index(_files.Saved):
         k = as_count(op, "k", k)
         ef = max(k, 64) if ef is None else as_count(op, "ef", ef)
         scores, ids = outputs(op, out, x, (int(x.shape[0]), k), ("float32", "int64"), ("scores", "ids"))
-        _backend.run(op, "hnsw_search", x, self._core, x, ef, scores, ids, num_threads=num_threads)
+        include = as_selection(op, "include", include, None)
+        _backend.run(op, "hnsw_search", x, self._core, x, ef, include, scores, ids, num_threads=num_threads)
         return scores, ids
 
     def get(self, ids: Any, *, out: Any = None) -> Any:

@@ -142,8 +142,10 @@ public:
     /// A copy that cannot be changed, with slots in the order of the walk and codes of two bits an element.
     std::unique_ptr<HnswIndex> freeze(Cpu cpu) const;
 
-    /// Fills `scores` and `ids` (nq, k); l2 scores are distances. At least max(ef, k) candidates are kept.
-    void search(const Array& queries, std::int64_t ef, const Array& scores, const Array& ids, Cpu cpu) const;
+    /// Fills `scores` and `ids` (nq, k); l2 scores are distances. At least max(ef, k) candidates are kept. include: ids
+    /// (m,) int64 of the vectors that take part, or bool (m,), whether vectors of the ids 0, 1, ... do; absent: all.
+    void search(const Array& queries, std::int64_t ef, const Array& include, const Array& scores, const Array& ids,
+                Cpu cpu) const;
 
     /// Shares memory with the index until the next change, which then works on a copy.
     HnswState state() const;
