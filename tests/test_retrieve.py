@@ -67,6 +67,30 @@ def test_candidates_find_most_of_the_exact_result(first_stage):
     assert many >= 0.9
 
 
+@pytest.mark.parametrize("first_stage", STAGES)
+def test_only_included_documents_are_found(rng, first_stage):
+    docs, queries = sample_docs(rng, 600), sample_docs(rng, 7)
+    names = rng.permutation(5000)[:600]
+    index = build(first_stage, docs, ids=names)
+    rows = np.sort(rng.permutation(600)[:150])
+    include = [*names[rows], 7777, -3, names[rows[0]]]
+    expected = pv.maxsim.topk(queries, [docs[row] for row in rows], 10)
+    for candidates in (150, 1000):
+        scores, ids = index.search(queries, 10, candidates=candidates, include=include)
+        assert_exact(scores, expected[0])
+        assert_exact(ids, names[rows][expected[1]])
+    ids = index.search(queries, 10, candidates=60, include=include)[1]
+    assert np.isin(ids, names[rows]).all()
+    assert ranking.recall(ids, names[rows][expected[1]]) > 0.5
+    mask = np.zeros(names[rows].max() + 1, bool)
+    mask[names[rows]] = True
+    assert_exact(index.search(queries, 10, candidates=60, include=mask)[1], ids)
+    for none in ([], mask[:0], [7777]):
+        scores, ids = index.search(queries, 3, include=none)
+        assert_exact(ids, np.full((7, 3), -1))
+        assert np.isneginf(scores).all()
+
+
 def test_an_encoder_of_another_dialect_finds_and_loads(rng, tmp_path):
     docs, queries = sample_docs(rng, 300), sample_docs(rng, 7)
     encoder = pv.fde.Encoder(16, repetitions=10, simhash_bits=3, projection_dim=8, dialect="google")
@@ -250,6 +274,11 @@ def test_an_interrupted_block_leaves_whole_blocks(rng, first_stage):
             lambda: pv.retrieve.MultiVectorIndex(16).search([np.ones((1, 16), np.float32)], 300),
             ValueError,
             "MultiVectorIndex.search: candidates must be at least k (300), got 200",
+        ),
+        (
+            lambda: pv.retrieve.MultiVectorIndex(16).search([np.ones((1, 16), np.float32)], 1, include=[0.5]),
+            TypeError,
+            "MultiVectorIndex.search: include must be integers, got float64",
         ),
         (
             lambda: pv.retrieve.MultiVectorIndex(16).search([np.ones((1, 16), np.float32)], 0),

@@ -13,6 +13,7 @@ from polyvec._packed_tokens import MOST_CENTROIDS, centroid_count, nearest_centr
 from polyvec._ragged import Ragged
 
 Floats = npt.NDArray[np.float32]
+Included = npt.NDArray[np.int64] | None  # numbers of documents, rising; None: all
 
 
 class Rows:
@@ -63,8 +64,8 @@ class FirstStage(Protocol):
     def truncate(self, n: int) -> None:
         """Keep the first n documents."""
 
-    def search(self, queries: Ragged, k: int, num_threads: int | None) -> npt.NDArray[np.int64]:
-        """Return (nq, k) documents, some of which may be -1 or cut off."""
+    def search(self, queries: Ragged, k: int, include: Included, num_threads: int | None) -> npt.NDArray[np.int64]:
+        """Return (nq, k) documents, of those in `include`, some of which may be -1 or cut off."""
 
     def state(self) -> _files.State: ...
 
@@ -114,9 +115,10 @@ class CentroidStage:
         self._offsets.truncate(n + 1)
         self._tokens.truncate(int(self._offsets.view()[-1, 0]))
 
-    def search(self, queries: Ragged, k: int, num_threads: int | None) -> npt.NDArray[np.int64]:
-        ids: Any = maxsim.topk(queries, self._packed(), k, num_threads=num_threads)[1]
-        return np.asarray(ids)
+    def search(self, queries: Ragged, k: int, include: Included, num_threads: int | None) -> npt.NDArray[np.int64]:
+        docs = self._packed() if include is None else self._packed().take(include)
+        ids = np.asarray(maxsim.topk(queries, docs, k, num_threads=num_threads)[1])
+        return ids if include is None else np.append(include, -1)[ids]
 
     def _packed(self) -> maxsim.PackedTokens:
         offsets = self._offsets.view()[:, 0]
@@ -147,13 +149,14 @@ class EncodedStage:
     def add(self, docs: Ragged, num_threads: int | None) -> None:
         self._add(np.asarray(self._encoder.encode_docs(docs, num_threads=num_threads)), num_threads)
 
-    def search(self, queries: Ragged, k: int, num_threads: int | None) -> npt.NDArray[np.int64]:
-        return self._search(np.asarray(self._encoder.encode_queries(queries, num_threads=num_threads)), k, num_threads)
+    def search(self, queries: Ragged, k: int, include: Included, num_threads: int | None) -> npt.NDArray[np.int64]:
+        encodings = np.asarray(self._encoder.encode_queries(queries, num_threads=num_threads))
+        return self._search(encodings, k, include, num_threads)
 
     def _add(self, encodings: Floats, num_threads: int | None) -> None:
         raise NotImplementedError
 
-    def _search(self, encodings: Floats, k: int, num_threads: int | None) -> npt.NDArray[np.int64]:
+    def _search(self, encodings: Floats, k: int, include: Included, num_threads: int | None) -> npt.NDArray[np.int64]:
         raise NotImplementedError
 
 
@@ -177,9 +180,13 @@ class FlatStage(EncodedStage):
     def _add(self, encodings: Floats, num_threads: int | None) -> None:
         self._rows.append(encodings)
 
-    def _search(self, encodings: Floats, k: int, num_threads: int | None) -> npt.NDArray[np.int64]:
-        ids: Any = scan.topk(encodings, self._rows.view(), k, num_threads=num_threads)[1]
-        return ids  # type: ignore[no-any-return]
+    def _search(self, encodings: Floats, k: int, include: Included, num_threads: int | None) -> npt.NDArray[np.int64]:
+        bias = None
+        if include is not None:
+            bias = np.full(len(self), -np.inf, np.float32)
+            bias[include] = 0
+        scores, ids = scan.topk(encodings, self._rows.view(), k, bias=bias, num_threads=num_threads)
+        return np.where(np.isneginf(scores), -1, ids)
 
     def state(self) -> _files.State:
         return _files.State({"encodings": self._rows.view()}, {})
@@ -223,8 +230,9 @@ class CodeStage(EncodedStage):
     def _add(self, encodings: Floats, num_threads: int | None) -> None:
         self._codes.append(self._quantizer.encode(encodings, num_threads=num_threads))
 
-    def _search(self, encodings: Floats, k: int, num_threads: int | None) -> npt.NDArray[np.int64]:
-        ids: Any = self._quantizer.search(encodings, self._codes.view(), k, num_threads=num_threads)[1]
+    def _search(self, encodings: Floats, k: int, include: Included, num_threads: int | None) -> npt.NDArray[np.int64]:
+        codes = self._codes.view()
+        ids: Any = self._quantizer.search(encodings, codes, k, include=include, num_threads=num_threads)[1]
         return ids  # type: ignore[no-any-return]
 
     def state(self) -> _files.State:
@@ -262,8 +270,8 @@ class GraphStage(EncodedStage):
         first = len(self)
         self._index.add(encodings, np.arange(first, first + len(encodings)), num_threads=num_threads)
 
-    def _search(self, encodings: Floats, k: int, num_threads: int | None) -> npt.NDArray[np.int64]:
-        ids: Any = self._index.search(encodings, k, num_threads=num_threads)[1]
+    def _search(self, encodings: Floats, k: int, include: Included, num_threads: int | None) -> npt.NDArray[np.int64]:
+        ids: Any = self._index.search(encodings, k, include=include, num_threads=num_threads)[1]
         return ids  # type: ignore[no-any-return]
 
     def state(self) -> _files.State:

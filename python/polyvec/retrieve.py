@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from polyvec import _backend, _files, fde, hypercomplex, maxsim, scan
-from polyvec._arrays import as_array, as_count, as_ids, choice, is_torch, outputs
+from polyvec._arrays import as_array, as_count, as_ids, as_selection, choice, is_torch, outputs
 from polyvec._first_stages import FIRST_STAGES, Rows, first_stage_of
 from polyvec._progress import Progress, reporting
 from polyvec._ragged import Ragged, as_ragged
@@ -178,6 +178,7 @@ class MultiVectorIndex(_files.Saved):
         k: int,
         *,
         candidates: int = 200,
+        include: Any = None,
         out: tuple[Any, Any] | None = None,
         num_threads: int | None = None,
     ) -> tuple[Any, Any]:
@@ -189,7 +190,10 @@ class MultiVectorIndex(_files.Saved):
         k : int
         candidates : int
             How many documents the first stage hands to exact MaxSim; at least k. More is slower and closer to exact;
-            with as many as the index holds, the first stage is not needed and the result is exact.
+            with as many as may be found, the first stage is not needed and the result is exact.
+        include : integer array of shape (m,) or bool array of shape (m,), optional
+            Which documents may be found: their ids (others than the index has are passed over), or a mask over the ids
+            0 to m - 1. All when None.
         out : pair of arrays, optional
             (scores, ids) of the returned shapes and dtypes.
         num_threads : int, optional
@@ -211,12 +215,23 @@ class MultiVectorIndex(_files.Saved):
         if as_count(op, "candidates", candidates) < k:
             raise ValueError(f"{op}: candidates must be at least k ({k}), got {candidates}")
         sets = as_ragged(op, "queries", queries, dim=self.dim)
-        lists = None
-        if candidates < len(self):
-            lists = _candidate_lists(self._stage.search(sets, candidates, num_threads), len(self))
+        lists, included = None, self._included(op, include)
+        if candidates < (len(self) if included is None else len(included)):
+            lists = _candidate_lists(self._stage.search(sets, candidates, included, num_threads), len(self))
+        elif included is not None:
+            lists = np.arange(len(sets) + 1) * len(included), np.tile(included, len(sets))
         documents = self._documents()
         scores, rows = maxsim.topk(sets, documents, k, candidates=lists, out=out, num_threads=num_threads)
         return scores, self._to_ids(rows)
+
+    def _included(self, op: str, include: Any) -> npt.NDArray[np.int64] | None:
+        """Return the numbers of the documents that may be found, None for all."""
+        chosen = as_selection(op, "include", include, None)
+        if chosen is None:
+            return None
+        if chosen.dtype == bool:
+            chosen = np.flatnonzero(chosen)
+        return np.flatnonzero(np.isin(self._ids, chosen))
 
     def _documents(self) -> Ragged:
         offsets = self._offsets[: len(self) + 1]
