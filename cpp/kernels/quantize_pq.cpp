@@ -284,8 +284,8 @@ POLYVEC_INLINE void unpack_steps(const uint8_t* codes, size_t stride, const int3
 
 /// Nodes of `Steps` steps for G blocks that lie `stride` bytes apart: of a query's tables, `table` holds those of each
 /// step, of the codes, `code` each step of the first block, and `next` what to fetch, at every block `next_stride`
-/// bytes further. Unpacked nibbles are the indices that a shuffle reads from
-/// memory in the same operation; the tables stay in registers for all blocks.
+/// bytes further. Unpacked nibbles are the indices that a shuffle reads from memory in the same operation; the tables
+/// stay in registers for all blocks.
 template <size_t G, bool Unpacked, size_t Steps>
 POLYVEC_INLINE void add_nodes(const uint8_t* const (&code)[steps_of_node], size_t stride,
                               const uint8_t* const (&table)[steps_of_node], const uint8_t* const (&next)[steps_of_node],

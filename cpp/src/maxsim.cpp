@@ -207,11 +207,9 @@ public:
         kernel_.round(products.get(), rows, {bytes(at), least_.get() + at, step_.get() + at});
     }
 
-    /// What Scorer::score does. The steps of a query's tokens are taken as multiples of a unit, to 14 bits: sums are of
-    /// integers, and do not depend on which panels a query lies in.
+    /// What Scorer::score does.
     void score(const TokenSets& queries, const Missing& missing, const Group& group, const Block& block,
                const std::int64_t* ids, float* out, std::int64_t stride) const {
-        constexpr float units_of_a_step = 1 << 14;
         const std::int64_t n = block.end - block.begin, nq = group.end - group.begin;
         std::vector<CentroidDoc> docs(n);
         for (std::int64_t i = 0; i < n; ++i) {
@@ -219,46 +217,62 @@ public:
             docs[i] = {docs_.tokens.as<const std::uint16_t>() + docs_.begin(doc), static_cast<std::size_t>(tokens),
                        tokens < missing.full ? centroids_ : -1};
         }
-        std::vector<std::int64_t> sums(nq * n), first_part;
-        std::vector<std::int16_t> weights(group.tokens);
-        std::vector<float> units(nq);
-        std::vector<CentroidQuery> parts;
-        for (std::int64_t q = 0, t = 0; q < nq; ++q) {
-            const std::int64_t end = t + queries.length(group.begin + q);
-            if (t == end) continue;
-            const float* step = step_.get() + group.panels;
-            units[q] = *std::max_element(step + t, step + end) / units_of_a_step;
-            for (std::int64_t i = t; i < end; ++i)
-                weights[i] = units[q] > 0 ? static_cast<std::int16_t>(std::lrint(step[i] / units[q])) : 0;
-            for (std::int64_t panel = t / width(); t < end; ++panel) {
-                const std::int64_t first = panel * width(), last = std::min(end, first + width());
-                if (panel == static_cast<std::int64_t>(first_part.size())) first_part.push_back(parts.size());
-                parts.push_back({static_cast<std::size_t>(t - first), static_cast<std::size_t>(last - first),
-                                 &weights[t], &sums[q * n]});
-                t = last;
-            }
-        }
-        first_part.push_back(parts.size());
-        for (std::size_t panel = 0; panel + 1 < first_part.size(); ++panel) {
-            const std::int64_t first = first_part[panel];
-            kernel_.sums(bytes(group.panels + panel * width()), docs.data(), n, &parts[first],
-                         first_part[panel + 1] - first);
+        std::vector<std::int64_t> sums(nq * n);
+        const Parts parts = parts_of(queries, group, n, sums.data());
+        for (std::size_t panel = 0; panel + 1 < parts.first_of_panel.size(); ++panel) {
+            const std::int64_t first = parts.first_of_panel[panel], end = parts.first_of_panel[panel + 1];
+            kernel_.sums(bytes(group.panels + panel * width()), docs.data(), n, &parts.of_queries[first], end - first);
         }
         const float* least = least_.get() + group.panels;
         for (std::int64_t q = 0; q < nq; ++q) {
             const std::int64_t tokens = queries.length(group.begin + q);
-            const double base = std::accumulate(least, least + tokens, 0.0);
+            const double base = std::accumulate(least, least + tokens, 0.0), unit = parts.units[q];
             least += tokens;
             for (std::int64_t i = 0; i < n; ++i) {
                 const bool empty = docs[i].n == 0 && docs[i].start < 0 && tokens > 0;
-                out[q * stride + i] = static_cast<float>(empty ? missing.empty
-                                                               : base + static_cast<double>(units[q]) *
-                                                                            static_cast<double>(sums[q * n + i]));
+                const double score = base + unit * static_cast<double>(sums[q * n + i]);
+                out[q * stride + i] = static_cast<float>(empty ? missing.empty : score);
             }
         }
     }
 
 private:
+    /// The queries of a group as the kernel takes them, panel by panel.
+    struct Parts {
+        std::vector<CentroidQuery> of_queries;
+        std::vector<std::int64_t> first_of_panel;  // and the end
+        std::vector<std::int16_t> weights;         // of the tokens, in units of their query
+        std::vector<float> units;
+    };
+
+    /// sums (queries, n). The steps of a query's tokens are taken as multiples of a unit, to 14 bits: sums are of
+    /// integers, and do not depend on which panels a query lies in.
+    Parts parts_of(const TokenSets& queries, const Group& group, std::int64_t n, std::int64_t* sums) const {
+        constexpr float units_of_a_step = 1 << 14;
+        const std::int64_t nq = group.end - group.begin;
+        const float* const step = step_.get() + group.panels;
+        Parts parts;
+        parts.weights.resize(group.tokens);
+        parts.units.resize(nq);
+        for (std::int64_t q = 0, t = 0; q < nq; ++q) {
+            const std::int64_t end = t + queries.length(group.begin + q);
+            if (t == end) continue;
+            const float unit = parts.units[q] = *std::max_element(step + t, step + end) / units_of_a_step;
+            for (std::int64_t i = t; i < end; ++i)
+                parts.weights[i] = unit > 0 ? static_cast<std::int16_t>(std::lrint(step[i] / unit)) : 0;
+            for (std::int64_t panel = t / width(); t < end; ++panel) {
+                const std::int64_t first = panel * width(), last = std::min(end, first + width());
+                if (panel == static_cast<std::int64_t>(parts.first_of_panel.size()))
+                    parts.first_of_panel.push_back(parts.of_queries.size());
+                parts.of_queries.push_back({static_cast<std::size_t>(t - first), static_cast<std::size_t>(last - first),
+                                            &parts.weights[t], sums + q * n});
+                t = last;
+            }
+        }
+        parts.first_of_panel.push_back(parts.of_queries.size());
+        return parts;
+    }
+
     std::uint8_t* bytes(std::int64_t at) const { return bytes_.get() + at * (centroids_ + 1); }
 
     const StoredTokens& docs_;
