@@ -369,14 +369,7 @@ void HnswIndex::search(const Array& queries, std::int64_t ef, const Array& inclu
         std::fill(id + found, id + k, -1);
     };
     parallel_for(nq, grain, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int worker) {
-        if (scan) {
-            for (std::int64_t i = begin; i < end; ++i) {
-                aim(walks.first(worker), i);
-                walks.first(worker).scan(ef, slots);
-                keep(walks.first(worker), i);
-            }
-            return;
-        }
+        if (scan) return walks.scan(worker, begin, end, ef, slots, aim, keep);
         walks.run(
             worker, begin, end,
             [&](Walk& walk, std::int64_t i) {

@@ -239,9 +239,13 @@ std::uint32_t Walk::next() {
 }
 
 void Walk::scan(std::size_t ef, std::span<const std::uint32_t> slots) {
+    pool.reset(ef);
+    scan_more(slots);
+}
+
+void Walk::scan_more(std::span<const std::uint32_t> slots) {
     constexpr std::size_t batch = 256;
     float distances[batch];
-    pool.reset(ef);
     for (std::size_t first = 0; first < slots.size(); first += batch) {
         const std::size_t count = std::min(batch, slots.size() - first);
         target.measure_exactly(slots.data() + first, count, distances);

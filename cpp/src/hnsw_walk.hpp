@@ -149,8 +149,9 @@ public:
     /// Whether it has seen more than `most`: what it found are not the nearest that it could have.
     bool gave_up() const { return gave_up_; }
 
-    /// Fills the pool with the exactly nearest `ef` of some slots.
+    /// Fills the pool with the exactly nearest `ef` of some slots, or with those of its own and of these.
     void scan(std::size_t ef, std::span<const std::uint32_t> slots);
+    void scan_more(std::span<const std::uint32_t> slots);
     /// Replaces the distances of the pool's first `count` entries by exact ones, and sorts them.
     void measure_exactly(std::size_t count);
     /// The same of as many as may be among the k nearest, judged by how far off the first ones are.
@@ -226,7 +227,24 @@ public:
         }
     }
 
-    Walk& first(int worker) { return *walks_[worker * each_]; }
+    /// The same for the exactly nearest `ef` of some slots: pieces of them that stay in the cache meet all walks.
+    template <class Start, class Finish>
+    void scan(int worker, std::int64_t begin, std::int64_t end, std::size_t ef, std::span<const std::uint32_t> slots,
+              Start start, Finish finish) {
+        constexpr std::size_t piece = 256;
+        for (; begin < end; begin += each_) {
+            const int count = static_cast<int>(std::min<std::int64_t>(each_, end - begin));
+            const auto walk = [&](int i) -> Walk& { return *walks_[worker * each_ + i]; };
+            for (int i = 0; i < count; ++i) {
+                start(walk(i), begin + i);
+                walk(i).pool.reset(ef);
+            }
+            for (std::size_t first = 0; first < slots.size(); first += piece)
+                for (int i = 0; i < count; ++i)
+                    walk(i).scan_more(slots.subspan(first, std::min(piece, slots.size() - first)));
+            for (int i = 0; i < count; ++i) finish(walk(i), begin + i);
+        }
+    }
 
 private:
     IdleWalks& idle_;
