@@ -323,6 +323,7 @@ private:
 /// as much as a row of a scan, or a third of it where the rows do not stay in the cache (115,659 x 384 on Zen 3).
 bool scan_is_faster(const Graph& graph, std::int64_t shown, std::int64_t ef) {
     constexpr double cache = 8 << 20;
+    if (shown == graph.n) return shown <= ef;
     const double rows = static_cast<double>(shown), bytes = rows * static_cast<double>(graph.params.vector_bytes());
     const double steps = static_cast<double>(ef) * static_cast<double>(graph.n) / std::max(1.0, rows);
     return rows * (bytes > cache ? 3 : 1) <= 2 * static_cast<double>(graph.params.m) * steps;

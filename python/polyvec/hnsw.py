@@ -249,9 +249,9 @@ class Index(_files.Saved):
         ef : int, optional
             Candidates kept on the way, at least k; max(k, 64) by default. More give better recall and take longer,
             both in proportion. With `ef >= len(index)` the search is exact.
-        include : integer array of shape (m,) or bool array of shape (m,), optional
+        include : integer array of shape (c,) or bool array of shape (c,), optional
             Which vectors may be found: their ids (others than the index has are passed over), or a mask over the ids
-            0 to m - 1. All when None.
+            0 to c - 1. All when None.
         out : pair of arrays of shape (nq, k), float32 and int64, optional
             Written and returned.
         num_threads : int, optional
@@ -280,10 +280,10 @@ class Index(_files.Saved):
         query with NaN finds nothing. Removed vectors are passed through without counting as candidates: after removing
         most of an index, searches are faster in a new one.
 
-        So are vectors that `include` leaves out: a walk takes len(index) / m times as many steps. Where that costs more
-        than to compare all that it includes, and where a walk does not come to an end in that time, because near
-        vectors are others, these are compared: exact, and never much slower than that. A call reads m ids, or the ids
-        of all vectors for a mask, first: pass many queries at once.
+        So are vectors that `include` leaves out: where it lets one in ten pass, a walk takes ten times as many steps.
+        Where that costs more than to compare all that pass, and where a walk does not come to an end in that time,
+        because those near the query do not, all that pass are compared: exact, and never much slower than that. A call
+        looks up the ids first, or those of all vectors for a mask: pass many queries at once.
 
         Examples
         --------

@@ -191,9 +191,9 @@ class MultiVectorIndex(_files.Saved):
         candidates : int
             How many documents the first stage hands to exact MaxSim; at least k. More is slower and closer to exact;
             with as many as may be found, the first stage is not needed and the result is exact.
-        include : integer array of shape (m,) or bool array of shape (m,), optional
+        include : integer array of shape (c,) or bool array of shape (c,), optional
             Which documents may be found: their ids (others than the index has are passed over), or a mask over the ids
-            0 to m - 1. All when None.
+            0 to c - 1. All when None.
         out : pair of arrays, optional
             (scores, ids) of the returned shapes and dtypes.
         num_threads : int, optional
