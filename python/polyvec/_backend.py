@@ -55,6 +55,8 @@ def run(op: str, function: str, like: Any, *args: Any, num_threads: int | None =
     if module is not None and kernel is None:
         raise TypeError(f"{op}: arrays must be on cpu, got cuda; this function has no CUDA form yet")
     for arg in args:  # a call of a graph takes microseconds: numpy's arrays need no second question
+        if arg is None:
+            continue
         on_cpu = isinstance(arg, np.ndarray)
         if (on_cpu and device != "cpu") or (not on_cpu and is_array(arg) and device_name(arg) != device):
             raise TypeError(f"{op}: arrays must be on one device, got {device} and {device_name(arg)}")
