@@ -16,6 +16,7 @@ struct Clusters {
     const float* values;
     const std::int64_t *offsets, *mean_offsets;
     std::int64_t sets, d;
+    bool ward;
     float* means;
     std::int64_t* labels;
     double* inertia;
@@ -49,19 +50,17 @@ __device__ bool any_of_block(bool x) {
 class Set {
 public:
     __device__ Set(const Clusters& all, std::int64_t s)
-        : d_(all.d),
-          first_(all.offsets[s]),
-          n_(all.offsets[s + 1] - first_),
-          k_(all.mean_offsets[s + 1] - all.mean_offsets[s]) {
-        x_ = all.values + first_ * d_;
+        : d_(all.d), n_(all.offsets[s + 1] - all.offsets[s]), k_(all.mean_offsets[s + 1] - all.mean_offsets[s]) {
+        const std::int64_t first = all.offsets[s];
+        x_ = all.values + first * d_;
         means_ = all.means + all.mean_offsets[s] * d_;
-        labels_ = all.labels + first_;
-        squares_ = all.squares + first_, best_ = all.best + first_, half_squares_ = all.half_squares + first_;
-        before_ = all.before + first_, counts_ = all.counts + first_, moved_ = all.moved + first_;
-        if (!all.centroids) return;
-        centroids_ = all.centroids + first_ * d_;
-        chain_ = all.chain + first_, joined_ = all.joined + first_, into_ = all.into + first_;
-        heights_ = all.heights + first_;
+        labels_ = all.labels + first;
+        squares_ = all.squares + first, best_ = all.best + first, half_squares_ = all.half_squares + first;
+        before_ = all.before + first, counts_ = all.counts + first, moved_ = all.moved + first;
+        if (!all.ward) return;
+        centroids_ = all.centroids + first * d_;
+        chain_ = all.chain + first, joined_ = all.joined + first, into_ = all.into + first;
+        heights_ = all.heights + first;
     }
 
     /// Writes |x|^2 of the rows; whether all are finite.
@@ -313,7 +312,7 @@ private:
         __syncthreads();
     }
 
-    std::int64_t d_, first_, n_, k_;
+    std::int64_t d_, n_, k_;
     const float* x_;
     float* means_;
     std::int64_t* labels_;
@@ -332,7 +331,7 @@ __global__ void __launch_bounds__(threads)
             set.refuse();
         } else if (set.keeps_all()) {
             set.keep_all();
-        } else if (all.centroids) {
+        } else if (all.ward) {
             set.ward();
         } else {
             iterations = set.lloyd(max_iter, tolerance);
@@ -349,8 +348,7 @@ void run(const ClusterSets& op, Cuda cuda) {
     const std::int64_t rows = op.values.dim(0), d = op.values.dim(1), sets = op.offsets.dim(0) - 1;
     if (sets == 0) return;
     const std::int64_t in_chains = op.ward ? rows : 0;
-    const Scratch<float> floats(op.op, cuda, 3 * rows),
-        centroids(op.op, cuda, op.ward ? std::max<std::int64_t>(1, rows * d) : 0);
+    const Scratch<float> floats(op.op, cuda, 3 * rows), centroids(op.op, cuda, in_chains * d);
     const Scratch<std::int32_t> ints(op.op, cuda, 3 * rows), chains(op.op, cuda, 3 * in_chains);
     const Scratch<double> heights(op.op, cuda, in_chains);
     const auto at = [](auto* x, std::int64_t i) { return x ? x + i : x; };
@@ -359,6 +357,7 @@ void run(const ClusterSets& op, Cuda cuda) {
                        op.mean_offsets.as<const std::int64_t>(),
                        sets,
                        d,
+                       op.ward,
                        op.means.as<float>(),
                        op.labels.as<std::int64_t>(),
                        op.inertia.as<double>(),

@@ -317,6 +317,27 @@ bool with_stored(const StoredTokens& docs, std::int64_t row_bytes, F f) {
     }
 }
 
+/// The products of queries with the centroids of documents, as streams::Docs has them.
+class CentroidScores : public Scratch<streams::HalfScores> {
+public:
+    /// None are computed unless `wanted`.
+    CentroidScores(const Scores& call, bool wanted) : Scratch(call.op, call.cuda, wanted ? count(call) : 0) {
+        const std::int64_t n = call.queries.size(), centroids = call.docs.centroids.dim(0);
+        if (!wanted || call.queries.tokens.dim(0) == 0 || centroids == 0) return;
+        with_tokens(call.queries.tokens.dtype, [&]<class T>() {
+            launch(call.op, call.cuda, blocks_for(centroids * 8, threads_per_block, n), dim3(threads_per_block), 0,
+                   streams::centroid_kernel<T>, call.queries.tokens.as<const T>(),
+                   call.queries.offsets.as<const std::int64_t>(), n, call.docs.centroids.as<const float>(), centroids,
+                   call.queries.dim(), get());
+        });
+    }
+
+private:
+    static std::int64_t count(const Scores& call) {
+        return (call.queries.tokens.dim(0) / streams::rows + call.queries.size()) * call.docs.centroids.dim(0) * 8;
+    }
+};
+
 /// false where a query of 32 tokens does not fit into shared memory.
 bool score_by_streams(const Scores& call) {
     const auto& [op, cuda, queries, docs, missing, work, columns, dtype, out, found] = call;
@@ -359,21 +380,15 @@ bool score_by_streams(const Scores& call) {
                              docs.centroids ? docs.centroids.dim(0) : 0,
                              docs.weights.as<const float>(),
                              nullptr};
-        const Scratch<streams::HalfScores> centroid_scores(
-            op, cuda, Tokens::residual ? (tokens / streams::rows + n) * stored.centroids * 8 : 0);
+        const CentroidScores centroid_scores(call, Tokens::residual);
         if constexpr (bytes) {
             rows = {quads.get(), words, 4, factors.get(), rows.offsets, n, tokens};
             stored.centroid_scores = centroid_scores.get();
             if (tokens > 0)
                 with_tokens(queries.tokens.dtype, [&]<class T>() {
-                    const T* floats = queries.tokens.as<const T>();
                     launch(op, cuda, blocks_for(tokens, streams::warps), dim3(streams::warps * 32), 0,
-                           streams::bytes_kernel<Tokens, T>, floats, tokens, d, words, stored.weights, quads.get(),
-                           factors.get());
-                    if (!Tokens::residual || stored.centroids == 0) return;
-                    launch(op, cuda, blocks_for(stored.centroids * 8, threads_per_block, n), dim3(threads_per_block), 0,
-                           streams::centroid_kernel<T>, floats, rows.offsets, n, docs.centroids.as<const float>(),
-                           stored.centroids, d, centroid_scores.get());
+                           streams::bytes_kernel<Tokens, T>, queries.tokens.as<const T>(), tokens, d, words,
+                           stored.weights, quads.get(), factors.get());
                 });
         } else if (!as_they_are) {
             round_queries(call, Tokens::words, halves.get());
@@ -458,19 +473,12 @@ bool score_by_tiles(const Scores& call) {
 
 /// Documents of which only centroids are kept.
 void score_centroids(const Scores& call) {
-    const auto& [op, cuda, queries, docs, missing, work, columns, dtype, out, found] = call;
-    const std::int64_t n = queries.size(), tokens = queries.tokens.dim(0), rows = docs.centroids.dim(0);
-    const auto* offsets = queries.offsets.as<const std::int64_t>();
-    const Scratch<streams::HalfScores> table(op, cuda, (tokens / streams::rows + n) * rows * 8);
-    if (tokens > 0 && rows > 0)
-        with_tokens(queries.tokens.dtype, [&]<class T>() {
-            launch(op, cuda, blocks_for(rows * 8, threads_per_block, n), dim3(threads_per_block), 0,
-                   streams::centroid_kernel<T>, queries.tokens.as<const T>(), offsets, n,
-                   docs.centroids.as<const float>(), rows, queries.dim(), table.get());
-        });
-    launch(op, cuda, blocks_for(std::min(columns, std::int64_t(1) << 20), centroids::warps, n),
-           dim3(centroids::warps * 32), 0, centroids::score_kernel, offsets, n, docs.tokens.as<const std::uint16_t>(),
-           docs.offsets.as<const std::int64_t>(), work, table.get(), rows, missing, static_cast<float*>(out));
+    const CentroidScores table(call, true);
+    const std::int64_t n = call.queries.size(), columns = std::min(call.columns, std::int64_t(1) << 20);
+    launch(call.op, call.cuda, blocks_for(columns, centroids::warps, n), dim3(centroids::warps * 32), 0,
+           centroids::score_kernel, call.queries.offsets.as<const std::int64_t>(), n,
+           call.docs.tokens.as<const std::uint16_t>(), call.docs.offsets.as<const std::int64_t>(), call.work,
+           table.get(), call.docs.centroids.dim(0), call.missing, static_cast<float*>(call.out));
 }
 
 void score(const Scores& call) {
@@ -602,10 +610,8 @@ void certify(const MaxsimCertifiedTopk& op, std::int64_t begin, std::int64_t n, 
            k, nd, estimates.get(), enough.get(), rescored);
 
     // How many are left is known to the GPU alone: there is room for all.
-    const Scratch<float> other_scores(op.op, cuda, n * nd), best_others(op.op, cuda, n * k),
-        both(op.op, cuda, 2 * n * k);
-    const Scratch<std::int64_t> others(op.op, cuda, n * nd), best_other_ids(op.op, cuda, n * k),
-        both_ids(op.op, cuda, 2 * n * k);
+    const Scratch<float> other_scores(op.op, cuda, n * nd), both(op.op, cuda, 2 * n * k);
+    const Scratch<std::int64_t> others(op.op, cuda, n * nd), both_ids(op.op, cuda, 2 * n * k);
     const auto find_others = [&](std::int64_t* ids) {
         launch(op.op, cuda, blocks, dim3(certified::threads), 0, certified::others_kernel, estimates.get(), bounds,
                norms.get(), offsets, enough.get(), n, nd, d, begins.get(), ids);
@@ -614,10 +620,9 @@ void certify(const MaxsimCertifiedTopk& op, std::int64_t begin, std::int64_t n, 
     launch(op.op, cuda, dim3(1), dim3(32), 0, certified::begins_kernel, n, begins.get(), rescored);
     find_others(others.get());
     score_lists(begins.get(), others.get(), nd, other_scores.get());
-    select_best(op.op, cuda, {other_scores.get(), others.get(), begins.get(), nd, n}, best_others.get(),
-                best_other_ids.get(), k);
-    launch_rows(op.op, cuda, n, 2 * k, certified::join_kernel, first_scores.get(), first.get(), best_others.get(),
-                best_other_ids.get(), n, k, both.get(), both_ids.get());
+    select_best(op.op, cuda, {first_scores.get(), first.get(), nullptr, k, n}, both.get(), both_ids.get(), k, 2 * k);
+    select_best(op.op, cuda, {other_scores.get(), others.get(), begins.get(), nd, n}, both.get() + k,
+                both_ids.get() + k, k, 2 * k);
     select_best(op.op, cuda, {both.get(), both_ids.get(), nullptr, 2 * k, n}, op.scores.as<float>() + begin * k,
                 op.ids.as<std::int64_t>() + begin * k, k);
 }

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "launch.cuh"
+#include "maxsim_streams.cuh"
 #include "warp.cuh"
 
 namespace polyvec {
@@ -32,7 +33,7 @@ __global__ void norms_kernel(const float* tokens, const std::int64_t* offsets, s
         float largest = 0;
         for (std::int64_t i = lane; i < d; i += 32) largest = fmaxf(largest, fabsf(x[i]));
         largest = largest_of_warp(largest);
-        const float steps = largest > 0 && 127 / largest < HUGE_VALF ? 127 / largest : 0, scale = largest / 127;
+        const float steps = streams::steps_of(largest), scale = largest / 127;
         double squares = 0, lost = 0;
         for (std::int64_t i = lane; i < d; i += 32) {
             const double value = x[i], error = value - static_cast<double>(rintf(x[i] * steps)) * scale;
@@ -135,17 +136,6 @@ __global__ void begins_kernel(std::int64_t queries, std::int64_t* begins, std::i
 /// out[q] = q * k.
 __global__ void steps_kernel(std::int64_t n, std::int64_t k, std::int64_t* out) {
     for_each_position(n, 1, [&](std::int64_t q, std::int64_t) { out[q] = q * k; });
-}
-
-/// Two lists of k a query become one of 2 k.
-__global__ void join_kernel(const float* scores_a, const std::int64_t* ids_a, const float* scores_b,
-                            const std::int64_t* ids_b, std::int64_t queries, std::int64_t k, float* scores,
-                            std::int64_t* ids) {
-    for_each_position(queries, 2 * k, [&](std::int64_t q, std::int64_t i) {
-        const std::int64_t from = q * k + i % k, to = q * 2 * k + i;
-        scores[to] = i < k ? scores_a[from] : scores_b[from];
-        ids[to] = i < k ? ids_a[from] : ids_b[from];
-    });
 }
 
 }  // namespace certified

@@ -562,6 +562,12 @@ __global__ void __launch_bounds__(warps * 32, Tokens::words != Words::s8 ? 2
     }
 }
 
+/// Steps of a query token for each unit, 127 of them in its largest element; 0 where they would be infinite.
+__device__ inline float steps_of(float largest) {
+    const float steps = largest > 0 ? 127 / largest : 0;
+    return steps < HUGE_VALF ? steps : 0;
+}
+
 /// Rows of queries as bytes: 127 steps of a row's largest element. factors: what a product of bytes stands for, before
 /// the scale of the document's token. A warp a row.
 template <class Tokens, class T>
@@ -574,7 +580,7 @@ __global__ void bytes_kernel(const T* queries, std::int64_t n, std::int64_t d, s
     float largest = 0;
     for (std::int64_t i = lane; i < d; i += 32) largest = fmaxf(largest, fabsf(value_of(x[i])));
     for (int other = 1; other < 32; other *= 2) largest = fmaxf(largest, __shfl_xor_sync(whole_warp, largest, other));
-    const float steps = largest > 0 && 127 / largest < HUGE_VALF ? 127 / largest : 0;
+    const float steps = steps_of(largest);
     for (std::int64_t w = lane; w < words; w += 32) {
         unsigned word = 0;
         for (int i = 0; i < 4; ++i) {

@@ -64,16 +64,19 @@ __global__ void __launch_bounds__(warps * 32)
     });
 }
 
-/// p null: the codewords of ids; else the means under p.
+/// The codewords of ids; the means under p where ids are null.
 template <class T>
 __global__ void value_kernel(const __grid_constant__ Pieces<T> pieces, const T* p, const std::int64_t* ids, T* out) {
     for_each_position(pieces.rows, pieces.width(), [&](std::int64_t i, std::int64_t at) {
         const std::int64_t s = at / pieces.dsub, j = at % pieces.dsub, piece = i * pieces.m + s;
-        T sum = 0;
-        if (ids) sum = pieces.codeword(s, ids[piece])[j];
-        for (std::int64_t c = 0; !ids && c < pieces.k; ++c)
-            sum = fma(p[piece * pieces.k + c], pieces.codeword(s, c)[j], sum);
-        out[i * pieces.width() + at] = sum;
+        T value = 0;
+        if (ids) {
+            value = pieces.codeword(s, ids[piece])[j];
+        } else {
+            for (std::int64_t c = 0; c < pieces.k; ++c)
+                value = fma(p[piece * pieces.k + c], pieces.codeword(s, c)[j], value);
+        }
+        out[i * pieces.width() + at] = value;
     });
 }
 

@@ -26,8 +26,8 @@ __global__ void product_kernel(const __grid_constant__ Layer layer, const float*
     for_each_position(n, layer.outputs, [&](std::int64_t i, std::int64_t output) {
         float sum = 0;
         for (std::int64_t s = 0; s < layer.m; ++s) {
-            const float *const codeword = layer.codeword(output, s), *const piece =
-                                                                         x + i * layer.width() + s * layer.dsub;
+            const float* const codeword = layer.codeword(output, s);
+            const float* const piece = x + i * layer.width() + s * layer.dsub;
             for (std::int64_t j = 0; j < layer.dsub; ++j) sum = fmaf(piece[j], codeword[j], sum);
         }
         out[i * layer.outputs + output] = bias ? bias[output] + sum : sum;
