@@ -104,9 +104,9 @@ def recall_of(truth):
     return lambda ids: np.mean([len(np.intersect1d(a, b)) for a, b in zip(ids, truth, strict=True)]) / K
 
 
-def contenders_of(searches, queries):
-    """The first, and the others by name, as calls of ef."""
-    calls = {name: lambda ef, search=search: search(queries, ef) for name, search in searches.items()}
+def contenders_of(searches, what):
+    """The first, and the others by name, as calls of ef: of searches (what, ef)."""
+    calls = {name: lambda ef, search=search: search(what, ef) for name, search in searches.items()}
     return calls.pop(next(iter(calls))), calls
 
 
@@ -181,38 +181,38 @@ def test_search_storage(curve, data, threads):
     assert all(abs(a["recall"] - b["recall"]) < 0.01 for a, b in zip(halves, floats, strict=True))
 
 
-@pytest.mark.parametrize("share", [0.5, 0.1, 0.01])
-def test_search_filtered(curve, data, threads, share):
-    """40,000 of the sentences, of which a share may be found; faiss walks and leaves the others out of its results."""
+@pytest.fixture(scope="module")
+def filtered_glosses(data, threads):
+    """Of 40,000 sentences: queries, vectors, and calls (ids that may be found, ef) that return ids."""
     faiss = pytest.importorskip("faiss")
     x, queries, metric = glosses(data)
     x, queries = x[:40_000], queries[:1000]
-    shown = np.sort(np.random.default_rng(0).permutation(len(x))[: round(share * len(x))])
-    truth = shown[pv.scan.topk(queries, x[shown], K, metric=metric)[1]]
     index = pv.hnsw.Index(x.shape[1], metric=metric, storage="int8", m=M, ef_construction=EF_CONSTRUCTION)
     index.add(x, num_threads=threads)
-    frozen = index.freeze()
     faiss.omp_set_num_threads(threads)
     rival = faiss.IndexHNSWFlat(x.shape[1], M, faiss.METRIC_INNER_PRODUCT)
     rival.hnsw.efConstruction = EF_CONSTRUCTION
     rival.add(x)
-    selector = faiss.IDSelectorBatch(shown)
 
-    def search(index):
-        return lambda ef: index.search(queries, K, ef=ef, include=shown, num_threads=threads)[1]
+    def search_faiss(shown, ef):
+        options = faiss.SearchParametersHNSW(sel=faiss.IDSelectorBatch(shown), efSearch=ef)
+        return rival.search(queries, K, params=options)[1]
 
-    points = curve(
-        search(frozen),
-        {
-            "polyvec, int8": search(index),
-            "faiss": lambda ef: rival.search(queries, K, params=faiss.SearchParametersHNSW(sel=selector, efSearch=ef))[
-                1
-            ],
-        },
-        settings=[16, 32, 64, 128],
-        recall=recall_of(truth),
-        queries=len(queries),
-    )
+    searches = {
+        name: lambda shown, ef, each=each: each.search(queries, K, ef=ef, include=shown, num_threads=threads)[1]
+        for name, each in {"polyvec": index.freeze(), "polyvec, int8": index}.items()
+    }
+    return queries, x, {**searches, "faiss": search_faiss}
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1, 0.01])
+def test_search_filtered(curve, filtered_glosses, share):
+    """A share of the sentences may be found; faiss walks, and leaves the others out of its results."""
+    queries, x, searches = filtered_glosses
+    shown = np.sort(np.random.default_rng(0).permutation(len(x))[: round(share * len(x))])
+    truth = shown[pv.scan.topk(queries, x[shown], K, metric="ip")[1]]
+    ours, others = contenders_of(searches, shown)
+    points = curve(ours, others, settings=[16, 32, 64, 128], recall=recall_of(truth), queries=len(queries))
     assert points["polyvec"][-1]["recall"] > 0.98
 
 

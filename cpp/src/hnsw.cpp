@@ -304,19 +304,23 @@ public:
     const std::uint8_t* hidden() const {
         return filtered() ? own_.data() : graph_.live < graph_.n ? graph_.removed.data() : nullptr;
     }
-    std::vector<std::uint32_t> slots() const {
-        std::vector<std::uint32_t> slots;
-        slots.reserve(count_);
-        const std::uint8_t* const hidden = this->hidden();
-        for (std::int64_t slot = 0; slot < graph_.n; ++slot)
-            if (!hidden || !hidden[slot]) slots.push_back(static_cast<std::uint32_t>(slot));
-        return slots;
+    /// Listed by the first call: few searches need them.
+    const std::vector<std::uint32_t>& slots() const {
+        std::call_once(listed_, [this] {
+            slots_.reserve(count_);
+            const std::uint8_t* const hidden = this->hidden();
+            for (std::int64_t slot = 0; slot < graph_.n; ++slot)
+                if (!hidden || !hidden[slot]) slots_.push_back(static_cast<std::uint32_t>(slot));
+        });
+        return slots_;
     }
 
 private:
     const Graph& graph_;
     std::vector<std::uint8_t> own_;  // of a filter: whether a slot is hidden
     std::int64_t count_;
+    mutable std::once_flag listed_;
+    mutable std::vector<std::uint32_t> slots_;
 };
 
 /// Among many hidden slots a walk takes n / shown steps for one that counts, each of up to 2 m comparisons. One costs
@@ -348,7 +352,6 @@ void HnswIndex::search(const Array& queries, std::int64_t ef, const Array& inclu
     const bool scan = scan_is_faster(graph, shown.count(), ef);
     // Nor may a walk that finds little where it looks go on for longer than a scan takes.
     const std::size_t most = shown.filtered() ? shown.count() + 16 * ef : std::numeric_limits<std::size_t>::max();
-    const std::vector<std::uint32_t> slots = scan || shown.filtered() ? shown.slots() : std::vector<std::uint32_t>();
     const bool frozen = graph.params.frozen;
     const std::int64_t unsure = graph.params.storage == HnswStorage::int8 && !frozen ? 2 * k + 16 : 0;
     const bool negate = graph.params.metric != Metric::l2;
@@ -370,7 +373,7 @@ void HnswIndex::search(const Array& queries, std::int64_t ef, const Array& inclu
         std::fill(id + found, id + k, -1);
     };
     parallel_for(nq, grain, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int worker) {
-        if (scan) return walks.scan(worker, begin, end, ef, slots, aim, keep);
+        if (scan) return walks.scan(worker, begin, end, ef, shown.slots(), aim, keep);
         walks.run(
             worker, begin, end,
             [&](Walk& walk, std::int64_t i) {
@@ -379,7 +382,7 @@ void HnswIndex::search(const Array& queries, std::int64_t ef, const Array& inclu
             },
             [&](Walk& walk, std::int64_t i) {
                 if (walk.gave_up()) {
-                    walk.scan(ef, slots);
+                    walk.scan(ef, shown.slots());
                 } else {
                     if (frozen) walk.measure_nearest(k + 1);
                     if (unsure > 0) walk.measure_exactly(unsure);

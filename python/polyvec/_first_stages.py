@@ -181,12 +181,12 @@ class FlatStage(EncodedStage):
         self._rows.append(encodings)
 
     def _search(self, encodings: Floats, k: int, include: Included, num_threads: int | None) -> npt.NDArray[np.int64]:
-        bias = None
+        rows, bias = self._rows.view(), None
         if include is not None:
-            bias = np.full(len(self), -np.inf, np.float32)
+            bias = np.full(len(rows), -np.inf, np.float32)
             bias[include] = 0
-        scores, ids = scan.topk(encodings, self._rows.view(), k, bias=bias, num_threads=num_threads)
-        return np.where(np.isneginf(scores), -1, ids)
+        scores, ids = scan.topk(encodings, rows, k, bias=bias, num_threads=num_threads)
+        return np.asarray(ids) if include is None else np.where(np.isneginf(scores), -1, ids)
 
     def state(self) -> _files.State:
         return _files.State({"encodings": self._rows.view()}, {})
