@@ -1,8 +1,9 @@
-"""Learned quantisation in torch: a step of training, its time and the memory it takes beyond its inputs."""
+"""Training in torch: a step of learned quantisation or of embeddings of a graph, its time and memory."""
 
 import pytest
 
 torch = pytest.importorskip("torch")
+functional = pytest.importorskip("torch.nn.functional")
 pvt = pytest.importorskip("polyvec.torch")
 
 
@@ -70,3 +71,53 @@ def test_soft_assign_and_gradients(compare, benchmark, peak_megabytes, normal, t
     memory = {"polyvec": peak_megabytes(ours), "torch": peak_megabytes(lambda: step(in_bmm))}
     benchmark.extra_info["megabytes"] = memory
     compare(ours, {"torch bmm": lambda: step(in_bmm)}, check=check, flops=10 * n * k * d)
+
+
+@pytest.mark.parametrize("negatives", ["shared", "own"])
+def test_relation_scorer_step(compare, threads, negatives):
+    """The loss of 512 triples of a graph of 200,000 entities by sampled negatives, and its sparse gradients.
+
+    torch does what is usually written: it embeds heads, tails and negatives (sparse, too), multiplies quaternions
+    component by component, and scores by one product where the 4096 negatives are shared, else by a product a triple
+    with 128 of its own. The three products of shared negatives, 4.9 GFLOP by torch's matmul, are two thirds of either
+    time. Own negatives are 65,536 embeddings of 1.6 KB: ours scores and sums them where they lie.
+    """
+    torch.set_num_threads(threads)
+    n, num_entities, num_relations, dim = 512, 200_000, 20, 100
+    generator = torch.Generator().manual_seed(0)
+    heads, relations, tails = (
+        torch.randint(size, (n,), generator=generator) for size in (num_entities, num_relations, num_entities)
+    )
+    others = torch.randint(num_entities, (4096,) if negatives == "shared" else (n, 128), generator=generator)
+    scorer = pvt.RelationScorer(num_entities, num_relations, dim, sparse=True)
+    table = scorer.entities.detach().flatten(1).clone().requires_grad_()
+
+    def ours():
+        loss = scorer.loss(heads, relations, tails, negatives=others)
+        return torch.autograd.grad(loss, (scorer.entities, scorer.relations))
+
+    def in_torch():
+        h, t, o = (functional.embedding(ids, table, sparse=True) for ids in (heads, tails, others))
+        a, b, c, d = h.view(n, 4, dim).unbind(1)
+        w, x, y, z = functional.normalize(scorer.relations, dim=1)[relations].unbind(1)
+        products = (
+            a * w - b * x - c * y - d * z,
+            a * x + b * w + c * z - d * y,
+            a * y - b * z + c * w + d * x,
+            a * z + b * y - c * x + d * w,
+        )
+        queries = torch.cat(products, 1)
+        right = (queries * t).sum(1, keepdim=True)
+        wrong = queries @ o.T if negatives == "shared" else torch.einsum("nd,nmd->nm", queries, o)
+        scores = torch.cat([right, wrong.masked_fill(others == tails[:, None], -torch.inf)], 1)
+        return torch.autograd.grad(functional.cross_entropy(scores, torch.zeros_like(tails)), (table, scorer.relations))
+
+    expected = in_torch()
+
+    def check(result):
+        rows, same = (gradient.coalesce() for gradient in (result[0], expected[0]))
+        assert torch.equal(rows.indices(), same.indices())
+        torch.testing.assert_close(rows.values().flatten(1), same.values(), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(result[1], expected[1], rtol=1e-3, atol=1e-5)
+
+    compare(ours, {"torch": in_torch}, check=check)

@@ -197,7 +197,7 @@ def test_relation_scorer_agrees_with_the_link_predictor(rng, algebra, metric):
         scorer.biases.normal_()
     heads, relations, tails = (torch.from_numpy(rng.integers(0, n, 8)) for n in (30, 3, 30))
     scores = scorer(heads, relations)
-    some = torch.from_numpy(rng.integers(0, 30, (8, 4)))
+    some = (tails[:, None] + torch.from_numpy(rng.integers(1, 30, (8, 4)))) % 30
     torch.testing.assert_close(scorer(heads, relations, some), scores.gather(1, some), rtol=1e-4, atol=1e-4)
     predictor = pv.retrieve.LinkPredictor(
         scorer.entities.detach(),
@@ -217,6 +217,62 @@ def test_relation_scorer_agrees_with_the_link_predictor(rng, algebra, metric):
     torch.testing.assert_close(scorer.loss(heads, relations, tails, negatives=some), expected, rtol=1e-4, atol=1e-4)
     scorer.loss(heads, relations, tails, negatives=7).backward()
     assert all(p.grad is not None for p in scorer.parameters())
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_negatives_of_a_batch_are_those_of_each_triple(rng, metric):
+    scorer = pvt.RelationScorer(30, 3, 5, metric=metric, translate=True, bias=True)
+    heads, relations, tails = (torch.from_numpy(rng.integers(0, n, 8)) for n in (30, 3, 30))
+    shared = torch.from_numpy(rng.permutation(30)[:20])
+    scores = scorer(heads, relations)
+    right = scores.gather(1, tails[:, None])
+    wrong = scores[:, shared].masked_fill(shared == tails[:, None], -torch.inf)
+    assert wrong.isinf().any()  # a right tail is among them
+    expected = (torch.cat([right, wrong], 1).logsumexp(1) - right[:, 0]).mean()
+    for negatives in (shared, shared.expand(8, 20)):
+        loss = scorer.loss(heads, relations, tails, negatives=negatives)
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+    everything = scorer.loss(heads, relations, tails, negatives=torch.arange(30))
+    torch.testing.assert_close(everything, scorer.loss(heads, relations, tails), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")  # by torch's own Adagrad
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+@pytest.mark.parametrize("shape", [(4,), (6, 4)])
+def test_sparse_gradients_are_the_dense_ones(rng, metric, shape):
+    dense = pvt.RelationScorer(50, 3, 5, metric=metric, translate=True, bias=True)
+    sparse = pvt.RelationScorer(50, 3, 5, metric=metric, translate=True, bias=True, sparse=True)
+    sparse.load_state_dict(dense.state_dict())
+    heads, relations, tails = (torch.from_numpy(rng.integers(0, n, 6)) for n in (50, 3, 50))
+    negatives = torch.from_numpy(rng.integers(0, 50, shape))
+    touched = {
+        "entities": torch.cat([heads, tails, negatives.flatten()]).unique(),
+        "biases": torch.cat([tails, negatives.flatten()]).unique(),
+    }
+    optimizers = [torch.optim.Adagrad(scorer.parameters(), 0.1) for scorer in (dense, sparse)]
+    for _ in range(3):
+        for scorer, optimizer in zip((dense, sparse), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss = scorer.loss(heads, relations, tails, negatives=negatives)
+            loss = (
+                loss
+                + scorer.embed(torch.stack([heads, tails])).pow(3).mean()
+                + scorer(heads, relations, tails[:, None]).mean()
+            )
+            loss.backward()
+            optimizer.step()
+        for name, parameter in sparse.named_parameters():
+            grad = parameter.grad
+            assert grad.is_sparse == (name in touched)
+            if grad.is_sparse:
+                assert torch.equal(grad.coalesce().indices()[0], touched[name])
+                grad = grad.to_dense()
+            torch.testing.assert_close(grad, dense.get_parameter(name).grad, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(parameter, dense.get_parameter(name), rtol=1e-4, atol=1e-5)
+    sparse.zero_grad()
+    sparse.loss(heads, relations, tails).backward()
+    assert not sparse.entities.grad.is_sparse
+    assert sparse.embed(heads.view(2, 3)).shape == (2, 3, 4, 5)
 
 
 MODULES = {

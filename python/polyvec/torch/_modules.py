@@ -376,6 +376,21 @@ class MaxSimLoss(nn.Module):
         return functional.cross_entropy(scores / self.temperature, torch.arange(n, device=scores.device))
 
 
+class _Rows(torch.autograd.Function):
+    """Rows of a table whose gradient is a sparse tensor: an optimizer then touches these rows alone."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, ids: Tensor) -> Tensor:
+        ctx.shape = table.shape
+        ctx.save_for_backward(ids)
+        return table.index_select(0, ids)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (ids,) = ctx.saved_tensors
+        return torch.sparse_coo_tensor(ids[None], grad, ctx.shape, check_invariants=False), None
+
+
 class RelationScorer(nn.Module):
     """Embeddings of a knowledge graph in a hypercomplex algebra, and the scores of its triples.
 
@@ -395,6 +410,10 @@ class RelationScorer(nn.Module):
         Learn a number an entity.
     dropout : float
         Of the elements of q, in training.
+    sparse : bool
+        Give `entities` and `biases` sparse gradients, for `torch.optim.Adagrad`, `SparseAdam` or `SGD`: a step with
+        given tails or sampled negatives costs what its entities cost, however many the graph has. Scores of all
+        entities make gradients dense.
 
     Attributes
     ----------
@@ -406,7 +425,8 @@ class RelationScorer(nn.Module):
     Notes
     -----
     `polyvec.retrieve.LinkPredictor` takes these parameters and ranks triples by the same scores. Runs in float32 under
-    autocast, except that the product of scores of all entities obeys autocast.
+    autocast, except that products with all entities or with shared negatives obey autocast. `torch.compile` without a
+    graph break unless `sparse`.
 
     References
     ----------
@@ -434,15 +454,29 @@ class RelationScorer(nn.Module):
         translate: bool = False,
         bias: bool = False,
         dropout: float = 0.0,
+        sparse: bool = False,
     ) -> None:
         super().__init__()
-        self.algebra, self.dropout = algebra, dropout
+        self.algebra, self.dropout, self.sparse = algebra, dropout, sparse
         self.metric = _one_of("torch.RelationScorer", "metric", metric, ("ip", "l2"))
         components = len(sign_table(algebra))
         self.entities = nn.Parameter(0.1 * torch.randn(num_entities, components, dim))
         self.relations = nn.Parameter(torch.randn(num_relations, components, dim))
         self.translations = nn.Parameter(torch.zeros(num_relations, components, dim)) if translate else None
         self.biases = nn.Parameter(torch.zeros(num_entities)) if bias else None
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return embeddings of entities, as a regulariser needs them: with sparse gradients where the scorer has them.
+
+        Parameters
+        ----------
+        ids : integer tensor of any shape
+
+        Returns
+        -------
+        tensor of shape (*ids.shape, C, dim)
+        """
+        return self._rows(self.entities, ids)
 
     def forward(self, head_ids: Tensor, relation_ids: Tensor, tail_ids: Tensor | None = None) -> Tensor:
         """Score tails: all of them (1-vs-all), or some for each pair.
@@ -457,18 +491,14 @@ class RelationScorer(nn.Module):
         tensor of shape (n, num_entities), or (n, m) with `tail_ids`
             Higher is better.
         """
-        queries = relation_query(
-            self.entities, self.relations, head_ids, relation_ids, algebra=self.algebra, translations=self.translations
-        )
-        queries = functional.dropout(queries, self.dropout, self.training)
-        entities = self.entities.flatten(1)
-        if tail_ids is not None:
-            scores = score_pairs(queries, entities, tail_ids, metric=self.metric, bias=self.biases)
-            return -scores if self.metric == "l2" else scores
-        scores = queries @ entities.T
-        if self.metric == "l2":
-            scores = 2 * scores - queries.square().sum(1, keepdim=True) - entities.square().sum(1)
-        return scores if self.biases is None else scores + self.biases
+        if tail_ids is None or not self.sparse:
+            queries = self._queries(self.entities, head_ids, relation_ids)
+            if tail_ids is None:
+                return self._scores_of_all(queries, self.entities, self.biases)
+            return self._scores(queries, self.entities, self.biases, tail_ids)
+        queries = self._queries(self.embed(head_ids), _running(head_ids), relation_ids)
+        names, places = tail_ids.unique(return_inverse=True)  # each row once, however many pairs have it
+        return self._scores(queries, self.embed(names), self._biases_of(names), places)
 
     def loss(
         self, head_ids: Tensor, relation_ids: Tensor, tail_ids: Tensor, *, negatives: int | Tensor | None = None
@@ -478,17 +508,66 @@ class RelationScorer(nn.Module):
         Parameters
         ----------
         head_ids, relation_ids, tail_ids : integer tensors of shape (n,)
-        negatives : int or integer tensor of shape (n, m), optional
-            Wrong tails for each triple, or how many to draw uniformly; all entities when None.
+        negatives : int or integer tensor of shape (m,) or (n, m), optional
+            Wrong tails: how many to draw uniformly, the same for all triples; or which, for all triples (m,) or for
+            each (n, m). A triple's right tail among them does not count. All entities when None.
 
         Returns
         -------
         scalar tensor
+
+        Notes
+        -----
+        Negatives cost 2 n m C dim flops. Where they are the same for all triples that is one product, and m embeddings
+        are fetched instead of n m: thousands of them take the time of dozens for each.
         """
         if negatives is None:
             return functional.cross_entropy(self(head_ids, relation_ids), tail_ids)
         if isinstance(negatives, int):
-            shape = len(tail_ids), negatives
-            negatives = torch.randint(len(self.entities), shape, device=tail_ids.device)
-        scores = self(head_ids, relation_ids, torch.cat([tail_ids[:, None], negatives], 1))
-        return functional.cross_entropy(scores, torch.zeros_like(tail_ids))
+            negatives = torch.randint(len(self.entities), (negatives,), device=tail_ids.device)
+        if negatives.ndim == 1:
+            scores = self._scores_among(head_ids, relation_ids, tail_ids, negatives)
+        else:
+            scores = self(head_ids, relation_ids, torch.cat([tail_ids[:, None], negatives], 1))
+        right_ones = functional.pad(negatives == tail_ids[:, None], (1, 0))
+        return functional.cross_entropy(scores.masked_fill(right_ones, -torch.inf), torch.zeros_like(tail_ids))
+
+    def _scores_among(self, head_ids: Tensor, relation_ids: Tensor, tail_ids: Tensor, negatives: Tensor) -> Tensor:
+        """Return the scores of the right tails, then those of negatives that all triples share, shape (n, 1 + m)."""
+        sizes = [len(head_ids), len(tail_ids), len(negatives)]
+        ids = torch.cat([head_ids, tail_ids, negatives])  # fetched at once: one gradient of the whole table, not three
+        heads, tails, others = self.embed(ids).split(sizes)
+        each = _running(head_ids)
+        queries = self._queries(heads, each, relation_ids)
+        right = self._scores(queries, tails, self._biases_of(tail_ids), each[:, None])
+        return torch.cat([right, self._scores_of_all(queries, others, self._biases_of(negatives))], 1)
+
+    def _rows(self, table: Tensor, ids: Tensor) -> Tensor:
+        if not self.sparse:
+            return table[ids]
+        rows: Tensor = _Rows.apply(table, ids.flatten())
+        return rows.view(*ids.shape, *table.shape[1:])
+
+    def _biases_of(self, ids: Tensor) -> Tensor | None:
+        return None if self.biases is None else self._rows(self.biases, ids)
+
+    def _queries(self, entities: Tensor, head_ids: Tensor, relation_ids: Tensor) -> Tensor:
+        queries = relation_query(
+            entities, self.relations, head_ids, relation_ids, algebra=self.algebra, translations=self.translations
+        )
+        return functional.dropout(queries, self.dropout, self.training)
+
+    def _scores(self, queries: Tensor, entities: Tensor, biases: Tensor | None, tail_ids: Tensor) -> Tensor:
+        scores = score_pairs(queries, entities.flatten(1), tail_ids, metric=self.metric, bias=biases)
+        return -scores if self.metric == "l2" else scores
+
+    def _scores_of_all(self, queries: Tensor, entities: Tensor, biases: Tensor | None) -> Tensor:
+        entities = entities.flatten(1)
+        scores = queries @ entities.T
+        if self.metric == "l2":
+            scores = 2 * scores - queries.square().sum(1, keepdim=True) - entities.square().sum(1)
+        return scores if biases is None else scores + biases
+
+
+def _running(ids: Tensor) -> Tensor:
+    return torch.arange(len(ids), device=ids.device)
