@@ -201,6 +201,30 @@ __global__ void __launch_bounds__(warps * 32)
             bounds[3 * doc + k] = nextafterf(static_cast<float>(largest[k] * (1 + 0x1p-30)), HUGE_VALF);
 }
 
+__global__ void __launch_bounds__(warps * 32)
+    decode_bytes_kernel(const __grid_constant__ Stored stored, std::int64_t n, float* out) {
+    __shared__ Weights weights;
+    weights.fill(stored);
+    const std::int64_t t = number_of_warp();
+    if (t >= n) return;
+    for (std::int64_t i = threadIdx.x % 32; i < stored.d; i += 32) {
+        const double token = stored.centroid(t, i) + weights.rounded(stored, t, i);
+        out[t * stored.d + i] = static_cast<float>(stored.scales[t] * token);
+    }
+}
+
+/// Rows of `width` elements of 16 bits.
+template <class Half>
+__global__ void decode_halves_kernel(const Half* tokens, std::int64_t n, std::int64_t d, std::int64_t width,
+                                     float* out) {
+    for_each_position(n, d, [&](std::int64_t t, std::int64_t i) { out[t * d + i] = value_of(tokens[t * width + i]); });
+}
+
+__global__ void decode_centroids_kernel(const std::uint16_t* tokens, const float* centroids, std::int64_t n,
+                                        std::int64_t d, float* out) {
+    for_each_position(n, d, [&](std::int64_t t, std::int64_t i) { out[t * d + i] = centroids[tokens[t] * d + i]; });
+}
+
 // Weights as quantiles: the elements of some residuals are put in order.
 
 /// Elements of every step-th token - centroid, and infinity behind the last.
@@ -294,6 +318,25 @@ void run(const MaxsimBounds& op, Cuda cuda) {
     const std::int64_t docs = op.docs.size();
     launch_warps(op.op, cuda, docs, bounds_kernel, op.tokens.as<const float>(), stored_of(op.docs, op.tokens.dim(1)),
                  op.docs.offsets.as<const std::int64_t>(), docs, op.bounds.as<float>());
+}
+
+void run(const MaxsimDecode& op, Cuda cuda) {
+    const StoredTokens& docs = op.docs;
+    const std::int64_t n = op.out.dim(0), d = op.out.dim(1), width = docs.tokens.dim(1);
+    float* out = op.out.as<float>();
+    switch (docs.format()) {
+        case StoredTokens::centroid:
+            return launch_rows(op.op, cuda, n, d, decode_centroids_kernel, docs.tokens.as<const std::uint16_t>(),
+                               docs.centroids.as<const float>(), n, d, out);
+        case StoredTokens::bfloat16:
+            return launch_rows(op.op, cuda, n, d, decode_halves_kernel<BFloat16>,
+                               static_cast<const BFloat16*>(docs.tokens.data), n, d, width, out);
+        case StoredTokens::float16:
+            return launch_rows(op.op, cuda, n, d, decode_halves_kernel<Float16>,
+                               static_cast<const Float16*>(docs.tokens.data), n, d, width, out);
+        default:
+            launch_warps(op.op, cuda, n, decode_bytes_kernel, stored_of(docs, d), n, out);
+    }
 }
 
 }  // namespace polyvec

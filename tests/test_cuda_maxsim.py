@@ -347,3 +347,19 @@ def test_certified_search_can_be_captured_in_a_graph(rng, gpu):
     graph.replay()
     for actual, of in zip(results, expected, strict=True):
         assert_exact(actual, on_host(of))
+
+
+@pytest.mark.parametrize("d", [1, 3, 16, 130])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8", "residual4", "residual2", "centroid"])
+def test_decoding_there_gives_the_tokens_of_the_cpu(rng, on_device, dtype, d):
+    docs = sample(rng, DOC_TOKENS, d)
+    packed = pv.maxsim.pack(docs, dtype)
+    decoded = placed_packed(on_device, packed).decode()
+    assert_reduction(decoded.values, packed.decode().values, np.abs(packed.decode().values), length=1)
+
+
+def test_topk_of_included_documents(rng, on_device):
+    queries, docs = sample(rng, [3, 20, 0], 24), sample(rng, DOC_TOKENS, 24)
+    expected = pv.maxsim.topk(queries, docs, 4, include=[8, 1, 5])
+    found = pv.maxsim.topk(placed(on_device, queries), placed(on_device, docs), 4, include=[8, 1, 5])
+    assert_exact(found[1], expected[1])

@@ -102,6 +102,23 @@ def test_topk_of_candidates(rng, isa):
         assert_exact(a, b)
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "int8", "residual4", "centroid"])
+def test_topk_of_included_documents(rng, isa, dtype):
+    queries, docs = sample(rng, rng.integers(0, 40, 50), 20), sample(rng, rng.integers(0, 60, 250), 20)
+    if dtype == "float64":
+        queries, docs = ([x.astype(dtype) for x in sets] for sets in (queries, docs))
+    else:
+        docs = pv.maxsim.pack(docs, dtype)
+    expected = pv.maxsim.score(queries, docs)
+    for chosen in (rng.permutation(250)[:90], np.array([7]), np.arange(0)):
+        scores, ids = pv.maxsim.topk(queries, docs, 12, include=chosen)
+        assert_exact(ids, ref.topk(expected, 12, [np.sort(chosen)] * 50))
+        assert_exact(scores, np.where(ids < 0, -np.inf, np.take_along_axis(expected, ids, 1)).astype(np.float32))
+        mask = np.isin(np.arange(250), chosen)
+        for same in (mask, [*chosen, *chosen]):
+            assert_exact(pv.maxsim.topk(queries, docs, 12, include=same, num_threads=2)[1], ids)
+
+
 def test_an_id_that_a_list_names_twice_is_ranked_twice(rng):
     queries, docs = sample(rng, [3], 8), sample(rng, [4, 4, 4], 8)
     _, ids = pv.maxsim.topk(queries, docs, 4, candidates=([0, 3], [2, 2, 1]))
@@ -416,6 +433,21 @@ DOCS = [zeros(2, 3), zeros(4, 3)]
             lambda: pv.maxsim.topk(DOCS, DOCS, 0),
             ValueError,
             "maxsim.topk: k must be at least 1, got 0",
+        ),
+        (
+            lambda: pv.maxsim.topk(DOCS, DOCS, 1, include=[0, -2]),
+            IndexError,
+            "maxsim.topk: include must be in [0, 2), got -2",
+        ),
+        (
+            lambda: pv.maxsim.topk(DOCS, DOCS, 1, include=[True]),
+            ValueError,
+            "maxsim.topk: include must have one entry a document (2), got 1",
+        ),
+        (
+            lambda: pv.maxsim.topk(DOCS, DOCS, 1, candidates=([0, 1, 2], [0, 1]), include=[0]),
+            ValueError,
+            "maxsim.topk: candidates must be None with include",
         ),
         (
             lambda: pv.maxsim.topk(DOCS, DOCS, 1, candidates=([0, 1, 2], [0, 2])),

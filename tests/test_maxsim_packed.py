@@ -70,6 +70,42 @@ def test_residuals(rng, isa, d, bits, normalize):
     assert_scores(pv.maxsim.score(queries, packed), wide_queries, np.split(wide, arrays[4][1:-1]))
 
 
+@pytest.mark.parametrize("d", WIDTHS)
+@pytest.mark.parametrize("dtype", ["float32", *PACKED])
+def test_decode(rng, lib, dtype, d):
+    docs = sample(rng, DOC_TOKENS, d)
+    packed = pv.maxsim.pack([lib(x) for x in docs], dtype)
+    decoded = packed.decode()
+    assert type(decoded.values) is type(lib(docs[0]))
+    assert_exact(decoded.offsets, packed.offsets)
+    expected = docs if dtype == "float32" else [stored.decoded(x, dtype) for x in docs]
+    assert_exact(np.asarray(decoded.values), np.concatenate(expected).astype(np.float32))
+    assert_exact(np.asarray(packed.decode(num_threads=2).values), np.asarray(decoded.values))
+
+
+def test_decode_extreme_halves():
+    x = np.array([[6e-8, -6e-8, 6.1e-5, -0.0, 65504, -1e-39, 1e-45, 3e38]], np.float32)
+    assert_exact(pv.maxsim.pack([x[:, :7]], "float16").decode().values, x[:, :7].astype(np.float16).astype(np.float32))
+    assert_exact(pv.maxsim.pack([x], "bfloat16").decode().values, stored.bfloat16(x).astype(np.float32))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("d", [1, 3, 8, 35])
+def test_decode_residuals(rng, d, bits, normalize):
+    arrays, centroids, residuals = compressed(rng, DOC_TOKENS, d, bits)
+    tokens = centroids + residuals
+    if normalize:
+        tokens /= np.linalg.norm(tokens, axis=1, keepdims=True)
+    decoded = pv.maxsim.from_residuals(*arrays, normalize=normalize).decode()
+    assert_reduction(decoded.values, tokens, np.abs(tokens) + 1e-30, length=1)
+
+
+def test_decode_centroids(rng):
+    packed, tokens, _ = centroid_tokens(rng, DOC_TOKENS, 5)
+    assert_exact(packed.decode().values, np.concatenate(tokens))
+
+
 def centroid_tokens(rng, lengths, d, n=50):
     """Tokens packed as centroids, and the centroids that they are."""
     docs, centroids = sample(rng, lengths, d), rng.standard_normal((n, d)).astype(np.float32)

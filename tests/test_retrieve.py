@@ -31,14 +31,15 @@ def small_encoder(dim=16):
     return pv.fde.Encoder(dim, repetitions=10, simhash_bits=3, projection_dim=8)
 
 
-def build(first_stage, docs, **arguments):
+def build(first_stage, docs, storage="float32", **arguments):
     encoder = None if first_stage == "centroids" else small_encoder()
-    index = pv.retrieve.MultiVectorIndex(16, encoder=encoder, first_stage=first_stage)
+    index = pv.retrieve.MultiVectorIndex(16, encoder=encoder, first_stage=first_stage, storage=storage)
     index.add(docs, **arguments)
     return index
 
 
 STAGES = ["centroids", "hnsw", "pq", "flat"]
+STORAGES = ["bfloat16", "float16", "int8", "residual4", "residual2"]
 
 
 @pytest.mark.parametrize("first_stage", STAGES)
@@ -89,6 +90,112 @@ def test_only_included_documents_are_found(rng, first_stage):
         scores, ids = index.search(queries, 3, include=none)
         assert_exact(ids, np.full((7, 3), -1))
         assert np.isneginf(scores).all()
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_tokens_are_kept_as_packed_ones_are(rng, tmp_path, storage, mmap):
+    docs, queries = sample_docs(rng, 300), sample_docs(rng, 7)
+    index = build("flat", docs, storage=storage, ids=np.arange(300) * 2)
+    packed = pv.maxsim.pack(docs, storage)
+    scores, ids = index.search(queries, 10, candidates=300)
+    expected_scores, expected_ids = pv.maxsim.topk(queries, packed, 10)
+    assert_exact(ids, 2 * expected_ids)
+    assert_exact(scores, expected_scores)
+    kept = index.get([8, 0])
+    assert_exact(kept.values, packed.take([4, 0]).decode().values)
+    assert_exact(kept.lengths, [len(docs[4]), len(docs[0])])
+    index.save(tmp_path / "index")
+    loaded = pv.retrieve.MultiVectorIndex.load(tmp_path / "index", mmap=mmap)
+    assert repr(loaded) == repr(index)
+    assert repr(index).endswith(f"first_stage='flat', storage='{storage}')")
+    for candidates in (20, 300):
+        for a, b in zip(
+            index.search(queries, 10, candidates=candidates),
+            loaded.search(queries, 10, candidates=candidates),
+            strict=True,
+        ):
+            assert_exact(a, b)
+    more = sample_docs(rng, 3)
+    for each in (index, loaded):
+        each.add(more)
+    assert_exact(loaded.search(queries, 10)[1], index.search(queries, 10)[1])
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_growing_index_of_few_bits_ranks_as_float32_does(storage):
+    """Documents that come one by one first: centroids of residuals are trained again, tokens stored again."""
+    docs, queries = scifact(100)
+    index = pv.retrieve.MultiVectorIndex(128, storage=storage)
+    for begin, end in ((0, 1), (1, 2), (2, 50), (50, len(docs))):
+        index.add(docs[begin:end])
+    exact = pv.maxsim.topk(queries, docs, 10)[1]
+    found = ranking.recall(index.search(queries, 10)[1], exact)
+    assert found >= {"residual4": 0.9, "residual2": 0.75}.get(storage, 0.95)
+    tokens = docs.values / np.linalg.norm(docs.values, axis=1, keepdims=True)
+    cosines = np.einsum("td,td->t", tokens, index.get(np.arange(len(docs))).values)
+    assert cosines.mean() > {"residual4": 0.98, "residual2": 0.9}.get(storage, 0.999)
+
+
+@pytest.mark.parametrize("first_stage", STAGES)
+def test_removed_documents_are_not_found(rng, tmp_path, first_stage):
+    docs, queries = sample_docs(rng, 400), sample_docs(rng, 7)
+    names = rng.permutation(1000)[:400]
+    index = build(first_stage, docs, ids=names)
+    order, left = rng.permutation(400), np.arange(400)
+    for begin, end in ((0, 1), (1, 60), (60, 110), (110, 250), (250, 251)):  # a quarter is passed twice
+        index.remove(names[order[begin:end]])
+        left = np.setdiff1d(left, order[begin:end])
+        assert len(index) == len(left)
+        assert_exact(index.ids, names[left])
+        assert names[left[0]] in index
+        assert names[order[begin]] not in index
+        expected = pv.maxsim.topk(queries, [docs[i] for i in left], 10)
+        index.save(tmp_path / "index")
+        for each in (index, pv.retrieve.MultiVectorIndex.load(tmp_path / "index")):
+            scores, ids = each.search(queries, 10, candidates=len(left))
+            assert_exact(scores, expected[0])
+            assert_exact(ids, names[left][expected[1]])
+            ids = each.search(queries, 10, candidates=60)[1]
+            assert np.isin(ids, names[left]).all()
+            assert ranking.recall(ids, names[left][expected[1]]) > 0.4
+            half = left[::2]
+            ids = each.search(queries, 3, candidates=20, include=names[np.append(half, order[0])])[1]
+            assert np.isin(ids, names[half]).all()
+    index.add([docs[i] for i in order[:251]], ids=names[order[:251]])
+    scores, ids = index.search(queries, 10, candidates=400)
+    expected = pv.maxsim.topk(queries, docs, 10)
+    assert_exact(scores, expected[0])
+    assert_exact(ids, names[expected[1]])
+    assert_exact(index.get(names[:5]).values, np.concatenate(docs[:5]))
+
+
+def test_removing_everything(rng):
+    index = build("centroids", sample_docs(rng, 5))
+    index.remove(index.ids)
+    assert (len(index), index.nbytes < 2000) == (0, True)
+    assert_exact(index.search(sample_docs(rng, 2), 3)[1], np.full((2, 3), -1))
+    index.add(sample_docs(rng, 2))
+    assert_exact(index.ids, [0, 1])
+
+
+def test_a_failed_remove_changes_nothing(rng):
+    index = build("hnsw", sample_docs(rng, 5), ids=[5, 3, 8, 1, 9])
+    for ids, error, text in (
+        ([3, 4], IndexError, "remove: ids must be in the index, got 4"),
+        ([3, -1], IndexError, "remove: ids must be in the index, got -1"),
+        ([3, 10], IndexError, "remove: ids must be in the index, got 10"),
+        ([3, 3], ValueError, "remove: ids must be unique, got 3 twice"),
+        ([0.5], TypeError, "remove: ids must be integers, got float64"),
+    ):
+        with pytest.raises(error) as caught:
+            index.remove(ids)
+        assert str(caught.value) == f"MultiVectorIndex.{text}"
+    index.remove([])
+    assert_exact(index.ids, [5, 3, 8, 1, 9])
+    index.remove([3])
+    with pytest.raises(IndexError, match=r"^MultiVectorIndex.get: ids must be in the index, got 3$"):
+        index.get([9, 3])
 
 
 def test_an_encoder_of_another_dialect_finds_and_loads(rng, tmp_path):
@@ -220,6 +327,11 @@ def test_a_failed_add_changes_nothing(rng):
         (lambda: index.add([np.ones((2, 5), np.float32)]), ValueError, "docs must have d = 16, got 5"),
         (lambda: index.add(np.ones((2, 16), np.float32)), ValueError, "docs must be a Ragged"),
         (lambda: index.add([np.ones((2, 16))]), TypeError, "docs must be float32, got float64"),
+        (
+            lambda: build("flat", [np.full((1, 16), -65520, np.float32)], storage="float16"),
+            ValueError,
+            "docs must be at most 65504 with storage 'float16', got 65520.0",
+        ),
     ]
     before = index.search(docs, 3)
     for call, error, text in failures:
@@ -269,6 +381,12 @@ def test_an_interrupted_block_leaves_whole_blocks(rng, first_stage):
             lambda: pv.retrieve.MultiVectorIndex(16, encoder=small_encoder(8)),
             ValueError,
             "MultiVectorIndex: encoder must have dim 16, got 8",
+        ),
+        (
+            lambda: pv.retrieve.MultiVectorIndex(16, storage="float64"),
+            ValueError,
+            "MultiVectorIndex: storage must be one of 'float32', 'bfloat16', 'float16', 'int8', 'residual4', "
+            "'residual2', got 'float64'",
         ),
         (
             lambda: pv.retrieve.MultiVectorIndex(16).search([np.ones((1, 16), np.float32)], 300),

@@ -47,8 +47,8 @@ void bind_maxsim(py::module_& m) {
     m.def(
         "maxsim_topk",
         [](const py::object& queries, const py::object& query_offsets, const py::object& docs, std::int64_t full,
-           double empty, const py::object& candidate_offsets, const py::object& candidate_ids, const py::object& scores,
-           const py::object& ids, std::intptr_t where) {
+           double empty, const py::object& candidate_offsets, const py::object& candidate_ids,
+           const py::object& include, const py::object& scores, const py::object& ids, std::intptr_t where) {
             Args args = args_for<Exec>(MaxsimTopk::op, where);
             const Array tokens = args.in("queries", queries);
             run_op<Exec>(
@@ -56,12 +56,14 @@ void bind_maxsim(py::module_& m) {
                            stored_tokens(args, docs),
                            {full, empty},
                            {args.in("candidates offsets", candidate_offsets), args.in("candidates ids", candidate_ids)},
+                           args.in("include", include),
                            args.out("out scores", scores),
                            args.out("out ids", ids)},
                 where, tokens);
         },
         py::arg("queries"), py::arg("query_offsets"), py::arg("docs"), py::arg("full"), py::arg("empty"),
-        py::arg("candidate_offsets"), py::arg("candidate_ids"), py::arg("scores"), py::arg("ids"), py::arg("where"));
+        py::arg("candidate_offsets"), py::arg("candidate_ids"), py::arg("include"), py::arg("scores"), py::arg("ids"),
+        py::arg("where"));
     m.def(
         "maxsim_align",
         [](const py::object& query, const py::object& doc, const py::object& ids, const py::object& similarities,
@@ -108,7 +110,7 @@ void bind_maxsim(py::module_& m) {
         py::arg("rows"), py::arg("of_docs"), py::arg("out"), py::arg("where"));
 }
 
-/// What packs tokens.
+/// What packs tokens, and unpacks them.
 template <class Exec>
 void bind_packed_tokens(py::module_& m) {
     m.def(
@@ -166,6 +168,14 @@ void bind_packed_tokens(py::module_& m) {
             run_op<Exec>(MaxsimBounds{first, stored_tokens(args, docs), args.out("bounds", bounds)}, where, first);
         },
         py::arg("tokens"), py::arg("docs"), py::arg("bounds"), py::arg("where"));
+    m.def(
+        "maxsim_decode",
+        [](const py::object& docs, const py::object& out, std::intptr_t where) {
+            Args args = args_for<Exec>(MaxsimDecode::op, where);
+            const StoredTokens stored = stored_tokens(args, docs);
+            run_op<Exec>(MaxsimDecode{stored, args.out("out", out)}, where, stored.tokens);
+        },
+        py::arg("docs"), py::arg("out"), py::arg("where"));
 }
 
 template <class Exec>

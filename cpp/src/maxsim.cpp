@@ -431,10 +431,11 @@ void score(const MaxsimScore& op, int num_threads, const More&... more) {
     });
 }
 
-/// The k best documents of each query: of all, or of the positions of `ids` from lists[q] to lists[q + 1].
+/// The k best documents of each query: of the first n `ids`, or of those from lists[q] to lists[q + 1] where there are
+/// lists; of the first n documents where there are no ids.
 template <class Panels>
 std::vector<TopK> best_of(const TokenSets& queries, const StoredTokens& docs, Missing missing, std::int64_t k,
-                          const std::int64_t* lists, const std::int64_t* ids, int num_threads) {
+                          const std::int64_t* lists, const std::int64_t* ids, std::int64_t n, int num_threads) {
     using T = typename Panels::Score;
     const bool listed = lists != nullptr;
     const Scorer<Panels> scorer(queries, docs, missing, listed, num_threads);
@@ -444,7 +445,7 @@ std::vector<TopK> best_of(const TokenSets& queries, const StoredTokens& docs, Mi
         for (std::int64_t q = 0; q < nq; ++q)
             scorer.cut(lists[q], lists[q + 1], ids, scorer.groups[q].tokens, q, blocks);
     } else {
-        scorer.cut(0, docs.size(), nullptr, scorer.most_tokens, 0, blocks);
+        scorer.cut(0, n, ids, scorer.most_tokens, 0, blocks);
     }
     std::vector<TopK> best(nq, TopK(k));
     std::vector<std::mutex> taken(groups);
@@ -472,10 +473,11 @@ void write(std::vector<TopK>& best, const Array& scores, const Array& ids) {
 
 template <class Panels>
 void topk(const MaxsimTopk& op, int num_threads) {
-    const auto& [offsets, ids] = op.candidates;
-    auto best = best_of<Panels>(op.queries, op.docs, op.missing, op.scores.dim(1),
-                                offsets ? offsets.as<const std::int64_t>() : nullptr,
-                                ids ? ids.as<const std::int64_t>() : nullptr, num_threads);
+    const auto data = [](const Array& a) { return a ? a.as<const std::int64_t>() : nullptr; };
+    const auto& [lists, listed] = op.candidates;
+    const Array& ids = lists ? listed : op.include;
+    auto best = best_of<Panels>(op.queries, op.docs, op.missing, op.scores.dim(1), data(lists), data(ids),
+                                ids ? ids.dim(0) : op.docs.size(), num_threads);
     write(best, op.scores, op.ids);
 }
 
@@ -646,7 +648,7 @@ void certify(const MaxsimCertifiedTopk& op, std::int64_t begin, std::int64_t end
             op.rescored.as<std::int64_t>()[begin + q] += chosen[q].size();
         }
         return best_of<FloatPanels<float>>(queries, {op.exact, {}, {}, {}, {}}, {}, k, lists.data(), ids.data(),
-                                           num_threads);
+                                           lists.back(), num_threads);
     };
 
     std::fill_n(op.rescored.as<std::int64_t>() + begin, n, 0);

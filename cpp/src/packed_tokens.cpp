@@ -20,7 +20,7 @@ class Decoder {
 public:
     explicit Decoder(const StoredTokens& docs)
         : docs_(docs), width_(docs.tokens.dim(1)), d_(docs.centroids ? docs.centroids.dim(1) : 0) {
-        if (!docs.centroids) return;
+        if (!docs.weights) return;
         const std::int64_t codes = docs.weights.dim(0);
         const auto* weights = docs.weights.as<const float>();
         const float unit = weight_unit(weights, codes);
@@ -146,6 +146,29 @@ void run(const MaxsimCompress& op, Cpu cpu) {
             }
             const double norm = decoder.norm(t, d);
             docs.scales.as<float>()[t] = norm > 0 ? static_cast<float>(std::sqrt(squares) / norm) : 0;
+        }
+    });
+}
+
+void run(const MaxsimDecode& op, Cpu cpu) {
+    const StoredTokens& docs = op.docs;
+    const std::int64_t d = op.out.dim(1), width = docs.tokens.dim(1);
+    const bool bytes = docs.tokens.dtype == DType::u8;
+    const auto widened = docs.format() == StoredTokens::bfloat16 ? from_bfloat16 : from_float16;
+    const Decoder decoder(docs);
+    parallel_for(op.out.dim(0), token_block, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+        for (std::int64_t t = begin; t < end; ++t) {
+            float* out = op.out.as<float>() + t * d;
+            const auto* halves = docs.tokens.as<const std::uint16_t>() + t * width;
+            if (bytes) {
+                const double scale = docs.scales.as<const float>()[t];
+                for (std::int64_t i = 0; i < d; ++i)
+                    out[i] = static_cast<float>(scale * (decoder.centroid(t, i) + decoder.rounded(t, i)));
+            } else if (docs.format() == StoredTokens::centroid) {
+                std::copy_n(docs.centroids.as<const float>() + *halves * d, d, out);
+            } else {
+                std::transform(halves, halves + d, out, widened);
+            }
         }
     });
 }

@@ -175,15 +175,15 @@ def require_cpu(op: str, name: str, x: Any) -> None:
         raise TypeError(f"{op}: {name} must be on cpu, got {device_name(x)}; this function has no CUDA form yet")
 
 
-def as_selection(op: str, name: str, x: Any, n: int | None) -> np.ndarray[Any, Any] | None:
-    """Check which of n codes take part: return a mask (of any length where n is None) or rows of them, None for all."""
+def as_selection(op: str, name: str, x: Any, n: int | None, each: str = "code") -> np.ndarray[Any, Any] | None:
+    """Check which of n take part: return a mask (of any length where n is None) or rows of them, None for all."""
     if x is None:
         return None
     if dtype_name(x if is_array(x) else np.asarray(x)) != "bool":
         return np.asarray(as_ids(op, name, x))
     mask = np.asarray(as_array(op, name, x, dtypes=("bool",), ndim=1))
     if n is not None and len(mask) != n:
-        raise ValueError(f"{op}: {name} must have one entry a code ({n}), got {len(mask)}")
+        raise ValueError(f"{op}: {name} must have one entry a {each} ({n}), got {len(mask)}")
     return mask
 
 

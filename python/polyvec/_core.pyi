@@ -207,6 +207,7 @@ def maxsim_compress(
     weights: typing.Any,
     where: int,
 ) -> None: ...
+def maxsim_decode(docs: typing.Any, out: typing.Any, where: int) -> None: ...
 def maxsim_match(
     queries: typing.Any,
     query_offsets: typing.Any,
@@ -256,6 +257,7 @@ def maxsim_topk(
     empty: float,
     candidate_offsets: typing.Any,
     candidate_ids: typing.Any,
+    include: typing.Any,
     scores: typing.Any,
     ids: typing.Any,
     where: int,

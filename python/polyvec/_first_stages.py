@@ -8,44 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from polyvec import _files, fde, hnsw, maxsim, quantize, scan
-from polyvec._kmeans import train_centroids, training_rows
-from polyvec._packed_tokens import MOST_CENTROIDS, centroid_count, nearest_centroids
+from polyvec._packed_tokens import MOST_CENTROIDS, PackedTokens, centroid_count
 from polyvec._ragged import Ragged
+from polyvec._token_store import Rows, TokenStore
 
 Floats = npt.NDArray[np.float32]
-Included = npt.NDArray[np.int64] | None  # numbers of documents, rising; None: all
-
-
-class Rows:
-    """A matrix that grows: capacity doubles, so that adding costs a copy a row on average."""
-
-    def __init__(self, width: int, dtype: Any) -> None:
-        self._data = np.empty((0, width), dtype)
-        self._n = 0
-
-    @classmethod
-    def of(cls, data: npt.NDArray[Any]) -> Rows:
-        rows = cls(data.shape[1], data.dtype)
-        rows._data, rows._n = data, len(data)
-        return rows
-
-    def __len__(self) -> int:
-        return self._n
-
-    def append(self, rows: npt.NDArray[Any]) -> None:
-        need = self._n + len(rows)
-        if need > len(self._data):
-            grown = np.empty((max(need, 2 * len(self._data)), self._data.shape[1]), self._data.dtype)
-            grown[: self._n] = self._data[: self._n]
-            self._data = grown
-        self._data[self._n : need] = rows
-        self._n = need
-
-    def truncate(self, n: int) -> None:
-        self._n = min(self._n, n)
-
-    def view(self) -> npt.NDArray[Any]:
-        return self._data[: self._n]
+Numbers = npt.NDArray[np.int64]  # of documents, rising
+Included = Numbers | None  # None: all
 
 
 class FirstStage(Protocol):
@@ -56,7 +25,7 @@ class FirstStage(Protocol):
     @property
     def nbytes(self) -> int: ...
 
-    def prepare(self, op: str, held: Ragged, docs: Ragged, num_threads: int | None) -> None:
+    def prepare(self, op: str, held: PackedTokens, docs: Ragged, num_threads: int | None) -> None:
         """Learn what `add` of the documents needs beside those held, or raise before anything changes."""
 
     def add(self, docs: Ragged, num_threads: int | None) -> None: ...
@@ -64,7 +33,13 @@ class FirstStage(Protocol):
     def truncate(self, n: int) -> None:
         """Keep the first n documents."""
 
-    def search(self, queries: Ragged, k: int, include: Included, num_threads: int | None) -> npt.NDArray[np.int64]:
+    def remove(self, numbers: Numbers) -> None:
+        """Take documents out, which keep their numbers and are not in `include` any more."""
+
+    def keep(self, numbers: Numbers) -> None:
+        """Keep these documents, renumbered in their order."""
+
+    def search(self, queries: Ragged, k: int, include: Included, num_threads: int | None) -> Numbers:
         """Return (nq, k) documents, of those in `include`, some of which may be -1 or cut off."""
 
     def state(self) -> _files.State: ...
@@ -81,60 +56,38 @@ class CentroidStage:
     """
 
     def __init__(self, dim: int) -> None:
-        self._dim = dim
-        self._centroids = np.zeros((1, dim), np.float32)
-        self._tokens = Rows(1, np.uint16)
-        self._offsets = Rows.of(np.zeros((1, 1), np.int64))  # of the documents among the tokens
+        self._tokens = TokenStore(dim, "centroid", lambda n: min(max(1, centroid_count(n) // 2), MOST_CENTROIDS))
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return len(self._tokens)
 
     @property
     def nbytes(self) -> int:
-        return self._centroids.nbytes + self._tokens.view().nbytes + self._offsets.view().nbytes
+        return self._tokens.nbytes
 
-    def prepare(self, op: str, held: Ragged, docs: Ragged, num_threads: int | None) -> None:
-        """Train centroids when there are to be twice as many: four times the tokens."""
-        n, more = len(held.values), len(docs.values)
-        count = min(max(1, centroid_count(n + more) // 2), MOST_CENTROIDS)
-        if count < 2 * len(self._centroids):
-            return
-        rows = training_rows(n + more, count)
-        sample = np.concatenate([held.values[rows[rows < n]], np.asarray(docs.values)[rows[rows >= n] - n]])
-        centroids = train_centroids(op, sample, count, num_threads)
-        tokens = Rows(1, np.uint16)
-        tokens.append(nearest_centroids(op, held.values, centroids, num_threads)[:, None])
-        self._centroids, self._tokens, self._offsets = centroids, tokens, Rows.of(held.offsets[:, None].copy())
+    def prepare(self, op: str, held: PackedTokens, docs: Ragged, num_threads: int | None) -> None:
+        self._tokens.prepare(op, held, docs, num_threads)
 
     def add(self, docs: Ragged, num_threads: int | None) -> None:
-        ids = nearest_centroids("MultiVectorIndex.add", docs.values, self._centroids, num_threads)
-        self._offsets.append(docs.offsets[1:, None] + len(self._tokens))
-        self._tokens.append(ids[:, None])
+        self._tokens.append("MultiVectorIndex.add", docs, num_threads)
 
     def truncate(self, n: int) -> None:
-        self._offsets.truncate(n + 1)
-        self._tokens.truncate(int(self._offsets.view()[-1, 0]))
+        self._tokens.truncate(n)
 
-    def search(self, queries: Ragged, k: int, include: Included, num_threads: int | None) -> npt.NDArray[np.int64]:
-        docs = self._packed() if include is None else self._packed().take(include)
-        ids = np.asarray(maxsim.topk(queries, docs, k, num_threads=num_threads)[1])
-        return ids if include is None else np.append(include, -1)[ids]
+    def remove(self, numbers: Numbers) -> None:
+        pass
 
-    def _packed(self) -> maxsim.PackedTokens:
-        offsets = self._offsets.view()[:, 0]
-        sets = Ragged(self._tokens.view()[: offsets[-1]], offsets)
-        return maxsim.PackedTokens(sets, "centroid", self._dim, centroids=self._centroids)
+    def keep(self, numbers: Numbers) -> None:
+        self._tokens.keep(numbers)
+
+    def search(self, queries: Ragged, k: int, include: Included, num_threads: int | None) -> Numbers:
+        return np.asarray(maxsim.topk(queries, self._tokens.packed(), k, include=include, num_threads=num_threads)[1])
 
     def state(self) -> _files.State:
-        return self._packed().state()
+        return self._tokens.packed().state()
 
     def restore(self, state: _files.State) -> None:
-        packed = maxsim.PackedTokens.from_state(state)
-        if packed.dtype != "centroid" or packed.dim != self._dim:
-            raise ValueError("first stage must be of centroids, as wide as the tokens")
-        tensors = packed.state().tensors
-        self._centroids = tensors["centroids"]
-        self._tokens, self._offsets = Rows.of(tensors["values"]), Rows.of(tensors["offsets"][:, None])
+        self._tokens.restore(state)
 
 
 class EncodedStage:
@@ -143,20 +96,23 @@ class EncodedStage:
     def __init__(self, encoder: fde.Encoder) -> None:
         self._encoder = encoder
 
-    def prepare(self, op: str, held: Ragged, docs: Ragged, num_threads: int | None) -> None:
+    def prepare(self, op: str, held: PackedTokens, docs: Ragged, num_threads: int | None) -> None:
+        pass
+
+    def remove(self, numbers: Numbers) -> None:
         pass
 
     def add(self, docs: Ragged, num_threads: int | None) -> None:
         self._add(np.asarray(self._encoder.encode_docs(docs, num_threads=num_threads)), num_threads)
 
-    def search(self, queries: Ragged, k: int, include: Included, num_threads: int | None) -> npt.NDArray[np.int64]:
+    def search(self, queries: Ragged, k: int, include: Included, num_threads: int | None) -> Numbers:
         encodings = np.asarray(self._encoder.encode_queries(queries, num_threads=num_threads))
         return self._search(encodings, k, include, num_threads)
 
     def _add(self, encodings: Floats, num_threads: int | None) -> None:
         raise NotImplementedError
 
-    def _search(self, encodings: Floats, k: int, include: Included, num_threads: int | None) -> npt.NDArray[np.int64]:
+    def _search(self, encodings: Floats, k: int, include: Included, num_threads: int | None) -> Numbers:
         raise NotImplementedError
 
 
@@ -177,10 +133,13 @@ class FlatStage(EncodedStage):
     def truncate(self, n: int) -> None:
         self._rows.truncate(n)
 
+    def keep(self, numbers: Numbers) -> None:
+        self._rows = Rows.of(self._rows.view()[numbers])
+
     def _add(self, encodings: Floats, num_threads: int | None) -> None:
         self._rows.append(encodings)
 
-    def _search(self, encodings: Floats, k: int, include: Included, num_threads: int | None) -> npt.NDArray[np.int64]:
+    def _search(self, encodings: Floats, k: int, include: Included, num_threads: int | None) -> Numbers:
         rows, bias = self._rows.view(), None
         if include is not None:
             bias = np.full(len(rows), -np.inf, np.float32)
@@ -215,7 +174,7 @@ class CodeStage(EncodedStage):
     def nbytes(self) -> int:
         return self._codes.view().nbytes
 
-    def prepare(self, op: str, held: Ragged, docs: Ragged, num_threads: int | None) -> None:
+    def prepare(self, op: str, held: PackedTokens, docs: Ragged, num_threads: int | None) -> None:
         if self._quantizer.codebooks is not None:
             return
         if len(docs) < 256:
@@ -227,10 +186,13 @@ class CodeStage(EncodedStage):
     def truncate(self, n: int) -> None:
         self._codes.truncate(n)
 
+    def keep(self, numbers: Numbers) -> None:
+        self._codes = Rows.of(self._codes.view()[numbers])
+
     def _add(self, encodings: Floats, num_threads: int | None) -> None:
         self._codes.append(self._quantizer.encode(encodings, num_threads=num_threads))
 
-    def _search(self, encodings: Floats, k: int, include: Included, num_threads: int | None) -> npt.NDArray[np.int64]:
+    def _search(self, encodings: Floats, k: int, include: Included, num_threads: int | None) -> Numbers:
         codes = self._codes.view()
         ids: Any = self._quantizer.search(encodings, codes, k, include=include, num_threads=num_threads)[1]
         return ids  # type: ignore[no-any-return]
@@ -248,40 +210,61 @@ class CodeStage(EncodedStage):
 
 
 class GraphStage(EncodedStage):
-    """A graph over the encodings."""
+    """A graph over the encodings. Its names of documents rise with their numbers, and stay when those change."""
 
     def __init__(self, encoder: fde.Encoder) -> None:
         super().__init__(encoder)
         self._index = hnsw.Index(encoder.output_dim, metric="ip", storage="int8")
+        self._names = Rows(1, np.int64)
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self._names)
 
     @property
     def nbytes(self) -> int:
-        return self._index.nbytes
+        return self._index.nbytes + self._names.view().nbytes
 
     def truncate(self, n: int) -> None:
-        extra = self._index.ids[self._index.ids >= n]
-        if len(extra):
-            self._index.remove(extra)
+        self.remove(np.arange(n, len(self)))
+        self._names.truncate(n)
+
+    def remove(self, numbers: Numbers) -> None:
+        if len(numbers):
+            names = self._names.view()[numbers, 0]
+            self._index.remove(names[np.isin(names, self._index.ids)])
+
+    def keep(self, numbers: Numbers) -> None:
+        self._names = Rows.of(self._names.view()[numbers])
 
     def _add(self, encodings: Floats, num_threads: int | None) -> None:
-        first = len(self)
-        self._index.add(encodings, np.arange(first, first + len(encodings)), num_threads=num_threads)
+        first = int(self._names.view()[-1, 0]) + 1 if len(self) else 0
+        names = np.arange(first, first + len(encodings))
+        if len(names) and first in self._index:  # a call that was cut short may have left some
+            self._index.remove(names[np.isin(names, self._index.ids)])
+        self._index.add(encodings, names, num_threads=num_threads)
+        self._names.append(names[:, None])
 
-    def _search(self, encodings: Floats, k: int, include: Included, num_threads: int | None) -> npt.NDArray[np.int64]:
-        ids: Any = self._index.search(encodings, k, include=include, num_threads=num_threads)[1]
-        return ids  # type: ignore[no-any-return]
+    def _search(self, encodings: Floats, k: int, include: Included, num_threads: int | None) -> Numbers:
+        names = self._names.view()[:, 0]
+        if include is not None:
+            include = None if len(include) == len(self._index) else names[include]
+        found: Any = self._index.search(encodings, k, include=include, num_threads=num_threads)[1]
+        return np.where(found >= 0, np.searchsorted(names, found), -1)
 
     def state(self) -> _files.State:
-        return self._index.state()
+        names = _files.State({"of_documents": self._names.view()[:, 0]}, {})
+        return _files.join(graph=self._index.state(), names=names)
 
     def restore(self, state: _files.State) -> None:
-        index = hnsw.Index.from_state(state)
+        index = hnsw.Index.from_state(_files.part(state, "graph"))
+        names = _files.part(state, "names").tensors["of_documents"]
         if index.dim != self._encoder.output_dim:
             raise ValueError("the graph must be of the encoder's width")
-        self._index = index
+        if names.ndim != 1 or names.dtype != np.int64 or (np.diff(names) <= 0).any():
+            raise ValueError("the names of documents must rise")
+        if not np.isin(index.ids, names).all():
+            raise ValueError("the graph must have no other documents")
+        self._index, self._names = index, Rows.of(names[:, None])
 
 
 _ENCODED: dict[str, type[FlatStage] | type[CodeStage] | type[GraphStage]] = {

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from polyvec import _backend, _files
 from polyvec._arrays import as_array, as_count, as_ids, choice, device_name, empty, is_torch, joined, rows_of
@@ -18,11 +19,11 @@ STORED = {
     "residual4": "uint8", "centroid": "uint16",
 }  # fmt: skip
 _PARTS = ("scales", "centroid_ids", "centroids", "bucket_weights")
-_RESIDUAL = {"residual2": 2, "residual4": 4}  # bits of a code
+RESIDUAL_BITS = {"residual2": 2, "residual4": 4}
 MOST_CENTROIDS = 1 << 16  # where a token is nothing else
 
 
-def _stored_width(dtype: str, d: int) -> int:
+def stored_width(dtype: str, d: int) -> int:
     """Elements that a token of width d takes."""
     if dtype == "centroid":
         return 1
@@ -30,7 +31,7 @@ def _stored_width(dtype: str, d: int) -> int:
         return d + d % 2
     if dtype in ("float32", "float16"):
         return d
-    return -(-d // 4) * _RESIDUAL.get(dtype, 8) // 2
+    return -(-d // 4) * RESIDUAL_BITS.get(dtype, 8) // 2
 
 
 def _check_centroids(op: str, centroid_ids: Any, centroids: Any, dim: int) -> None:
@@ -122,6 +123,11 @@ class PackedTokens(_files.Saved):
     def dim(self) -> int:
         """Width d of the tokens."""
         return self._dim
+
+    @property
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """Where each document's tokens begin, and where the last ones end, shape (len(packed) + 1,); read-only."""
+        return self._sets.offsets
 
     @property
     def nbytes(self) -> int:
@@ -246,12 +252,38 @@ class PackedTokens(_files.Saved):
         if self._shared["centroids"] is not None:
             ids = nearest_centroids(op, sets.values, self._shared["centroids"], num_threads)
             parts = {**self._shared, "centroid_ids": ids}
-        more = _encoded(op, sets, self.dtype, parts, num_threads)
+        more = encoded(op, sets, self.dtype, parts, num_threads)
         of_tokens = {name: _joined(x, more._of_tokens[name]) for name, x in self._of_tokens.items()}
         offsets = np.concatenate([self._sets.offsets, more._sets.offsets[1:] + self._sets.offsets[-1]])
         joined = Ragged(_joined(self._sets.values, more._sets.values), offsets)
         bounds = _joined(self._bounds, more._bounds)
         return PackedTokens(joined, self.dtype, self.dim, **of_tokens, **self._shared, bounds=bounds)
+
+    def decode(self, *, num_threads: int | None = None) -> Ragged:
+        """Return the tokens as floats: what scores are of, but for the rounding of queries.
+
+        Parameters
+        ----------
+        num_threads : int, optional
+            CPU threads; the process setting when None.
+
+        Returns
+        -------
+        Ragged
+            float32, where the packed tokens lie. Documents packed as "float32" share their memory.
+
+        Examples
+        --------
+        >>> import numpy as np, polyvec as pv
+        >>> pv.maxsim.pack([np.array([[0.1, 254]], np.float32)], "int8").decode().values
+        array([[  0., 254.]], dtype=float32)
+        """
+        if self.dtype == "float32":
+            return self._sets
+        op, values = "PackedTokens.decode", self._sets.values
+        out = empty(values, (int(values.shape[0]), self.dim), "float32")
+        _backend.run(op, "maxsim_decode", values, self._stored(), out, num_threads=num_threads)
+        return self._sets.with_values(out)
 
     def state(self) -> _files.State:
         """Return what `save` writes.
@@ -281,11 +313,11 @@ class PackedTokens(_files.Saved):
         dim = as_count(op, "dim", state.params["dim"], least=0)
         parts = dict(state.tensors)
         sets = Ragged(parts.pop("values"), parts.pop("offsets"))
-        sets = as_ragged(op, "tokens", sets, dtypes=(STORED[dtype],), dim=_stored_width(dtype, dim))
+        sets = as_ragged(op, "tokens", sets, dtypes=(STORED[dtype],), dim=stored_width(dtype, dim))
         expected = {"int8": ["scales"], "centroid": ["centroids"]}.get(dtype, [])
         if dtype == "centroid":
             _check_centroids(op, np.asarray(sets.values), parts["centroids"], dim)
-        if dtype in _RESIDUAL:
+        if dtype in RESIDUAL_BITS:
             expected = ["bucket_weights", "centroid_ids", "centroids", "scales"]
             _check_centroids(op, parts["centroid_ids"], parts["centroids"], dim)
         if sorted(parts.keys() - {"bounds"}) != expected:
@@ -381,10 +413,10 @@ def pack(docs: Any, dtype: str = "float32", *, centroids: Any = None, num_thread
     op = "maxsim.pack"
     choice(op, "dtype", dtype, tuple(STORED))
     sets = _finite_sets(op, docs, None, num_threads)
-    if dtype not in (*_RESIDUAL, "centroid"):
+    if dtype not in (*RESIDUAL_BITS, "centroid"):
         if centroids is not None:
             raise ValueError(f"{op}: centroids must be None for {dtype}, got {type(centroids).__name__}")
-        return _encoded(op, sets, dtype, {}, num_threads)
+        return encoded(op, sets, dtype, {}, num_threads)
     if device_name(sets.values) != "cpu" and centroids is None:
         raise ValueError(f"{op}: centroids must be given for {dtype} on a GPU, got None")
     if centroids is None:
@@ -400,11 +432,10 @@ def pack(docs: Any, dtype: str = "float32", *, centroids: Any = None, num_thread
         raise ValueError(f"{op}: centroids must be at most {MOST_CENTROIDS}, got {len(centroids)}")
     ids = nearest_centroids(op, sets.values, centroids, num_threads)
     if dtype == "centroid":
-        return _encoded(op, sets, dtype, {"centroid_ids": ids, "centroids": centroids}, num_threads)
-    weights = empty(sets.values, (1 << _RESIDUAL[dtype],), "float32")
-    _backend.run(op, "maxsim_buckets", sets.values, sets.values, ids, centroids, weights, num_threads=num_threads)
+        return encoded(op, sets, dtype, {"centroid_ids": ids, "centroids": centroids}, num_threads)
+    weights = bucket_weights_of(op, sets.values, ids, centroids, dtype, num_threads)
     parts = {"centroid_ids": ids, "centroids": centroids, "bucket_weights": weights}
-    return _encoded(op, sets, dtype, parts, num_threads)
+    return encoded(op, sets, dtype, parts, num_threads)
 
 
 def _finite_sets(op: str, docs: Any, dim: int | None, num_threads: int | None) -> Ragged:
@@ -432,20 +463,32 @@ def nearest_centroids(op: str, tokens: Any, centroids: Any, num_threads: int | N
     return ids.int() if is_torch(ids) else ids.astype(np.int32)
 
 
-def _encoded(op: str, docs: Ragged, dtype: str, parts: dict[str, Any], num_threads: int | None) -> PackedTokens:
-    """Store finite tokens; `parts` is what residual codes refer to."""
+def bucket_weights_of(
+    op: str, tokens: Any, centroid_ids: Any, centroids: Any, dtype: str, num_threads: int | None
+) -> Any:
+    """Return what the codes of residuals stand for."""
+    weights = empty(tokens, (1 << RESIDUAL_BITS[dtype],), "float32")
+    _backend.run(op, "maxsim_buckets", tokens, tokens, centroid_ids, centroids, weights, num_threads=num_threads)
+    return weights
+
+
+def encoded(
+    op: str, docs: Ragged, dtype: str, parts: dict[str, Any], num_threads: int | None, *, bounded: bool = True
+) -> PackedTokens:
+    """Store finite tokens; `parts` is what residual codes refer to. Bounds on errors are for `certified_topk` alone."""
     if dtype == "float32":
         return PackedTokens(docs, dtype, docs.dim)
     tokens, n = docs.values, int(docs.values.shape[0])
     if dtype == "centroid":
         ids = _as_uint16(parts["centroid_ids"]).reshape(n, 1)
         return PackedTokens(docs.with_values(ids), dtype, docs.dim, centroids=parts["centroids"])
-    codes = empty(tokens, (n, _stored_width(dtype, docs.dim)), STORED[dtype])
+    codes = empty(tokens, (n, stored_width(dtype, docs.dim)), STORED[dtype])
     if STORED[dtype] != "uint8":
         _backend.run(op, "maxsim_pack", tokens, tokens, codes, None, num_threads=num_threads)
         return PackedTokens(docs.with_values(codes), dtype, docs.dim)
     offsets = docs.placed_offsets
-    scales, bounds = empty(tokens, (n,), "float32"), empty(tokens, (len(docs), 3), "float32")
+    scales = empty(tokens, (n,), "float32")
+    bounds = empty(tokens, (len(docs), 3), "float32") if bounded else None
     packed = PackedTokens(docs.with_values(codes), dtype, docs.dim, scales=scales, bounds=bounds, **parts)
     if dtype == "int8":
         _backend.run(op, "maxsim_pack", tokens, tokens, codes, scales, num_threads=num_threads)
@@ -455,7 +498,8 @@ def _encoded(op: str, docs: Ragged, dtype: str, parts: dict[str, Any], num_threa
             tokens, offsets, codes, scales, *(parts[name] for name in _PARTS[1:]),
             num_threads=num_threads,
         )  # fmt: skip
-    _backend.run(op, "maxsim_bounds", tokens, tokens, packed._stored(), bounds, num_threads=num_threads)
+    if bounded:
+        _backend.run(op, "maxsim_bounds", tokens, tokens, packed._stored(), bounds, num_threads=num_threads)
     return packed
 
 
@@ -522,13 +566,13 @@ def from_residuals(
     residuals = as_array(op, "residuals", residuals, dtypes=("uint8",), ndim=2)
     weights = as_array(op, "bucket_weights", bucket_weights, ndim=1)
     _backend.require_finite(op, "centroids", centroids, num_threads)
-    dtype = {bits: name for name, bits in _RESIDUAL.items()}.get(len(weights).bit_length() - 1, "")
+    dtype = {bits: name for name, bits in RESIDUAL_BITS.items()}.get(len(weights).bit_length() - 1, "")
     if not dtype or len(weights) not in (4, 16):
         raise ValueError(f"{op}: bucket_weights must have 4 or 16 entries, got {len(weights)}")
     n, dim = int(residuals.shape[0]), int(centroids.shape[1])
-    if residuals.shape[1] != _stored_width(dtype, dim):
+    if residuals.shape[1] != stored_width(dtype, dim):
         raise ValueError(
-            f"{op}: residuals must have {_stored_width(dtype, dim)} bytes a token, got {residuals.shape[1]}"
+            f"{op}: residuals must have {stored_width(dtype, dim)} bytes a token, got {residuals.shape[1]}"
         )
     ids = as_ids(op, "codes", codes)
     if len(ids) != n:

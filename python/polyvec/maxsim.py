@@ -33,11 +33,14 @@ from polyvec._arrays import (
     as_array,
     as_count,
     as_id_lists,
+    as_selection,
     choice,
+    device_name,
     dtype_name,
     empty,
     output,
     outputs,
+    to_device_of,
 )
 from polyvec._clusters import pool
 from polyvec._clusters import pool_into as pool_into
@@ -113,6 +116,17 @@ def _missing(op: str, padding: str, empty: float, docs: Any, offsets: Any) -> tu
         padded = docs[0] if isinstance(docs, tuple) else docs
         return int(padded.shape[1] if is_padded(docs) else np.diff(offsets).max(initial=0)), empty
     return 0 if padding == "exclude" else np.iinfo(np.int64).max, empty
+
+
+def _chosen(op: str, include: Any, n: int) -> Any:
+    """Return the numbers of the documents that take part, rising; None for all."""
+    chosen = as_selection(op, "include", include, n, "document")
+    if chosen is None:
+        return None
+    chosen = np.flatnonzero(chosen) if chosen.dtype == bool else np.unique(chosen)
+    if len(chosen) and not 0 <= chosen[0] <= chosen[-1] < n:
+        raise IndexError(f"{op}: include must be in [0, {n}), got {chosen[0] if chosen[0] < 0 else chosen[-1]}")
+    return chosen
 
 
 def score(
@@ -296,6 +310,7 @@ def topk(
     k: int,
     *,
     candidates: tuple[Any, Any] | None = None,
+    include: Any = None,
     query_mask: Any = None,
     doc_mask: Any = None,
     padding: str = "exclude",
@@ -303,7 +318,7 @@ def topk(
     out: tuple[Any, Any] | None = None,
     num_threads: int | None = None,
 ) -> tuple[Any, Any]:
-    """Return the k best documents of each query: of all documents, or of the candidates named for each.
+    """Return the k best documents of each query: of all, of some, or of the candidates named for each.
 
     Parameters
     ----------
@@ -314,6 +329,8 @@ def topk(
     candidates : (offsets of shape (nq + 1,), ids of shape (n,)), integer arrays, optional
         Query q chooses from the documents `ids[offsets[q]:offsets[q + 1]]`. An id that a list names twice is ranked
         twice.
+    include : bool array of shape (n_docs,) or integer array of shape (c,), on a CPU, optional
+        Which documents all queries choose from; instead of `candidates`.
     query_mask, doc_mask : bool array of shape (n, t), optional
         Which tokens of padded queries, of padded documents count.
     padding : {"exclude", "zero", "relu"}
@@ -336,11 +353,12 @@ def topk(
     Raises
     ------
     ValueError
-        k below 1, widths that differ, offsets that run backwards, a mask of another shape.
+        k below 1, widths that differ, offsets that run backwards, a mask of another shape, both `candidates` and
+        `include`.
     TypeError
         Dtypes other than float32 and float64, or two different ones.
     IndexError
-        A candidate outside the documents.
+        A candidate, or a document to include, outside the documents.
 
     Notes
     -----
@@ -359,16 +377,24 @@ def topk(
     (array([[2.]], dtype=float32), array([[1]]))
     >>> pv.maxsim.topk([query], docs, 1, candidates=([0, 1], [0]))
     (array([[1.5]], dtype=float32), array([[0]]))
+    >>> pv.maxsim.topk([query], docs, 1, include=[True, False])
+    (array([[1.5]], dtype=float32), array([[0]]))
     """
     op = "maxsim.topk"
     k = as_count(op, "k", k)
     q, stored, doc_offsets = _queries_and_docs(op, queries, docs, (query_mask, doc_mask), num_threads)
     missing = _missing(op, padding, empty, docs, doc_offsets)
+    chosen = _chosen(op, include, len(doc_offsets) - 1)
+    if chosen is not None and candidates is not None:
+        raise ValueError(f"{op}: candidates must be None with include")
+    if chosen is not None and device_name(q.values) != "cpu":
+        every = np.arange(len(q) + 1) * len(chosen), np.tile(chosen, len(q))
+        candidates, chosen = tuple(to_device_of(q.values, x) for x in every), None
     offsets, ids = as_id_lists(op, "candidates", candidates, q.values)
     scores, found = outputs(op, out, q.values, (len(q), k), ("float32", "int64"), ("scores", "ids"))
     _backend.run(
         op, "maxsim_topk", q.values,
-        q.values, q.placed_offsets, stored, *missing, offsets, ids, scores, found,
+        q.values, q.placed_offsets, stored, *missing, offsets, ids, chosen, scores, found,
         num_threads=num_threads,
     )  # fmt: skip
     return scores, found

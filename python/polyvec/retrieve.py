@@ -11,19 +11,22 @@ import numpy.typing as npt
 
 from polyvec import _backend, _files, fde, hypercomplex, maxsim, scan
 from polyvec._arrays import as_array, as_count, as_ids, as_selection, choice, is_torch, outputs
-from polyvec._first_stages import FIRST_STAGES, Rows, first_stage_of
+from polyvec._first_stages import FIRST_STAGES, first_stage_of
 from polyvec._progress import Progress, reporting
 from polyvec._ragged import Ragged, as_ragged
+from polyvec._token_store import Rows, TokenStore
 
 __all__ = ["LinkPredictor", "MultiVectorIndex"]
 
 _BLOCK = 256  # documents encoded and indexed at a time: bounds the memory of their encodings
+_FLOAT16_END = 65520  # rounds to infinity
+_STORAGES = ("float32", "bfloat16", "float16", "int8", "residual4", "residual2")
 
 
 class MultiVectorIndex(_files.Saved):
     """Find the best documents for a query when both are sets of vectors.
 
-    A first stage finds candidates, and exact MaxSim on the kept token vectors ranks them:
+    A first stage finds candidates, and MaxSim on the kept token vectors ranks them:
     score(q, d) = sum_i max_j <q_i, d_j>.
 
     Parameters
@@ -37,18 +40,24 @@ class MultiVectorIndex(_files.Saved):
         (`maxsim.pack`). The others encode a document as one vector (`fde.Encoder`) and search the encodings: by a
         graph; by product-quantised codes (256 centroids for every 8 dimensions, trained on the first documents added,
         at least 256 of them); or all of them, exactly. None: "hnsw" where an encoder is given, else "centroids".
+    storage : {"float32", "bfloat16", "float16", "int8", "residual4", "residual2"}
+        How tokens are kept, and so what is scored: see `maxsim.pack`.
 
     Notes
     -----
-    Memory a document: its tokens (4 * dim bytes each), and 2 bytes a token with "centroids", else its encoding
-    (4 * output_dim bytes; 5 * output_dim with "hnsw", output_dim / 8 with "pq") and the graph's links. Centroids are
-    trained on the documents of the first `add`, and anew, with all tokens assigned again, whenever there are four times
-    as many tokens. Searches may run at the same time; `add` must run alone.
+    Memory a token: 4 dim bytes, 2 dim in 16 bits, dim + 4 with "int8", dim / 2 + 8 or dim / 4 + 8 with residuals; with
+    "centroids" 2 more. A document without them: its encoding (4 * output_dim bytes; 5 * output_dim with "hnsw",
+    output_dim / 8 with "pq") and the graph's links.
+
+    Centroids, of the first stage as of residuals, are trained on the documents of the first `add`, and anew, with all
+    tokens assigned and stored again, whenever there are four times as many tokens: begin with many documents, and
+    residuals are not rounded twice. Searches may run at the same time; `add` and `remove` must run alone.
 
     References
     ----------
-    PLAID (Santhanam et al. 2022), section 4.2 (centroids); MUVERA: Multi-Vector Retrieval via Fixed Dimensional
-    Encodings (Dhulipala et al. 2024), sections 2 and 3.2 (the others).
+    PLAID (Santhanam et al. 2022), section 4.2 (centroids); ColBERTv2 (Santhanam et al. 2022), section 3.3 (residuals);
+    MUVERA: Multi-Vector Retrieval via Fixed Dimensional Encodings (Dhulipala et al. 2024), sections 2 and 3.2 (the
+    other stages).
 
     Examples
     --------
@@ -64,12 +73,20 @@ class MultiVectorIndex(_files.Saved):
 
     _KIND = "retrieve.MultiVectorIndex"
 
-    def __init__(self, dim: int, *, encoder: fde.Encoder | None = None, first_stage: str | None = None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        *,
+        encoder: fde.Encoder | None = None,
+        first_stage: str | None = None,
+        storage: str = "float32",
+    ) -> None:
         op = "MultiVectorIndex"
         self.dim = as_count(op, "dim", dim)
         if first_stage is None:
             first_stage = "centroids" if encoder is None else "hnsw"
         self.first_stage = choice(op, "first_stage", first_stage, FIRST_STAGES)
+        self.storage = choice(op, "storage", storage, _STORAGES)
         if encoder is not None and first_stage == "centroids":
             raise ValueError(f'{op}: encoder must be None with first_stage "centroids", got {encoder!r}')
         if encoder is None and first_stage != "centroids":
@@ -77,30 +94,44 @@ class MultiVectorIndex(_files.Saved):
         if encoder is not None and encoder.dim != self.dim:
             raise ValueError(f"{op}: encoder must have dim {self.dim}, got {encoder.dim}")
         self.encoder = encoder
-        self._ids = np.empty(0, np.int64)
-        self._tokens = Rows(self.dim, np.float32)
-        self._offsets = np.zeros(1, np.int64)
+        self._ids = Rows(1, np.int64)  # -1: removed
+        self._tokens = TokenStore(self.dim, self.storage)
         self._stage = first_stage_of(first_stage, self.dim, encoder)
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return int(np.count_nonzero(self._names() >= 0))
+
+    def __contains__(self, id: int) -> bool:  # noqa: A002 (the word of the glossary)
+        return id >= 0 and bool((self._ids.view() == id).any())
 
     def __repr__(self) -> str:
+        storage = "" if self.storage == "float32" else f", storage={self.storage!r}"
         return (
-            f"MultiVectorIndex({len(self)} documents, {self._offsets[-1]} tokens, dim={self.dim}, "
-            f"first_stage={self.first_stage!r})"
+            f"MultiVectorIndex({len(self)} documents, {self._num_tokens()} tokens, dim={self.dim}, "
+            f"first_stage={self.first_stage!r}{storage})"
         )
 
     @property
     def ids(self) -> npt.NDArray[np.int64]:
-        """The documents' ids, in the order in which they were added, shape (n,)."""
-        ids: npt.NDArray[np.int64] = self._ids.copy()
+        """The documents' ids, in the order in which they were added, shape (len(index),)."""
+        ids: npt.NDArray[np.int64] = self._names()[self._alive()]
         return ids
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: tokens, first stage, ids."""
-        return int(self._tokens.view().nbytes + self._stage.nbytes + self._ids.nbytes + self._offsets.nbytes)
+        """Bytes held: tokens, first stage, ids; those of removed documents count until their memory is used again."""
+        return int(self._tokens.nbytes + self._stage.nbytes + self._ids.view().nbytes)
+
+    def _names(self) -> npt.NDArray[np.int64]:
+        """The id of each document held, by its number; -1 where it was removed."""
+        return self._ids.view()[:, 0]
+
+    def _alive(self) -> npt.NDArray[np.int64]:
+        """The numbers of the documents that were not removed."""
+        return np.flatnonzero(self._names() >= 0)
+
+    def _num_tokens(self) -> int:
+        return int(self._tokens.lengths()[self._alive()].sum())
 
     def add(
         self,
@@ -117,7 +148,7 @@ class MultiVectorIndex(_files.Saved):
         docs : token sets, float32
             A Ragged, (values, offsets), a list of (n_i, dim) arrays, or a padded array (with lengths).
         ids : integer array of shape (n,), optional
-            Unique; by default numbers from the largest id so far + 1.
+            Unique; by default numbers from the largest id in the index + 1.
         progress : bool or callable, optional
             True shows a bar; a callable is given (done, total) documents.
         num_threads : int, optional
@@ -126,8 +157,8 @@ class MultiVectorIndex(_files.Saved):
         Raises
         ------
         ValueError
-            Wrong width, NaN or Inf in a token, ids that repeat or are already there, too few documents to train "pq";
-            the index is unchanged.
+            Wrong width, NaN or Inf in a token, an element too large for float16, ids that repeat or are already there,
+            too few documents to train "pq"; the index is unchanged.
 
         Notes
         -----
@@ -136,17 +167,20 @@ class MultiVectorIndex(_files.Saved):
         op = "MultiVectorIndex.add"
         sets = as_ragged(op, "docs", docs, dim=self.dim)
         _backend.require_finite(op, "docs", sets.values, num_threads)
+        if self.storage == "float16" and not bool((abs(sets.values) < _FLOAT16_END).all()):
+            raise ValueError(f"{op}: docs must be at most 65504 with storage 'float16', got {abs(sets.values).max()}")
         new_ids = self._new_ids(op, ids, len(sets))
-        self._stage.prepare(op, self._documents(), sets, num_threads)
+        for part in (self._stage, self._tokens):
+            part.prepare(op, self._tokens.packed(), sets, num_threads)
         with reporting(op, progress, len(sets), "documents") as report:
             for start in range(0, len(sets), _BLOCK):
                 block = slice(start, min(start + _BLOCK, len(sets)))
-                self._add_block(sets, new_ids, block, num_threads)
+                self._add_block(op, sets, new_ids, block, num_threads)
                 report(block.stop - block.start)
 
     def _new_ids(self, op: str, ids: Any, n: int) -> npt.NDArray[np.int64]:
         if ids is None:
-            first = int(self._ids.max()) + 1 if len(self) else 0
+            first = int(self._names().max(initial=-1)) + 1
             return np.arange(first, first + n, dtype=np.int64)
         new = np.asarray(as_ids(op, "ids", ids))
         if len(new) != n:
@@ -156,21 +190,89 @@ class MultiVectorIndex(_files.Saved):
         values, counts = np.unique(new, return_counts=True)
         if n and counts.max() > 1:
             raise ValueError(f"{op}: ids must be unique, got {values[counts > 1][0]} twice")
-        there = np.isin(new, self._ids)
+        there = np.isin(new, self._names())
         if there.any():
             raise ValueError(f"{op}: ids must be new, got {new[there][0]}, which is in the index")
         return new
 
-    def _add_block(self, sets: Ragged, new_ids: npt.NDArray[np.int64], block: slice, num_threads: int | None) -> None:
-        n = len(self)  # a block that Ctrl-C cut short may have left more in the parts: they are cut back first
+    def _add_block(
+        self, op: str, sets: Ragged, new_ids: npt.NDArray[np.int64], block: slice, num_threads: int | None
+    ) -> None:
+        n = len(self._ids)  # a block that Ctrl-C cut short may have left more in the parts: they are cut back first
         begin, end = int(sets.offsets[block.start]), int(sets.offsets[block.stop])
         part = Ragged(np.asarray(sets.values[begin:end]), sets.offsets[block.start : block.stop + 1] - begin)
         self._stage.truncate(n)
         self._stage.add(part, num_threads)
-        self._tokens.truncate(int(self._offsets[n]))
-        self._tokens.append(part.values)
-        self._offsets = np.concatenate([self._offsets[: n + 1], part.offsets[1:] + self._offsets[n]])
-        self._ids = np.concatenate([self._ids, new_ids[block]])  # from here on the block is in the index
+        self._tokens.truncate(n)
+        self._tokens.append(op, part, num_threads)
+        self._ids.append(new_ids[block, None])  # from here on the block is in the index
+
+    def remove(self, ids: Any) -> None:
+        """Remove documents: no search returns them any more, and their ids can be added again.
+
+        Parameters
+        ----------
+        ids : integer array of shape (n,)
+
+        Raises
+        ------
+        IndexError
+            An id that is not in the index; then nothing is removed.
+        ValueError
+            An id twice.
+
+        Notes
+        -----
+        The memory of removed documents is given back when they are a quarter of all, by a copy of the rest ("hnsw"
+        keeps their encodings as way-marks of the graph).
+        """
+        op = "MultiVectorIndex.remove"
+        numbers = self._numbers(op, ids)
+        values, counts = np.unique(numbers, return_counts=True)
+        if len(values) < len(numbers):
+            raise ValueError(f"{op}: ids must be unique, got {self._names()[values[counts > 1][0]]} twice")
+        self._stage.remove(values)
+        self._ids.view()[numbers] = -1
+        alive = self._alive()
+        if len(alive) <= 0.75 * len(self._ids):
+            self._stage.truncate(len(self._ids))
+            self._stage.keep(alive)
+            self._tokens.keep(alive)
+            self._ids = Rows.of(self._ids.view()[alive])
+
+    def get(self, ids: Any, *, num_threads: int | None = None) -> Ragged:
+        """Return the tokens of documents.
+
+        Parameters
+        ----------
+        ids : integer array of shape (n,)
+        num_threads : int, optional
+            CPU threads; the process setting when None.
+
+        Returns
+        -------
+        Ragged
+            n token sets, float32: as they were added, rounded as `storage` says.
+
+        Raises
+        ------
+        IndexError
+            An id that is not in the index.
+        """
+        numbers = self._numbers("MultiVectorIndex.get", ids)
+        return self._tokens.packed().take(numbers).decode(num_threads=num_threads)
+
+    def _numbers(self, op: str, ids: Any) -> npt.NDArray[np.int64]:
+        """Return the numbers of the documents `ids`, which must be in the index."""
+        wanted = np.asarray(as_ids(op, "ids", ids))
+        order = np.argsort(self._names(), kind="stable")
+        at = np.searchsorted(self._names(), wanted, sorter=order)
+        numbers = np.append(order, 0)[at]
+        there = (at < len(order)) & (wanted >= 0)
+        there[there] = self._names()[numbers[there]] == wanted[there]
+        if not there.all():
+            raise IndexError(f"{op}: ids must be in the index, got {wanted[~there][0]}")
+        return numbers
 
     def search(
         self,
@@ -189,8 +291,8 @@ class MultiVectorIndex(_files.Saved):
         queries : token sets, float32
         k : int
         candidates : int
-            How many documents the first stage hands to exact MaxSim; at least k. More is slower and closer to exact;
-            with as many as may be found, the first stage is not needed and the result is exact.
+            How many documents the first stage hands to MaxSim; at least k. More is slower and closer to the result of
+            scoring all; with as many as may be found, the first stage is not needed and the result is just that.
         include : integer array of shape (c,) or bool array of shape (c,), optional
             Which documents may be found: their ids (others than the index has are passed over), or a mask over the ids
             0 to c - 1. All when None.
@@ -202,7 +304,7 @@ class MultiVectorIndex(_files.Saved):
         Returns
         -------
         scores : array of shape (nq, k), float32
-            Exact MaxSim, best first; -inf where there are fewer than k documents.
+            MaxSim of the tokens as they are kept, best first; -inf where there are fewer than k documents.
         ids : array of shape (nq, k), int64
             -1 where there are fewer than k documents. Both in the queries' library.
 
@@ -215,34 +317,31 @@ class MultiVectorIndex(_files.Saved):
         if as_count(op, "candidates", candidates) < k:
             raise ValueError(f"{op}: candidates must be at least k ({k}), got {candidates}")
         sets = as_ragged(op, "queries", queries, dim=self.dim)
+        n = len(self._ids)
         lists, included = None, self._included(op, include)
-        if candidates < (len(self) if included is None else len(included)):
-            lists = _candidate_lists(self._stage.search(sets, candidates, included, num_threads), len(self))
-        elif included is not None:
-            lists = np.arange(len(sets) + 1) * len(included), np.tile(included, len(sets))
-        documents = self._documents()
-        scores, rows = maxsim.topk(sets, documents, k, candidates=lists, out=out, num_threads=num_threads)
-        return scores, self._to_ids(rows)
+        if candidates < (n if included is None else len(included)):
+            lists, included = _candidate_lists(self._stage.search(sets, candidates, included, num_threads), n), None
+        scores, numbers = maxsim.topk(
+            sets, self._tokens.packed(), k, candidates=lists, include=included, out=out, num_threads=num_threads
+        )
+        return scores, self._to_ids(numbers)
 
     def _included(self, op: str, include: Any) -> npt.NDArray[np.int64] | None:
-        """Return the numbers of the documents that may be found, None for all."""
-        chosen = as_selection(op, "include", include, None)
+        """Return the numbers of the documents that may be found, rising; None for all."""
+        chosen, names = as_selection(op, "include", include, None), self._names()
         if chosen is None:
-            return None
+            alive = self._alive()
+            return None if len(alive) == len(names) else alive
         if chosen.dtype == bool:
             chosen = np.flatnonzero(chosen)
-        return np.flatnonzero(np.isin(self._ids, chosen))
+        return np.flatnonzero(np.isin(names, chosen[chosen >= 0]))
 
-    def _documents(self) -> Ragged:
-        offsets = self._offsets[: len(self) + 1]
-        return Ragged(self._tokens.view()[: offsets[-1]], offsets)
-
-    def _to_ids(self, rows: Any) -> Any:
-        """Replace document rows by ids, in place; -1 stays."""
-        view = rows.numpy() if is_torch(rows) else np.asarray(rows)
-        if len(self):
-            np.copyto(view, np.where(view >= 0, self._ids[view], -1))
-        return rows
+    def _to_ids(self, numbers: Any) -> Any:
+        """Replace documents' numbers by their ids, in place; -1 stays."""
+        view = numbers.numpy() if is_torch(numbers) else np.asarray(numbers)
+        if len(self._ids):
+            np.copyto(view, np.where(view >= 0, self._names()[view], -1))
+        return numbers
 
     def state(self) -> _files.State:
         """Return what `save` writes.
@@ -252,12 +351,8 @@ class MultiVectorIndex(_files.Saved):
         State
             Tokens, encoder (if any) and first stage, which share the index's memory, and the parameters.
         """
-        documents = self._documents()
-        own = _files.State(
-            {"tokens": documents.values, "offsets": documents.offsets, "ids": self._ids},
-            {"dim": self.dim, "first_stage": self.first_stage},
-        )
-        parts = {"documents": own, "stage": self._stage.state()}
+        own = _files.State({"ids": self._names()}, {"dim": self.dim, "first_stage": self.first_stage})
+        parts = {"documents": own, "tokens": self._tokens.packed().state(), "stage": self._stage.state()}
         if self.encoder is not None:
             parts["encoder"] = self.encoder.state()
         return _files.join(**parts)
@@ -282,7 +377,7 @@ class MultiVectorIndex(_files.Saved):
         FormatError
             The file is damaged, truncated, something else, or of a newer format.
         """
-        return _files.load(path, cls._KIND, cls.from_state, mmap=mmap, lazy=("documents.tokens",))
+        return _files.load(path, cls._KIND, cls.from_state, mmap=mmap, lazy=("tokens.values",))
 
     @classmethod
     def from_state(cls, state: _files.State) -> MultiVectorIndex:
@@ -302,17 +397,16 @@ class MultiVectorIndex(_files.Saved):
         ValueError, TypeError, LookupError
             A state that does not fit together.
         """
-        own = _files.part(state, "documents")
+        own, tokens = _files.part(state, "documents"), _files.part(state, "tokens")
         first_stage, encoder = own.params["first_stage"], None
         if first_stage != "centroids":
             encoder = fde.Encoder.from_state(_files.part(state, "encoder"))
-        index = cls(own.params["dim"], encoder=encoder, first_stage=first_stage)
-        documents = Ragged(own.tensors["tokens"], own.tensors["offsets"])
+        index = cls(own.params["dim"], encoder=encoder, first_stage=first_stage, storage=tokens.params["dtype"])
+        index._tokens.restore(tokens)
         index._stage.restore(_files.part(state, "stage"))
-        if not len(documents) == len(own.tensors["ids"]) == len(index._stage) or documents.dim != index.dim:
-            raise ValueError("tokens, ids and first stage must agree in length and width")
-        index._tokens = Rows.of(documents.values)
-        index._offsets, index._ids = documents.offsets, own.tensors["ids"]
+        if not len(index._tokens) == len(own.tensors["ids"]) == len(index._stage):
+            raise ValueError("ids, tokens and first stage must agree in length")
+        index._ids = Rows.of(own.tensors["ids"][:, None])
         return index
 
 

@@ -93,18 +93,27 @@ inline void require_topk(const char* op, const Array& scores, const Array& ids, 
             ", got ", ids.shape_text());
 }
 
-/// The k best documents of each query, equal scores by the smaller id: of all documents, or of its candidates.
+/// The k best documents of each query, equal scores by the smaller id: of all documents, of its candidates, or of those
+/// that are included for all queries.
 struct MaxsimTopk {
     static constexpr const char* op = "maxsim.topk";
     TokenSets queries;
     StoredTokens docs;
     Missing missing;
     IdLists candidates;
+    Array include;      // (c,) int64, or absent; on a GPU always
     Array scores, ids;  // (queries, k) float32, int64
 
     void validate() const {
         require_pair(op, queries, docs);
         candidates.validate(op, queries.size(), docs.size());
+        if (include) {
+            require(!candidates.offsets, op, "candidates must be None with include");
+            require_ndim(op, include, 1);
+            require_dtype(op, include, DType::i64);
+            require_contiguous(op, include);
+            require_ids(op, include, docs.size());
+        }
         require_topk(op, scores, ids, queries.size());
     }
 };

@@ -1,4 +1,4 @@
-/// Float tokens turned into StoredTokens of fewer bits, for MaxSim.
+/// Float tokens turned into StoredTokens of fewer bits, for MaxSim, and back.
 #pragma once
 
 #include "polyvec/array.hpp"
@@ -81,6 +81,21 @@ struct MaxsimResidualScales {
     }
 };
 
+/// out[t] = the token, as StoredTokens says, rounded to float32 once.
+struct MaxsimDecode {
+    static constexpr const char* op = "PackedTokens.decode";
+    StoredTokens docs;
+    Array out;  // (T, d) float32
+
+    void validate() const {
+        require_out(op, out, DType::f32);
+        require_ndim(op, out, 2);
+        require_dim(op, out, 0, docs.tokens.dim(0), "one row a token");
+        docs.validate(op, out.dim(1), DType::f32);
+        require(docs.format() != StoredTokens::floats, op, "docs must be packed in fewer bits");
+    }
+};
+
 inline void require_bounds(const char* op, const Array& bounds, const StoredTokens& docs) {
     require_ndim(op, bounds, 2);
     require_dtype(op, bounds, DType::f32);
@@ -115,6 +130,7 @@ void run(const MaxsimBuckets&, Cpu);
 void run(const MaxsimCompress&, Cpu);
 void run(const MaxsimResidualScales&, Cpu);
 void run(const MaxsimBounds&, Cpu);
+void run(const MaxsimDecode&, Cpu);
 
 // On a GPU, where values cannot be checked before: an element beyond 65504 is infinite in float16, and an int8 token
 // that is not finite has the scale NaN.
@@ -123,5 +139,6 @@ void run(const MaxsimBuckets&, Cuda);
 void run(const MaxsimCompress&, Cuda);
 void run(const MaxsimResidualScales&, Cuda);
 void run(const MaxsimBounds&, Cuda);
+void run(const MaxsimDecode&, Cuda);
 
 }  // namespace polyvec
