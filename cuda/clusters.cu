@@ -217,7 +217,7 @@ private:
             std::int64_t farthest = 0;  // fewer clusters than rows: there is one
             float most = -1;
             for (std::int64_t i = 0; i < n_; ++i) {
-                const float loss = squares_[i] - 2 * best_[i];
+                const float loss = fmaxf(0.0f, squares_[i] - 2 * best_[i]);  // not below 0 by rounding, not NaN
                 if (counts_[labels_[i]] > 1 && loss > most) most = loss, farthest = i;
             }
             --counts_[labels_[farthest]];

@@ -77,6 +77,17 @@ def test_empty_clusters_take_the_farthest_rows(rng, isa):
             assert_exact(pv.quantize.kmeans_sets([x], k, max_iter=iterations).labels, ref.kmeans(x, k, iterations)[0])
 
 
+@pytest.mark.parametrize("offset", [0, 3e4, 1e18])
+def test_clusters_without_rows_whose_losses_cancel(rng, isa, offset):
+    """Two rows, again and again: all losses are 0, but for rounding below it, or for overflow."""
+    two = rng.uniform(0, 255, (2, 784)) + offset
+    sets = pv.Ragged(two.astype(np.float32)[np.arange(200) % 2], [0, 100, 200])
+    for iterations in (1, 2, 20):
+        result = pv.quantize.kmeans_sets(sets, 7, max_iter=iterations)
+        for labels in np.split(result.labels, 2):
+            assert_exact(np.unique(labels), np.arange(7))
+
+
 @pytest.mark.parametrize("k", [3, 20, 45])
 def test_rows_that_repeat(rng, isa, k):
     """Equal means, and clusters that lose their last row again and again."""

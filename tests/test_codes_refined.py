@@ -49,6 +49,28 @@ def test_eight_bits_certify_with_few(rng, metric):
     assert codec.search(queries, codec.encode(x), 10, certified=True).rescored.mean() < 400
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("name", CODECS)
+def test_outliers_do_not_spoil_the_bound_of_all(rng, name, metric):
+    x, queries = sample(rng, 4000, 32), sample(rng, 20, 32)
+    x[[7, 2000, 3999]] *= np.float32([[30], [500], [0.001]])
+    codec = pv.quantize.Refined(CODECS[name](32, metric)).fit(x)
+    encoded = codec.encode(x)
+    result = codec.search(queries, encoded, 10, certified=True)
+    check(queries, x, 10, metric, result.scores, result.ids)
+    if name == "rabitq-8":
+        assert result.rescored.mean() < 400
+    mask = rng.integers(0, 2, 4000).astype(bool)
+    mask[7] = True
+    chosen = np.flatnonzero(mask)
+    for include in (mask, chosen[::-1]):
+        scores, ids, rescored = codec.search(queries, encoded, 10, certified=True, include=include)
+        expected = codec.search(queries, codec.encode(x[chosen]), 10, certified=True)
+        assert_exact(ids, chosen[expected.ids])
+        assert_exact(scores, expected.scores)
+        assert (rescored <= len(chosen)).all()
+
+
 def test_a_certificate_needs_more_than_the_first_candidates(rng):
     """One bit: the candidates of factor 1 miss some of the best."""
     x, queries = sample(rng, 2000, 16), sample(rng, 30, 16)

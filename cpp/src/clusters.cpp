@@ -176,7 +176,7 @@ private:
             std::int64_t farthest = -1;
             float most = -1;
             for (std::int64_t i = 0; i < n_; ++i) {
-                const float loss = squares_[i] - 2 * best_[i];
+                const float loss = std::fmax(0.0f, squares_[i] - 2 * best_[i]);  // not below 0 by rounding, not NaN
                 if (counts_[labels_[i]] > 1 && loss > most) {
                     most = loss;
                     farthest = i;

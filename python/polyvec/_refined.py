@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from polyvec import _backend, _files
-from polyvec._arrays import as_count, as_float32, choice, is_array, outputs
+from polyvec._arrays import as_count, as_float32, as_selection, choice, is_array, outputs
 from polyvec._codec import Floats
 from polyvec._codes import IntegerCodec
 from polyvec._files import Saved, State
@@ -17,6 +17,8 @@ from polyvec._progress import Progress, reporting
 
 _BLOCK_ROWS = 1 << 14
 _BLOCK_CANDIDATES = 1 << 20  # rescored at a time
+_FAR = 32  # vectors of which codes lost most: one of them alone would spoil the bound for all
+_MOST_BY_CODE = 1 / 32  # of all vectors, as candidates: more of them cost what comparing with all does
 _CODECS = ("ProductQuantizer", "RaBitQ", "ResidualQuantizer", "ScalarQuantizer")
 
 
@@ -244,9 +246,10 @@ class Refined(Saved):
         Notes
         -----
         A score by a code is at most |query| |what the code lost| and the rounding of the query off (Cauchy and
-        Schwarz). When the last candidate's score and the largest such bound still reach the k-th best, four times as
-        many candidates are taken. RaBitQ of 8 bits certifies with the fewest (it clips no outliers); codes of 1 and
-        2 bits rarely do.
+        Schwarz). When the last candidate's score and the largest such bound still reach the k-th best, the 32 vectors
+        of which codes lost most become candidates as well, then four times as many are taken, and when that would be
+        more than a 32nd of all, the query is compared with all vectors. RaBitQ of 8 bits certifies with the fewest (it
+        clips no outliers); codes of 1 and 2 bits rarely do, and searches take as long as `scan.topk` then.
         """
         op = "quantize.Refined.search"
         if not isinstance(encoded, RefinedCodes):
@@ -260,21 +263,39 @@ class Refined(Saved):
         out = outputs(op, out, queries, (len(rows), k), ("float32", "int64"), ("scores", "ids"))
         scores, ids = np.asarray(out[0]), np.asarray(out[1])
         rescored, todo, wanted = np.zeros(len(rows), np.int64), np.arange(len(rows)), min(self.factor * k, max(n, 1))
-        largest: tuple[float, ...] = ()
+        chosen = as_selection(op, "include", include, n)
+        taking_part = n if chosen is None else len(np.arange(n)[chosen])
+        far, largest = np.empty(0, np.int64), (0.0, 0.0)
         if certified:
             _backend.require_finite(op, "queries", rows, num_threads)
-            largest = tuple(float(np.max(encoded.bounds[:, part], initial=0)) for part in (0, 1))
-        options = {} if include is None else {"include": include}
+            largest = _largest(encoded.bounds)
+        scanned = False
         while len(todo):
-            coarse, candidates = self.codec.search(
-                rows[todo], encoded.codes, wanted, num_threads=num_threads, **options
-            )
+            few = rows[todo]
+            if scanned:
+                coarse, found = self._nearest(op, few, encoded, wanted, chosen, num_threads)
+            else:
+                options = {} if chosen is None else {"include": chosen}
+                coarse, found = self.codec.search(few, encoded.codes, wanted, num_threads=num_threads, **options)
+            candidates = _with(found, far)
             self._rescore(op, rows, encoded, todo, candidates, (scores, ids), num_threads)
-            rescored[todo] = (candidates >= 0).sum(1)
+            rescored[todo] = taking_part if scanned else (candidates >= 0).sum(1)
             if not certified or wanted >= n:
                 break
-            todo = todo[self._may_lack(rows[todo], coarse, candidates, scores[todo], largest)]
-            wanted = min(4 * wanted, n)
+            lacks = self._may_lack(few, coarse, found, scores[todo], (0.0, 0.0) if scanned else largest)
+            if lacks.any() and not scanned and not len(far) and n > 2 * _FAR:
+                far = np.argpartition(encoded.bounds[:, 0], n - _FAR)[n - _FAR :]
+                largest = _largest(np.delete(encoded.bounds, far, 0))
+                if chosen is not None:
+                    far = far[chosen[far] if chosen.dtype == bool else np.isin(far, chosen)]
+                some, candidates = todo[lacks], _with(found[lacks], far)
+                self._rescore(op, rows, encoded, some, candidates, (scores, ids), num_threads)
+                rescored[some] = (candidates >= 0).sum(1)
+                lacks[lacks] = self._may_lack(few[lacks], coarse[lacks], found[lacks], scores[some], largest)
+            todo, wanted = todo[lacks], 4 * wanted
+            if not scanned and wanted > n * _MOST_BY_CODE:
+                scanned, wanted = True, 2 * k + 16
+            wanted = min(wanted, n)
         return CertifiedResult(*out, rescored) if certified else out
 
     def state(self) -> State:
@@ -359,6 +380,29 @@ class Refined(Saved):
             scores[some, :found] = best
             ids[some, :found] = np.where(best == worst, -1, np.take_along_axis(rows, order, 1))
 
+    def _nearest(
+        self,
+        op: str,
+        queries: Floats,
+        encoded: RefinedCodes,
+        k: int,
+        chosen: npt.NDArray[Any] | None,
+        num_threads: int | None,
+    ) -> tuple[Floats, npt.NDArray[np.int64]]:
+        """Compare with all vectors: what the codec's search returns, without codes."""
+        bias, n = None, len(encoded.codes)
+        if chosen is not None:
+            bias = np.full(n, -np.inf, np.float32)  # no score of a vector outside is ahead of another
+            bias[chosen] = 0
+        scores, ids = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+        vectors = np.ascontiguousarray(encoded.vectors)
+        _backend.run(
+            op, "scan_topk", queries,
+            np.ascontiguousarray(queries), None, None, vectors, None, bias, None, None, scores, ids, self.codec.metric,
+            num_threads=num_threads,
+        )  # fmt: skip
+        return scores, np.where(np.isinf(scores), -1, ids)
+
     def _may_lack(
         self,
         queries: Floats,
@@ -390,3 +434,18 @@ def _unit(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     norms = np.linalg.norm(x, axis=1, keepdims=True)
     unit: npt.NDArray[np.float64] = np.divide(x, norms, out=np.zeros_like(x), where=norms > 0)
     return unit
+
+
+def _largest(bounds: npt.NDArray[np.float32]) -> tuple[float, float]:
+    lost, kept = bounds.max(0, initial=0)
+    return float(lost), float(kept)
+
+
+def _with(candidates: npt.NDArray[np.int64], more: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return each row of candidates and what it lacks of `more`; -1 in place of what it has."""
+    if not len(more):
+        return candidates
+    added = np.broadcast_to(more, (len(candidates), len(more))).copy()
+    for row, known in zip(added, candidates, strict=True):
+        row[np.isin(row, known)] = -1
+    return np.concatenate([candidates, added], 1)
