@@ -1,11 +1,14 @@
 """MaxSim of tokens packed in fewer bits: scores are those of the decoded tokens."""
 
+import pickle
+
 import numpy as np
 import pytest
 
 import polyvec as pv
 import ranking
 from accuracy import assert_exact, assert_reduction
+from polyvec import _files
 from reference import maxsim as ref
 from reference import packed as stored
 
@@ -225,6 +228,27 @@ def test_append(rng, lib, dtype):
     if grown.state().tensors.keys() >= {"bounds"}:
         tokens = [*docs, *more, *docs]
         assert_exact(pv.maxsim.certified_topk(queries, grown, tokens, 3).ids, pv.maxsim.topk(queries, tokens, 3)[1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", *PACKED, "residual4", "centroid"])
+def test_pickles(rng, lib, dtype):
+    packed = pv.maxsim.pack([lib(x) for x in sample(rng, [3, 0, 5], 20)], dtype)
+    again = pickle.loads(pickle.dumps(packed))
+    assert repr(again) == repr(packed)
+    assert again.state().params == packed.state().params
+    for name, tensor in packed.state().tensors.items():
+        assert type(again.state().tensors[name]) is type(tensor)
+        assert_exact(np.asarray(again.state().tensors[name]), np.asarray(tensor))
+        assert again.state().tensors[name].dtype == tensor.dtype
+
+
+def test_a_state_that_does_not_fit_together(rng):
+    tensors, params = pv.maxsim.pack(sample(rng, [3, 4], 8), "residual4").state()
+    for name, entries in (("scales", 7), ("centroid_ids", 7), ("bounds", 2), ("bucket_weights", 16)):
+        with pytest.raises(
+            ValueError, match=rf"^PackedTokens.from_state: {name} must have {entries} entries, got {entries - 1}$"
+        ):
+            pv.maxsim.PackedTokens.from_state(_files.State({**tensors, name: tensors[name][1:]}, params))
 
 
 @pytest.mark.parametrize("n", [0, 1, 3, 900])

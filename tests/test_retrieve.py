@@ -170,6 +170,11 @@ def test_removed_documents_are_not_found(rng, tmp_path, first_stage):
     assert_exact(index.get(names[:5]).values, np.concatenate(docs[:5]))
 
 
+def test_more_than_200_are_found_by_default(rng):
+    index = build("centroids", sample_docs(rng, 300))
+    assert (np.sort(index.search(sample_docs(rng, 2), 250)[1], axis=1)[:, 0] >= 0).all()
+
+
 def test_removing_everything(rng):
     index = build("centroids", sample_docs(rng, 5))
     index.remove(index.ids)
@@ -389,9 +394,9 @@ def test_an_interrupted_block_leaves_whole_blocks(rng, first_stage):
             "'residual2', got 'float64'",
         ),
         (
-            lambda: pv.retrieve.MultiVectorIndex(16).search([np.ones((1, 16), np.float32)], 300),
+            lambda: pv.retrieve.MultiVectorIndex(16).search([np.ones((1, 16), np.float32)], 30, candidates=20),
             ValueError,
-            "MultiVectorIndex.search: candidates must be at least k (300), got 200",
+            "MultiVectorIndex.search: candidates must be at least k (30), got 20",
         ),
         (
             lambda: pv.retrieve.MultiVectorIndex(16).search([np.ones((1, 16), np.float32)], 1, include=[0.5]),
@@ -524,6 +529,25 @@ def test_link_prediction_equals_the_definition(rng, algebra, variant):
         order = np.argsort(-expected, axis=1, kind="stable")[:, :5]
         assert_exact(ids, order)
         np.testing.assert_allclose(found, np.take_along_axis(expected, order, 1), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("algebra", ["complex", "quaternion", "octonion"])
+def test_heads_by_distance_are_found_without_turning_all(rng, algebra):
+    """As with rotors that are given normalised, for which all heads are turned; so they are where a rotor is 0."""
+    c = {"complex": 2, "quaternion": 4, "octonion": 8}[algebra]
+    entities, rotors, shifts = (rng.standard_normal((n, c, 6)).astype(np.float32) for n in (50, 5, 5))
+    tails, relations = rng.integers(0, 50, 9), rng.integers(0, 5, 9)
+    for zero in (False, True):
+        rotors[2] *= not zero
+        unit = pv.hypercomplex.normalize(rotors)
+        found, expected = (
+            pv.retrieve.LinkPredictor(
+                entities, r, algebra=algebra, metric="l2", translations=shifts, normalize=normalize
+            ).predict_heads(relations, tails, 10)
+            for r, normalize in ((rotors, True), (unit, False))
+        )
+        np.testing.assert_allclose(found[0], expected[0], rtol=1e-4)
+        assert_exact(found[1], expected[1])
 
 
 def test_a_score_is_an_inner_product_with_either_side(rng):

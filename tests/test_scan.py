@@ -631,6 +631,16 @@ SPARSE = pv.BlockSparse(np.full((2, 2), np.nan, np.float32), [1, 0], [0, 0, 1, 2
     ("call", "error", "text"),
     [
         (
+            lambda: pv.scan.topk(np.zeros((1, 131073), np.float32), np.zeros((2, 131073), np.int8), 1),
+            ValueError,
+            "scan.topk: items must have a width of at most 131072 in int8, got 131073",
+        ),
+        (
+            lambda: pv.scan.nearest(np.zeros((1, 131073), np.float32), np.zeros((2, 131073), np.int8)),
+            ValueError,
+            "scan.nearest: centroids must have a width of at most 131072 in int8, got 131073",
+        ),
+        (
             lambda: pv.scan.topk(zeros(2, 4), zeros(9, 3), 1),
             ValueError,
             "scan.topk: items must have the same d as queries (4), got 3",

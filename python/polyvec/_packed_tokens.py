@@ -9,7 +9,18 @@ import numpy as np
 import numpy.typing as npt
 
 from polyvec import _backend, _files
-from polyvec._arrays import as_array, as_count, as_ids, choice, device_name, empty, is_torch, joined, rows_of
+from polyvec._arrays import (
+    as_array,
+    as_count,
+    as_ids,
+    choice,
+    device_name,
+    dtype_name,
+    empty,
+    is_torch,
+    joined,
+    rows_of,
+)
 from polyvec._errors import CudaError
 from polyvec._kmeans import train_centroids
 from polyvec._ragged import Ragged, as_ragged
@@ -62,6 +73,25 @@ def _joined(a: Any, b: Any) -> Any:
         parts = [x.view(torch.int16) if x.dtype == torch.uint16 else x for x in (a, torch.as_tensor(b))]
         return torch.cat(parts).view(a.dtype)
     return np.concatenate([a, np.asarray(b)]) if device_name(a) == "cpu" else joined([a, b])
+
+
+def _swapped(tensors: dict[str, Any], dtype: str, other: str) -> dict[str, Any]:
+    """The tensors, torch's of `dtype` as `other`: torch can pickle uint16, but not read it."""
+
+    def swapped(x: Any) -> Any:
+        if not is_torch(x) or dtype_name(x) != dtype:
+            return x
+        import torch
+
+        return x.view(getattr(torch, other))
+
+    return {name: swapped(x) for name, x in tensors.items()}
+
+
+def _unpickled(dtype: str, dim: int, tensors: dict[str, Any]) -> PackedTokens:
+    stored = _swapped(tensors, "int16", "uint16")
+    sets = Ragged(stored.pop("values"), stored.pop("offsets"))
+    return PackedTokens(sets, dtype, dim, **stored)
 
 
 class PackedTokens(_files.Saved):
@@ -136,6 +166,9 @@ class PackedTokens(_files.Saved):
 
     def __len__(self) -> int:
         return len(self._sets)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (self._dtype, self._dim, _swapped(self._tensors(), "uint16", "int16"))
 
     def _tensors(self) -> dict[str, Any]:
         parts = {"values": self._sets.values, "offsets": self._sets.offsets, **self._of_tokens, **self._shared}
@@ -314,6 +347,13 @@ class PackedTokens(_files.Saved):
         parts = dict(state.tensors)
         sets = Ragged(parts.pop("values"), parts.pop("offsets"))
         sets = as_ragged(op, "tokens", sets, dtypes=(STORED[dtype],), dim=stored_width(dtype, dim))
+        n = int(sets.values.shape[0])
+        for name, length in (("scales", n), ("centroid_ids", n), ("bounds", len(sets))):
+            if name in parts and len(parts[name]) != length:
+                raise ValueError(f"{op}: {name} must have {length} entries, got {len(parts[name])}")
+        weights = 1 << RESIDUAL_BITS.get(dtype, 0)
+        if "bucket_weights" in parts and len(parts["bucket_weights"]) != weights:
+            raise ValueError(f"{op}: bucket_weights must have {weights} entries, got {len(parts['bucket_weights'])}")
         expected = {"int8": ["scales"], "centroid": ["centroids"]}.get(dtype, [])
         if dtype == "centroid":
             _check_centroids(op, np.asarray(sets.values), parts["centroids"], dim)

@@ -181,6 +181,8 @@ class MultiVectorIndex(_files.Saved):
     def _new_ids(self, op: str, ids: Any, n: int) -> npt.NDArray[np.int64]:
         if ids is None:
             first = int(self._names().max(initial=-1)) + 1
+            if first + n > 2**63:
+                raise ValueError(f"{op}: ids must be given, no numbers are left after {first - 1}")
             return np.arange(first, first + n, dtype=np.int64)
         new = np.asarray(as_ids(op, "ids", ids))
         if len(new) != n:
@@ -279,7 +281,7 @@ class MultiVectorIndex(_files.Saved):
         queries: Any,
         k: int,
         *,
-        candidates: int = 200,
+        candidates: int | None = None,
         include: Any = None,
         out: tuple[Any, Any] | None = None,
         num_threads: int | None = None,
@@ -290,9 +292,10 @@ class MultiVectorIndex(_files.Saved):
         ----------
         queries : token sets, float32
         k : int
-        candidates : int
-            How many documents the first stage hands to MaxSim; at least k. More is slower and closer to the result of
-            scoring all; with as many as may be found, the first stage is not needed and the result is just that.
+        candidates : int, optional
+            How many documents the first stage hands to MaxSim, at least k; max(k, 200) by default. More is slower and
+            closer to the result of scoring all; with as many as may be found, the first stage is not needed and the
+            result is just that.
         include : integer array of shape (c,) or bool array of shape (c,), optional
             Which documents may be found: their ids (others than the index has are passed over), or a mask over the ids
             0 to c - 1. All when None.
@@ -314,7 +317,8 @@ class MultiVectorIndex(_files.Saved):
         """
         op = "MultiVectorIndex.search"
         k = as_count(op, "k", k)
-        if as_count(op, "candidates", candidates) < k:
+        candidates = max(k, 200) if candidates is None else as_count(op, "candidates", candidates)
+        if candidates < k:
             raise ValueError(f"{op}: candidates must be at least k ({k}), got {candidates}")
         sets = as_ragged(op, "queries", queries, dim=self.dim)
         n = len(self._ids)
@@ -423,9 +427,9 @@ class LinkPredictor:
 
     score(h, r, t) = <q, t> with q = h (*) r / |r| (+ translation_r + head_translation_h), plus bias_t; with metric="l2"
     it is -|q - t|^2 + bias_t. Tails are found by an inner-product (or distance) scan with q; heads by the transposed
-    rotation of t, which turns the same score into an inner product with h. (With "l2" the score of a head is
-    -|q(h) - t|^2 + bias_h, and all heads are turned into q(h) first, for each relation asked; so they are where rotors
-    or translations belong to the head.)
+    rotation of t, which turns the same score into an inner product with h, or with "l2" into the distance from h:
+    rotors of complex numbers, quaternions and octonions keep distances. With others, or where rotors or translations
+    belong to the head, all heads are turned into q(h) first, for each relation asked.
 
     Parameters
     ----------
@@ -533,7 +537,9 @@ class LinkPredictor:
         self._normalize = bool(normalize)
         self._reciprocal = bool(reciprocal)
         # Whether heads are found by the transposed rotation of the tail.
-        self._adjoint = metric == "ip" and rotate_by == "relation" and head_translations is None and not reciprocal
+        turning = rotate_by == "relation" and head_translations is None and not reciprocal
+        self._adjoint = metric == "ip" and turning
+        self._orthogonal = metric == "l2" and turning and self._rotors_keep_distances()
         self._items = self._entities.reshape(self.num_entities, -1)
 
     def _shifts(self, op: str, name: str, shifts: Any, like_name: str, like: Any) -> Any:
@@ -549,6 +555,12 @@ class LinkPredictor:
                 f"got {tuple(shifts.shape[1:])}"
             )
         return shifts
+
+    def _rotors_keep_distances(self) -> bool:
+        composition = [hypercomplex.sign_table(name) for name in ("complex", "quaternion", "octonion")]
+        if not self._normalize or hypercomplex.sign_table(self._algebra) not in composition:
+            return False
+        return bool((hypercomplex.norm(self._relations) > 0).all())  # those of norm 0 stay 0
 
     @property
     def num_entities(self) -> int:
@@ -674,8 +686,8 @@ class LinkPredictor:
 
         Notes
         -----
-        2 N C d flops a query (metric="l2" without reciprocals rotates all entities once a relation, too). Scores are
-        never stored: memory does not grow with N times n.
+        2 N C d flops a query (where heads must be turned, of 4096 triples all entities once a relation, too). Scores
+        are never stored: memory does not grow with N times n.
         """
         op = "LinkPredictor.evaluate"
         triples = self._triples(op, "triples", triples)
@@ -744,11 +756,30 @@ class LinkPredictor:
             yield everything, rotate(anchors, relations + self.num_relations), self._items
         elif self._adjoint:
             yield everything, rotate(anchors, relations, adjoint=True), self._items
+        elif self._orthogonal:
+            yield everything, self._turned_back(anchors, relations, num_threads), self._items
         else:  # the score is no product or distance of h and a vector of t: rotate all heads, one relation at a time
             for relation in np.unique(relations):
                 rows = np.flatnonzero(relations == relation)
                 heads = np.arange(self.num_entities)
                 yield rows, self._items[anchors[rows]], rotate(heads, np.full_like(heads, relation))
+
+    def _turned_back(
+        self, anchors: npt.NDArray[np.int64], relations: npt.NDArray[np.int64], num_threads: int | None
+    ) -> Any:
+        """Return h with h (*) r + c = t: unit rotors keep distances, |h' (*) r + c - t| = |h' - h|."""
+        tails = self._entities[anchors]
+        if self._translations is not None:
+            tails = tails - self._translations[relations]
+        return hypercomplex.relation_query(
+            tails,
+            self._relations,
+            np.arange(len(anchors)),
+            relations,
+            algebra=self._algebra,
+            adjoint=True,
+            num_threads=num_threads,
+        )
 
     def _predict(
         self,

@@ -77,11 +77,19 @@ struct ScanItems {
     }
 };
 
-/// What topk, rank and score_pairs have in common.
+/// Sums of products of int8 fit into 31 bits.
+inline void require_summable(const char* op, const ScanItems& items) {
+    constexpr std::int64_t most = 1 << 17;
+    require(items.rows.dtype != DType::i8 || items.rows.dim(1) <= most, op, items.rows.name,
+            " must have a width of at most ", most, " in int8, got ", items.rows.dim(1));
+}
+
+/// What all but nearest have in common. `in_panels`: queries share the items' products.
 inline void require_scan(const char* op, const Array& queries, const ScanItems& items, const Array& bias,
-                         const StoredBlocks& blocks = {}) {
+                         const StoredBlocks& blocks = {}, bool in_panels = true) {
     require_rows(op, queries);
     items.validate(op, queries, static_cast<bool>(blocks));
+    if (in_panels) require_summable(op, items);
     if (blocks) blocks.validate(op, queries, items.rows.dim(1));
     if (!bias) return;
     require_dtype(op, bias, DType::f32);
@@ -137,6 +145,7 @@ struct ScanNearest {
     void validate() const {
         require_rows(op, x, true);
         centroids.validate(op, x);
+        require_summable(op, centroids);
         require(centroids.rows.dim(0) >= 1, op, "centroids must have at least 1 row, got 0");
         require_out(op, ids, DType::i64);
         require_ndim(op, ids, 1);
@@ -184,7 +193,7 @@ struct ScanPairs {
     Metric metric = Metric::ip;
 
     void validate() const {
-        require_scan(op, queries, items, bias, blocks);
+        require_scan(op, queries, items, bias, blocks, false);
         require_ndim(op, ids, 2);
         require_dtype(op, ids, DType::i64);
         require_contiguous(op, ids);

@@ -74,7 +74,10 @@ struct StoredTokens : TokenSets {
         require_contiguous(op, tokens);
         const std::int64_t n = tokens.dim(0);
         require_offsets(op, offsets, n);
-        if (tokens.dtype == DType::u8) require_entries(op, scales, DType::f32, n);
+        if (tokens.dtype == DType::u8) {
+            require_entries(op, scales, DType::f32, n);
+            require(d <= 1 << 17, op, "docs must have a width of at most ", 1 << 17, " in int8 and residuals, got ", d);
+        }
         if (centroids) {
             require_ndim(op, centroids, 2);
             require_dtype(op, centroids, DType::f32);
