@@ -170,6 +170,30 @@ def test_vectors_that_equal_the_centroid(bits):
 # Search
 
 
+@pytest.mark.parametrize("level", _core.available_isas())
+def test_nothing_behind_the_codes_is_read(python, level):
+    code = """if True:
+        import ctypes, mmap
+        import numpy as np
+        import polyvec as pv
+
+        page = mmap.PAGESIZE
+        memory = mmap.mmap(-1, 2 * page)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        protect = ctypes.CDLL(None).mprotect
+        assert protect(ctypes.c_void_p(address + page), ctypes.c_size_t(page), 0) == 0  # PROT_NONE
+        rng = np.random.default_rng(0)
+        for n in (128, 129, 131, 136, 150):
+            codec = pv.quantize.ScalarQuantizer(9).fit(x := rng.standard_normal((n, 9), np.float32))
+            codes = codec.encode(x)
+            last = np.frombuffer(memory, np.uint8, codes.size, page - codes.size).reshape(codes.shape)
+            last[:] = codes
+            for found, expected in zip(codec.search(x[:1], last, 5), codec.search(x[:1], codes, 5), strict=True):
+                assert (found == expected).all()
+    """
+    python("-c", code, POLYVEC_ISA=level)
+
+
 @pytest.mark.parametrize("metric", ["ip", "l2"])
 @pytest.mark.parametrize("bits", [8, 6, 4])
 @pytest.mark.parametrize("nq", [0, 1, 2, 12, 20, 21, 33, 70])

@@ -306,7 +306,7 @@ public:
             CodeRows rows = rows_from(i, n, 1);
             if (op_.include) {
                 gather(i, rows);
-            } else if (rows.n < kernel_.panel_width || i + n == op_.codes.dim(0)) {
+            } else if (rows.n < kernel_.panel_width || (op_.codes.dim(0) - i - n) * rows.stride < code_margin) {
                 copy(rows);
             }
             if (rows.n > 0) meet(rows, i, from, to, best, least);
