@@ -220,6 +220,25 @@ def test_search_is_exact_on_whole_numbers(rng, isa, nq, bits, metric):
         assert_exact(again[1], ids)
 
 
+@pytest.mark.parametrize(
+    ("name", "metric"),
+    [*((name, metric) for name in ("rabitq", "scalar") for metric in METRICS), ("residual", "ip"), ("residual", "l2")],
+)
+def test_equal_scores_come_by_smaller_id(rng, name, metric):
+    """A constant of the query is added, and distances below 0 are taken for 0, after codes were put in order."""
+    x = rng.standard_normal((3000, 12), np.float32) * np.float32(0.01) + 10
+    x[rng.permutation(3000)[:1500]] = x[:1500]
+    codec = {
+        "rabitq": lambda: pv.quantize.RaBitQ(12, bits=2, metric=metric),
+        "scalar": lambda: pv.quantize.ScalarQuantizer(12, metric=metric),
+        "residual": lambda: pv.quantize.ResidualQuantizer(12, 2, bits=4, metric=metric),
+    }[name]().fit(x)
+    scores, ids = codec.search(x[:20], codec.encode(x), 200)
+    equal = np.diff(scores) == 0
+    assert equal.sum() > 100
+    assert (np.diff(ids)[equal] > 0).all()
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("d", [5, 100])

@@ -145,6 +145,16 @@ def test_libraries_out_progress_and_files(rng, lib, tmp_path):
             f"{REFINED}: codec must be ProductQuantizer or RaBitQ or ResidualQuantizer or ScalarQuantizer, got int",
         ),
         (
+            lambda codec, x: codec.encode(x.astype(np.float64)),
+            TypeError,
+            f"{REFINED}.encode: x must be float32, float16 or bfloat16, got float64",
+        ),
+        (
+            lambda codec, x: codec.search(x.astype(np.int64), codec.encode(x), 1),
+            TypeError,
+            f"{REFINED}.search: queries must be float32, float16 or bfloat16, got int64",
+        ),
+        (
             lambda codec, x: pv.quantize.Refined(codec.codec, rerank="int4"),
             ValueError,
             f"{REFINED}: rerank must be one of 'float32', 'float16', 'int8', got 'int4'",

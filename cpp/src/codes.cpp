@@ -473,8 +473,10 @@ std::vector<std::int64_t> search(const CodesSearch& op, bool guess, int num_thre
         std::int64_t* ids = op.ids.as<std::int64_t>() + q * k;
         best[q].write(scores, ids, op.squared ? -1.0f : 1.0f);
         const float constant = op.constants.as<const float>()[q];
-        for (std::int64_t i = 0; i < k && ids[i] >= 0; ++i)
-            scores[i] = op.squared ? std::max(0.0f, constant + 2 * scores[i]) : scores[i] + constant;
+        std::int64_t found = 0;
+        for (; found < k && ids[found] >= 0; ++found)
+            scores[found] = op.squared ? std::max(0.0f, constant + 2 * scores[found]) : scores[found] + constant;
+        sort_equal(scores, ids, found);
         if (reach[q] > -infinity && ids[k - 1] < 0) missed.push_back(q);
     }
     return missed;

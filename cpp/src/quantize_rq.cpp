@@ -9,6 +9,7 @@
 
 #include "polyvec/aligned.hpp"
 #include "polyvec/parallel.hpp"
+#include "polyvec/topk.hpp"
 #include "tables.hpp"
 
 namespace polyvec {
@@ -239,6 +240,7 @@ void run(const RqSearch& op, Cpu cpu) {
             const double square = std::inner_product(query, query + d, query, 0.0);
             for (std::int64_t i = 0; i < k; ++i)
                 scores[i] = ids[i] < 0 ? infinity : std::max(0.0f, static_cast<float>(square - scores[i]));
+            sort_equal(scores, ids, std::find(ids, ids + k, -1) - ids);
         }
     }
 }

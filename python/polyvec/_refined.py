@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from polyvec import _backend, _files
-from polyvec._arrays import as_count, as_float32, as_selection, choice, is_array, outputs
+from polyvec._arrays import as_count, as_float32, as_selection, choice, dtype_name, is_array, outputs
 from polyvec._codec import Floats
 from polyvec._codes import IntegerCodec
 from polyvec._files import Saved, State
@@ -162,9 +162,12 @@ class Refined(Saved):
             Before `fit`.
         ValueError
             Rows of another width, NaN or Inf; with rerank="float16" also numbers beyond 65,504.
+        TypeError
+            Another dtype.
         """
         op = "quantize.Refined.encode"
         x = x if is_array(x) else np.asarray(x, np.float32)
+        _require_float(op, "x", x)
         n, dim = len(x), self.codec.dim
         codes = np.empty((n, self.codec.code_size), np.uint8)
         vectors = np.empty((n, dim), self.rerank)
@@ -217,7 +220,7 @@ class Refined(Saved):
 
         Parameters
         ----------
-        queries : array of shape (nq, dim), float32
+        queries : array of shape (nq, dim), float32 | float16 | bfloat16
         encoded : RefinedCodes
         k : int
         certified : bool
@@ -257,6 +260,7 @@ class Refined(Saved):
         k = as_count(op, "k", k)
         if not is_array(queries):
             queries = np.asarray(queries, np.float32)
+        _require_float(op, "queries", queries)
         if certified and encoded.bounds is None:
             raise ValueError(f"{op}: encoded must have bounds, of float32 vectors and a codec of integers, got none")
         rows, n = as_float32(queries), len(encoded.codes)
@@ -434,6 +438,11 @@ def _unit(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     norms = np.linalg.norm(x, axis=1, keepdims=True)
     unit: npt.NDArray[np.float64] = np.divide(x, norms, out=np.zeros_like(x), where=norms > 0)
     return unit
+
+
+def _require_float(op: str, name: str, x: Any) -> None:
+    if dtype_name(x) not in ("float32", "float16", "bfloat16"):
+        raise TypeError(f"{op}: {name} must be float32, float16 or bfloat16, got {dtype_name(x)}")
 
 
 def _largest(bounds: npt.NDArray[np.float32]) -> tuple[float, float]:

@@ -61,6 +61,15 @@ inline void sort_hits(std::vector<Hit>& hits) {
     }
 }
 
+/// Puts ids of equal scores in order, where scores were rounded since they were sorted.
+inline void sort_equal(const float* scores, std::int64_t* ids, std::int64_t n) {
+    for (std::int64_t first = 0, end; first < n; first = end) {
+        end = std::find_if(scores + first, scores + n, [&](float score) { return score != scores[first]; }) - scores;
+        if (end - first > 1) std::sort(ids + first, ids + end);
+        end = std::max(end, first + 1);  // NaN equals nothing
+    }
+}
+
 /// Moves the n best hits to the front, the n-th to its place; n is at least 1 and at most their number.
 inline void select_hits(std::vector<Hit>& hits, std::size_t n) {
     auto begin = hits.begin(), end = hits.end();
