@@ -80,7 +80,8 @@ def test_relation_scorer_step(compare, threads, negatives):
     torch does what is usually written: it embeds heads, tails and negatives (sparse, too), multiplies quaternions
     component by component, and scores by one product where the 4096 negatives are shared, else by a product a triple
     with 128 of its own. The three products of shared negatives, 4.9 GFLOP by torch's matmul, are two thirds of either
-    time. Own negatives are 65,536 embeddings of 1.6 KB: ours scores and sums them where they lie.
+    time. Own negatives are 65,536 embeddings of 1.6 KB: torch stores
+    them twice more, as what is multiplied and as gradients.
     """
     torch.set_num_threads(threads)
     n, num_entities, num_relations, dim = 512, 200_000, 20, 100

@@ -326,13 +326,19 @@ def test_examples_of_docstrings_run(module):
     assert failed == 0
 
 
-README_EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+PAGES_EXAMPLES = {
+    f"{page}, example {number}": code
+    for page in ("README.md", "docs/guide.md")
+    for number, code in enumerate(
+        re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL), 1
+    )
+}
 
 
-@pytest.mark.parametrize("number", range(len(README_EXAMPLES)))
-def test_examples_of_the_readme_run(number, tmp_path, monkeypatch):
-    code = README_EXAMPLES[number]
+@pytest.mark.parametrize("name", PAGES_EXAMPLES)
+def test_examples_of_pages_run(name, tmp_path, monkeypatch):
+    code = PAGES_EXAMPLES[name]
     if "import torch" in code:
         pytest.importorskip("torch")
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, f"README.md, example {number + 1}", "exec"), {})
+    exec(compile(code, name, "exec"), {})
