@@ -173,6 +173,38 @@ def test_vq_linear_and_gradients_are_those_of_decoded_weights(tensor, compressed
     assert torch.equal(only, ours[1])
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    ("n", "outputs", "m", "dsub"), [(64, 1, 1, 1), (65, 300, 35, 3), (100, 2100, 512, 2), (70, 0, 3, 2)]
+)
+def test_vq_linear_of_many_rows_decodes_weights(rng, n, outputs, m, dsub, bits):
+    """As the sums of tables that few rows take, over several blocks of weights."""
+    d = m * dsub
+    x, codebooks = rng.standard_normal((n, d), np.float32), rng.standard_normal((m, 1 << bits, dsub), np.float32)
+    codes = rng.integers(0, 256, (outputs, m if bits == 8 else (m + 1) // 2)).astype(np.uint8)
+    grad = rng.standard_normal((n, outputs), np.float32)
+    inputs = [torch.from_numpy(a).requires_grad_() for a in (x, codebooks)]
+    y = pvt.vq_linear(inputs[0], torch.from_numpy(codes), inputs[1])
+    assert_reduction(y.detach(), pv.quantize.vq_linear(x, codes, codebooks), 16.0 * d**0.5, length=d)
+    ours = torch.autograd.grad(y, inputs, torch.from_numpy(grad))
+    expected = pv.quantize.vq_linear_gradient(x, codes, codebooks, grad, of_x=True, of_codebooks=True)
+    for actual, wanted, length in zip(ours, expected, (outputs, n * outputs), strict=True):
+        assert_reduction(actual, wanted, 16.0 * length**0.5, length=length)
+    (only,) = torch.autograd.grad(
+        pvt.vq_linear(inputs[0].detach(), torch.from_numpy(codes), inputs[1]).sum(), inputs[1]
+    )
+    assert only.shape == codebooks.shape
+
+
+def test_gradients_of_codewords_do_not_depend_on_the_number_of_threads(rng):
+    grad, codes = rng.standard_normal((3000, 120), np.float32), rng.integers(0, 256, (3000, 40)).astype(np.uint8)
+    results = []
+    for threads in (1, 2, 7):
+        results.append(np.ones((40, 256, 3), np.float32))
+        pv.quantize.add_decode_gradient(grad, codes, results[-1], num_threads=threads)
+        assert_exact(results[-1], results[0])
+
+
 def test_vq_linear_is_a_proper_op_and_compiles(tensor, compressed):
     codes, codebooks = compressed
     x, grad = tensor(5, 12), tensor(5, 21).detach()
@@ -223,6 +255,8 @@ def test_compile_keeps_the_ops_in_one_graph(tensor):
          "scan.nearest: centroids must have at least 1 row, got 0"),
         (lambda x: pvt.vq_assign(x / 0, x), ValueError,
          "scan.nearest: x must be finite, got NaN or Inf in row 0"),
+        (lambda x: pvt.vq_linear(torch.ones(99, 5), x.byte(), torch.ones(4, 256, 1)), ValueError,
+         "quantize.vq_linear: x must have the dim of the codebooks (4), got 5"),
         (lambda x: pvt.soft_assign(x, [1.0]), TypeError,
          "torch.soft_assign: codebooks must be a torch tensor, got list"),
         (lambda x: pvt.soft_assign(x.sum(), x[None]), ValueError,

@@ -24,6 +24,14 @@ void bind_quantize_pq(py::module_& m) {
         },
         py::arg("codes"), py::arg("codebooks"), py::arg("out"), py::arg("where"));
     m.def(
+        "quantize_pq_decode_gradient",
+        [](const py::object& grad, const py::object& codes, const py::object& dcodebooks, std::intptr_t where) {
+            Args args = args_for<Exec>(PqDecodeGradient::op, where);
+            const Array a = args.in("grad", grad);
+            run_op<Exec>(PqDecodeGradient{a, args.in("codes", codes), args.out("dcodebooks", dcodebooks)}, where, a);
+        },
+        py::arg("grad"), py::arg("codes"), py::arg("dcodebooks"), py::arg("where"));
+    m.def(
         "quantize_pq_pack",
         [](const py::object& codes, const py::object& blocks, std::intptr_t where) {
             Args args = args_for<Exec>(PqPack::op, where);

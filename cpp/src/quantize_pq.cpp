@@ -114,6 +114,22 @@ void run(const PqDecode& op, Cpu cpu) {
     });
 }
 
+void run(const PqDecodeGradient& op, Cpu cpu) {
+    const std::int64_t m = op.dcodebooks.dim(0), ksub = op.dcodebooks.dim(1), dsub = op.dcodebooks.dim(2), d = m * dsub;
+    constexpr std::int64_t subspaces = 16;  // of a piece: a cache line of codes or less, gradients of a few lines
+    parallel_for(m, subspaces, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+        for (std::int64_t i = 0; i < op.codes.dim(0); ++i) {
+            const std::uint8_t* code = op.codes.as<const std::uint8_t>() + i * op.codes.dim(1);
+            const float* grad = op.grad.as<const float>() + i * d + begin * dsub;
+            for (std::int64_t s = begin; s < end; ++s, grad += dsub) {
+                const int entry = ksub == 256 ? code[s] : code[s / 2] >> (s % 2 * 4) & 15;
+                float* sum = op.dcodebooks.as<float>() + (s * ksub + entry) * dsub;
+                for (std::int64_t j = 0; j < dsub; ++j) sum[j] += grad[j];
+            }
+        }
+    });
+}
+
 namespace {
 
 /// Blocks `first`, ..., first + count of the codes (n, code_size).

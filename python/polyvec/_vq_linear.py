@@ -110,6 +110,24 @@ def vq_linear_gradient(
     return dx, dcodebooks
 
 
+def decode(codes: Any, codebooks: Any, *, num_threads: int | None = None) -> Any:
+    """Return the weights that codes stand for, in the codebooks' library."""
+    op = "quantize.decode"
+    codes = as_array(op, "codes", codes, dtypes=("uint8",), ndim=2)
+    codebooks = as_array(op, "codebooks", codebooks, ndim=3)
+    out = empty(codebooks, (int(codes.shape[0]), int(codebooks.shape[0] * codebooks.shape[2])), "float32")
+    _backend.run(op, "quantize_pq_decode", codebooks, codes, codebooks, out, num_threads=num_threads)
+    return out
+
+
+def add_decode_gradient(grad: Any, codes: Any, dcodebooks: Any, *, num_threads: int | None = None) -> None:
+    """Add the gradient of `decode` for the codebooks to `dcodebooks`, given that of the weights."""
+    op = "quantize.decode_gradient"
+    grad = as_array(op, "grad", grad, ndim=2)
+    codes = as_array(op, "codes", codes, dtypes=("uint8",), ndim=2)
+    _backend.run(op, "quantize_pq_decode_gradient", grad, grad, codes, dcodebooks, num_threads=num_threads)
+
+
 def _inputs(op: str, x: Any, codes: Any, codebooks: Any) -> tuple[Any, Any, Any]:
     x = as_array(op, "x", x, ndim=2)
     codes = as_array(op, "codes", codes, dtypes=("uint8",), ndim=2)

@@ -15,6 +15,8 @@ from polyvec._refined import CertifiedResult, Refined, RefinedCodes
 from polyvec._residual_quantizer import ResidualQuantizer
 from polyvec._soft_assign import soft_assign as soft_assign
 from polyvec._soft_assign import soft_assign_gradient as soft_assign_gradient
+from polyvec._vq_linear import add_decode_gradient as add_decode_gradient
+from polyvec._vq_linear import decode as decode
 from polyvec._vq_linear import vq_linear
 from polyvec._vq_linear import vq_linear_gradient as vq_linear_gradient
 

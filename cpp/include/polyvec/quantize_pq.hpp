@@ -68,6 +68,18 @@ struct PqDecode {
     }
 };
 
+/// Adds to each codeword's gradient the pieces of grad whose codes have that codeword, in the order of the rows.
+struct PqDecodeGradient {
+    static constexpr const char* op = "quantize.decode_gradient";
+    Array grad, codes, dcodebooks;
+
+    void validate() const {
+        require_pq_pair(op, grad, codes, dcodebooks);
+        require_out(op, dcodebooks, DType::f32);
+        require_dim(op, codes, 0, grad.dim(0), "one row a row of grad");
+    }
+};
+
 /// blocks[i / B][j][i % B] = byte j of codes[i], for B = pq_block codes at a time; zeros where there are none.
 struct PqPack {
     static constexpr const char* op = "quantize.ProductQuantizer.pack";
@@ -147,6 +159,7 @@ struct PqSearch {
 
 void run(const PqEncode&, Cpu);
 void run(const PqDecode&, Cpu);
+void run(const PqDecodeGradient&, Cpu);
 void run(const PqPack&, Cpu);
 void run(const PqSearch&, Cpu);
 

@@ -221,13 +221,30 @@ def soft_assign(x: Tensor, codebooks: Tensor, *, temperature: float = 1.0, hard:
     return Assignment(quantized.view(x.shape), ids.view(*x.shape[:-1], codebooks.shape[0]))
 
 
+def _decodes(x: Tensor, codebooks: Tensor, *, cached: int, else_: int) -> bool:
+    """Whether x has so many rows that products with decoded weights are faster than sums of tables.
+
+    Decoding waits for codewords that do not lie in the cache, so that it takes more rows to pay.
+    """
+    return not x.is_cuda and len(x) >= (cached if codebooks.nbytes <= 1 << 20 else else_)
+
+
+def _blocks(codes: Tensor, codebooks: Tensor) -> tuple[Tensor, ...]:
+    """Split the outputs so that the decoded weights of a block take 8 MB."""
+    return codes.split(max(1, (1 << 21) // max(1, codebooks.shape[0] * codebooks.shape[2])))
+
+
 @custom_op(
     "polyvec::vq_linear",
     mutates_args=(),
     schema="(Tensor x, Tensor codes, Tensor codebooks) -> Tensor",
 )
 def _vq_linear(x: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
-    return quantize.vq_linear(x.detach(), codes, codebooks.detach())
+    x, codebooks = x.detach(), codebooks.detach()
+    if not _decodes(x, codebooks, cached=16, else_=64):
+        return quantize.vq_linear(x, codes, codebooks)
+    quantize.vq_linear(x[:0], codes, codebooks)  # checks the arguments
+    return torch.cat([x @ quantize.decode(some, codebooks).T for some in _blocks(codes, codebooks)], 1)
 
 
 @_vq_linear.register_fake
@@ -243,10 +260,19 @@ def _(x: Tensor, codes: Tensor, codebooks: Tensor) -> Tensor:
 def _vq_linear_gradient(
     x: Tensor, codes: Tensor, codebooks: Tensor, grad: Tensor, of_x: bool, of_codebooks: bool
 ) -> tuple[Tensor, Tensor]:
-    gradients = quantize.vq_linear_gradient(
-        x.detach(), codes, codebooks.detach(), grad.detach(), of_x=of_x, of_codebooks=of_codebooks
-    )
-    dx, dcodebooks = (x.new_empty(0) if g is None else g for g in gradients)  # an op returns tensors
+    x, codebooks, grad = x.detach(), codebooks.detach(), grad.detach()
+    if not _decodes(x, codebooks, cached=4, else_=32):
+        gradients = quantize.vq_linear_gradient(x, codes, codebooks, grad, of_x=of_x, of_codebooks=of_codebooks)
+        dx, dcodebooks = (x.new_empty(0) if g is None else g for g in gradients)  # an op returns tensors
+        return dx, dcodebooks
+    dx = x.new_zeros(x.shape if of_x else 0)
+    dcodebooks = x.new_zeros(codebooks.shape if of_codebooks else 0)
+    blocks = _blocks(codes, codebooks)
+    for some, of_some in zip(blocks, grad.split(len(blocks[0]), 1), strict=True):
+        if of_x:
+            dx.addmm_(of_some, quantize.decode(some, codebooks))
+        if of_codebooks:
+            quantize.add_decode_gradient(of_some.T @ x, some, dcodebooks)
     return dx, dcodebooks
 
 
@@ -296,10 +322,12 @@ def vq_linear(x: Tensor, codes: Tensor, codebooks: Tensor, *, bias: Tensor | Non
 
     Notes
     -----
-    Codes are fixed; x, codebooks and bias have gradients: fine-tuning of a compressed layer. With g_c the sum of the
-    gradients of the outputs whose code has codeword c in a subspace, dx = sum_c g_c c and dc = g_c x: n m outputs
-    additions and 4 n k d flops for both, in a fixed order: the same bits for any number of threads. First derivatives
-    only. Runs in float32 under autocast. On a GPU products take the flops of a layer that is not compressed.
+    Codes are fixed; x, codebooks and bias have gradients: fine-tuning of a compressed layer. For few rows, with g_c the
+    sum of the gradients of the outputs whose code has codeword c in a subspace, dx = sum_c g_c c and dc = g_c x: n m
+    outputs additions and 4 n k d flops for both, in a fixed order: the same bits for any number of threads. From 16
+    rows on (gradients: 4), with codebooks over 1 MB from 64 (32), 8 MB of weights at a time are decoded for torch's
+    matmul, and the gradients of the weights summed by codeword. First derivatives only. Runs in float32 under autocast.
+    On a GPU products take the flops of a layer that is not compressed, without matmul.
 
     Examples
     --------
