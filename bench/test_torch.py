@@ -73,6 +73,37 @@ def test_soft_assign_and_gradients(compare, benchmark, peak_megabytes, normal, t
     compare(ours, {"torch bmm": lambda: step(in_bmm)}, check=check, flops=10 * n * k * d)
 
 
+@pytest.mark.parametrize("metric", ["ip", "l2", "cosine"])
+def test_score_pairs_and_gradients(compare, normal, threads, metric):
+    """Few of many items: 256 x 8 pairs of 100,000. Either time is that of filling the items' gradient with zeros."""
+    torch.set_num_threads(threads)
+    queries, items = normal(256, 64), normal(100_000, 64)
+    ids = torch.randint(len(items), (256, 8), generator=torch.Generator().manual_seed(0))
+
+    def scores_in_torch():
+        q, x = queries, functional.embedding(ids, items)
+        if metric == "l2":
+            return (q[:, None] - x).square().sum(2)
+        if metric == "cosine":
+            q, x = functional.normalize(q), functional.normalize(x, dim=2)
+        return (x @ q[:, :, None])[:, :, 0]
+
+    def step(scores):
+        return torch.autograd.grad(scores().sum(), (queries, items))
+
+    expected = step(scores_in_torch)
+
+    def check(result):
+        for gradient, same in zip(result, expected, strict=True):
+            torch.testing.assert_close(gradient, same, rtol=1e-4, atol=1e-4)
+
+    compare(
+        lambda: step(lambda: pvt.score_pairs(queries, items, ids, metric=metric)),
+        {"torch": lambda: step(scores_in_torch)},
+        check=check,
+    )
+
+
 @pytest.mark.parametrize("negatives", ["shared", "own"])
 def test_relation_scorer_step(compare, threads, negatives):
     """The loss of 512 triples of a graph of 200,000 entities by sampled negatives, and its sparse gradients.

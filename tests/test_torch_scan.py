@@ -59,8 +59,9 @@ def test_scores_and_derivatives_equal_the_definition(rng, isa, d, m, metric):
         assert_reduction(actual, wanted, size, length=d + m)
 
 
-def test_bits_do_not_depend_on_the_number_of_threads(rng):
-    queries, items, ids, _ = arguments(rng, 200, 50, 33, 60)
+@pytest.mark.parametrize("n", [50, 20_000])
+def test_bits_do_not_depend_on_the_number_of_threads(rng, n):
+    queries, items, ids, _ = arguments(rng, 200, n, 33, 60)
 
     def results(threads):
         before = torch.get_num_threads()
@@ -78,10 +79,30 @@ def test_bits_do_not_depend_on_the_number_of_threads(rng):
             assert_exact(a, b)
 
 
-@pytest.mark.parametrize("l2", [False, True])
-def test_torch_accepts_the_registration(rng, l2):
-    queries, items, ids, _ = arguments(rng, 4, 6, 5, 3)
-    torch.library.opcheck(torch.ops.polyvec.scan_score_pairs, (queries, items, ids, l2))
+@pytest.mark.parametrize("n", [6, 60])
+def test_torch_accepts_the_registration(rng, n):
+    queries, items, ids, _ = arguments(rng, 4, n, 5, 3)
+    weights, own = sample(rng, 4, 3), sample(rng, 4, 3)
+    for metric in METRICS:
+        torch.library.opcheck(torch.ops.polyvec.scan_score_pairs, (queries, items, ids, metric))
+    torch.library.opcheck(torch.ops.polyvec.scan_weighted_sums, (weights, ids, items))
+    for x in (None, own):
+        torch.library.opcheck(torch.ops.polyvec.scan_scattered_sums, (weights, x, ids, queries, items))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_items_without_a_pair_have_gradient_zero(rng, metric):
+    queries, items, _, _ = arguments(rng, 2, 9, 4, 1)
+    ids = torch.tensor([[7, 2, 7], [2, 2, 0]])
+    (grad,) = torch.autograd.grad(pvt.score_pairs(queries, items, ids, metric=metric).sum(), items)
+    assert grad.any(1).nonzero()[:, 0].tolist() == [0, 2, 7]
+    with torch.no_grad():
+        items[7] = 0
+        queries[1] = 0
+    scores = pvt.score_pairs(queries, items, ids, metric="cosine")
+    assert scores[0, ::2].eq(0).all()
+    assert scores[1].eq(0).all()
+    assert all(x.isfinite().all() for x in torch.autograd.grad(scores.sum(), (queries, items)))
 
 
 def test_gradcheck(rng):
@@ -120,6 +141,12 @@ def test_compile_keeps_the_op_in_one_graph(rng):
          "torch.score_pairs: metric must be one of 'ip', 'l2', 'cosine', got 'dot'"),
         (lambda x, ids: pvt.score_pairs(x, x[:, 1:], ids), ValueError,
          "scan.score_pairs: items must have the same d as queries (4), got 3"),
+        (lambda x, ids: pvt.score_pairs(x, x, ids, bias=x.sum(1).double()), TypeError,
+         "torch.score_pairs: bias must be float32, got float64; cast it with .to(torch.float32)"),
+        (lambda x, ids: pvt.score_pairs(x, x, ids, bias=x[:, :1]), ValueError,
+         "torch.score_pairs: bias must have 1 axis, got shape (3, 1)"),
+        (lambda x, ids: pvt.score_pairs(x, x, ids, bias=torch.ones(4)), ValueError,
+         "torch.score_pairs: bias must have one entry an item (3), got 4"),
         (lambda x, ids: pvt.score_pairs(x, x, ids + 3), IndexError,
          "scan.score_pairs: ids must be in [0, 3), got 3 at position 0"),
     ],

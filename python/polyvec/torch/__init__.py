@@ -3,11 +3,11 @@
 `product`, `normalize`, `relation_query`, `maxsim`, `maxsim_pairs`, `pool` and `score_pairs` are those of
 `polyvec.hypercomplex`, `polyvec.maxsim` and `polyvec.scan` on tensors that may require grad; `vq_assign` and
 `soft_assign` are learned quantisation, `vq_linear` is a layer of compressed weights. Each is a `torch.library` custom
-op, or torch code around one, which `torch.compile` keeps in its graph. Hypercomplex operations and `pool` have
-gradients of any order, for each backward is written with the same ops, or torch's: the gradient of a product is a
-product with another table. MaxSim, soft assignment and `vq_linear` have first derivatives, `score_pairs` first and
-second ones. Under autocast all of them run in float32, but MaxSim on a GPU in the dtype of autocast. `VectorQuantizer`,
-`ResidualVectorQuantizer`, `MaxSimLoss` and `RelationScorer` are modules around them.
+op, or torch code around one, which `torch.compile` keeps in its graph. Hypercomplex operations, `pool` and
+`score_pairs` have gradients of any order, for each backward is written with the same ops, or torch's: the gradient of a
+product is a product with another table. MaxSim, soft assignment and `vq_linear` have first derivatives. Under autocast
+all of them run in float32, but MaxSim on a GPU in the dtype of autocast. `VectorQuantizer`, `ResidualVectorQuantizer`,
+`MaxSimLoss` and `RelationScorer` are modules around them.
 """
 
 from polyvec.torch._hypercomplex import normalize, product, relation_query

@@ -8,61 +8,125 @@ from torch.library import custom_op
 from torch.nn import functional
 
 from polyvec import scan as _scan
-from polyvec.torch._tensors import in_float32, require_tensors
+from polyvec.torch._tensors import in_float32, require_tensors, widened
 
 
 @custom_op(
-    "polyvec::scan_score_pairs", mutates_args=(), schema="(Tensor queries, Tensor items, Tensor ids, bool l2) -> Tensor"
+    "polyvec::scan_score_pairs",
+    mutates_args=(),
+    schema="(Tensor queries, Tensor items, Tensor ids, str metric) -> (Tensor, Tensor)",
 )
-def _score_pairs(queries: Tensor, items: Tensor, ids: Tensor, l2: bool) -> Tensor:
-    return _scan.score_pairs(queries.detach(), items.detach(), ids, metric="l2" if l2 else "ip")
+def _score_pairs(queries: Tensor, items: Tensor, ids: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+    """Return the scores, for "cosine" inner products, and for "cosine" alone |items[ids]|^2, which it divides by."""
+    queries, items = queries.detach(), items.detach()
+    scores = _scan.score_pairs(queries, items, ids, metric="l2" if metric == "l2" else "ip")
+    if metric != "cosine":
+        return scores, queries.new_empty(0)
+    return scores, _scan.score_pairs(torch.zeros_like(queries), items, ids, metric="l2")
 
 
 @_score_pairs.register_fake
-def _(queries: Tensor, items: Tensor, ids: Tensor, l2: bool) -> Tensor:
-    return queries.new_empty(ids.shape)
+def _(queries: Tensor, items: Tensor, ids: Tensor, metric: str) -> tuple[Tensor, Tensor]:
+    return queries.new_empty(ids.shape), queries.new_empty(ids.shape if metric == "cosine" else 0)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.l2 = inputs
-    ctx.save_for_backward(*tensors)
-
-
+@custom_op("polyvec::scan_weighted_sums", mutates_args=(), schema="(Tensor weights, Tensor ids, Tensor rows) -> Tensor")
 def _weighted_sums(weights: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
     """Return sum_j weights[i, j] * rows[ids[i, j]], in the order of j; the products are never stored."""
     begins = torch.arange(ids.shape[0], device=ids.device) * ids.shape[1]
-    flat = ids.reshape(-1), weights.reshape(-1)
-    return functional.embedding_bag(flat[0], rows, begins, mode="sum", per_sample_weights=flat[1])
+    return _sums_of_bags(ids.reshape(-1), rows.detach(), begins, weights.detach().reshape(-1))
 
 
-def _scattered_sums(weights: Tensor, ids: Tensor, rows: Tensor, n: int) -> Tensor:
-    """Return for each of n ids the sum of weights[i, j] * rows[i] over its pairs, in the order of the pairs."""
+@_weighted_sums.register_fake
+def _(weights: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+    return rows.new_empty(ids.shape[0], rows.shape[1])
+
+
+@custom_op(
+    "polyvec::scan_scattered_sums",
+    mutates_args=(),
+    schema="(Tensor weights, Tensor? own, Tensor ids, Tensor rows, Tensor items) -> Tensor",
+)
+def _scattered_sums(weights: Tensor, own: Tensor | None, ids: Tensor, rows: Tensor, items: Tensor) -> Tensor:
+    """Return for each item the sum of weights[i, j] * rows[i] + own[i, j] * item over its pairs, in their order."""
     of, order = ids.reshape(-1).sort(stable=True)
-    begins = torch.searchsorted(of, torch.arange(n, device=ids.device))
-    sources = order // max(ids.shape[1], 1)
-    return functional.embedding_bag(
-        sources, rows, begins, mode="sum", per_sample_weights=weights.reshape(-1).gather(0, order)
+    if every := of.is_cuda or len(items) <= len(of):  # a bag an item: a GPU does not wait for how many are in use
+        names: Tensor | slice = slice(None)
+        begins = torch.searchsorted(of, torch.arange(items.shape[0], device=of.device))
+    else:
+        names, counts = of.unique_consecutive(return_counts=True)
+        begins = counts.cumsum(0) - counts
+    sums = _sums_of_bags(
+        order // max(ids.shape[1], 1), rows.detach(), begins, weights.detach().reshape(-1).gather(0, order)
     )
+    if own is not None:
+        sums += _sums_of_bags(order, own.detach().reshape(-1, 1), begins) * items.detach()[names]
+    if every:
+        return sums
+    out = items.new_zeros(items.shape)
+    out[names] = sums
+    return out
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+@_scattered_sums.register_fake
+def _(weights: Tensor, own: Tensor | None, ids: Tensor, rows: Tensor, items: Tensor) -> Tensor:
+    return items.new_empty(items.shape)
+
+
+def _sums_of_bags(ids: Tensor, rows: Tensor, begins: Tensor, weights: Tensor | None = None) -> Tensor:
+    return functional.embedding_bag(ids, rows, begins, mode="sum", per_sample_weights=weights)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*(x for x in inputs if not isinstance(x, str)))
+    ctx.metric = inputs[-1]
+
+
+def _backward(ctx: Any, grad: Tensor, d_squares: Tensor) -> tuple[Tensor | None, ...]:
     queries, items, ids = ctx.saved_tensors
     ids = ids.long()
     d_queries = d_items = None
     if ctx.needs_input_grad[0]:
         d_queries = _weighted_sums(grad, ids, items)
-        if ctx.l2:
+        if ctx.metric == "l2":
             d_queries = 2 * (grad.sum(1, keepdim=True) * queries - d_queries)
     if ctx.needs_input_grad[1]:
-        d_items = _scattered_sums(grad, ids, queries, items.shape[0])
-        if ctx.l2:
-            ones = torch.ones_like(queries[:, :1])
-            d_items = 2 * (_scattered_sums(grad, ids, ones, items.shape[0]) * items - d_items)
+        own = {"ip": None, "l2": 2 * grad, "cosine": 2 * d_squares}[ctx.metric]
+        d_items = _scattered_sums(-2 * grad if ctx.metric == "l2" else grad, own, ids, queries, items)
     return d_queries, d_items, None, None
 
 
+# All three are derivatives of one sum, sum_ij weights[i, j] <rows[i], items[ids[i, j]]>, and so their own derivatives.
+
+
+def _weighted_sums_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weights, ids, rows = ctx.saved_tensors
+    d_weights = d_rows = None
+    if ctx.needs_input_grad[0]:
+        d_weights = _score_pairs(grad, rows, ids, "ip")[0]
+    if ctx.needs_input_grad[2]:
+        d_rows = _scattered_sums(weights, None, ids, grad, rows)
+    return d_weights, None, d_rows
+
+
+def _scattered_sums_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weights, own, ids, rows, items = ctx.saved_tensors
+    d_weights = d_own = d_rows = d_items = None
+    if ctx.needs_input_grad[0]:
+        d_weights = _score_pairs(rows, grad, ids, "ip")[0]
+    if ctx.needs_input_grad[1]:
+        d_own = (items[ids] * grad[ids]).sum(-1)
+    if ctx.needs_input_grad[3]:
+        d_rows = _weighted_sums(weights, ids, grad)
+    if ctx.needs_input_grad[4] and own is not None:
+        d_items = _scattered_sums(torch.zeros_like(weights), own, ids, rows, grad)
+    return d_weights, d_own, None, d_rows, d_items
+
+
 _score_pairs.register_autograd(_backward, setup_context=_save)
-in_float32(_score_pairs)
+_weighted_sums.register_autograd(_weighted_sums_backward, setup_context=_save)
+_scattered_sums.register_autograd(_scattered_sums_backward, setup_context=_save)
+in_float32(_score_pairs, _weighted_sums, _scattered_sums)
 
 
 def score_pairs(
@@ -86,10 +150,10 @@ def score_pairs(
 
     Notes
     -----
-    A backward costs 2 nq m d flops for each side that requires grad, and a sort of the ids for the items; as in the
-    forward, no nq x m x d tensor is made. Sums run in the order of the pairs, so gradients have the same bits for any
-    number of threads. Second derivatives are exact, too. "cosine" divides all queries and items by their norms first, a
-    copy of both.
+    A backward costs 2 nq m d flops for each side that requires grad, and for the items a sort of the ids and a gradient
+    of zeros but for the items in use; as in the forward, no nq x m x d tensor is made, but by second derivatives of
+    "l2" and "cosine" for the items. Sums run in the order of the pairs, so gradients have the same bits for any number
+    of threads. Derivatives of any order.
 
     Examples
     --------
@@ -104,9 +168,19 @@ def score_pairs(
     require_tensors(op, queries=queries, items=items, ids=ids, **({} if bias is None else {"bias": bias}))
     if metric not in ("ip", "l2", "cosine"):
         raise ValueError(f"{op}: metric must be one of 'ip', 'l2', 'cosine', got {metric!r}")
+    if bias is not None:
+        bias = widened(bias)
+        if bias.dtype != torch.float32:
+            raise TypeError(f"{op}: bias must be float32, got {str(bias.dtype)[6:]}; cast it with .to(torch.float32)")
+        if bias.dim() != 1:
+            raise ValueError(f"{op}: bias must have 1 axis, got shape {tuple(bias.shape)}")
+        if bias.shape[0] != items.shape[0]:
+            raise ValueError(f"{op}: bias must have one entry an item ({items.shape[0]}), got {bias.shape[0]}")
     if metric == "cosine":
-        queries, items = functional.normalize(queries), functional.normalize(items)
-    scores = _score_pairs(queries, items, ids, metric == "l2")
+        queries = functional.normalize(queries)
+    scores, squares = _score_pairs(queries, items, ids, metric)
+    if metric == "cosine":
+        scores = scores * squares.clamp(min=1e-24).rsqrt()  # as normalize divides: a cosine with a zero vector is 0
     if bias is None:
         return scores
     return scores - bias[ids] if metric == "l2" else scores + bias[ids]
