@@ -178,6 +178,37 @@ def test_compile_keeps_the_ops_in_one_graph(tensor, graph, rotate_by):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, at its first jvp
+def test_forward_mode_is_refused_where_a_tangent_would_be_lost():
+    x, tangent, ids = torch.rand(3, 4, 8), torch.rand(3, 4, 8), torch.tensor([0, 1])
+    calls = {
+        "product: x": lambda x: pvt.product(x, x),
+        "product: y": lambda x: pvt.product(x.detach(), x),
+        "normalize: x": pvt.normalize,
+        "relation_query: entities": lambda x: pvt.relation_query(x, x, ids, ids),
+        "maxsim: queries": lambda x: pvt.maxsim(x, x),
+        "maxsim_pairs: docs": lambda x: pvt.maxsim_pairs(x.detach(), x),
+        "pool: docs": lambda x: pvt.pool(x, 2)[0],
+        "score_pairs: items": lambda x: pvt.score_pairs(x[0].detach(), x[1], ids.view(1, 2).expand(4, 2)),
+        "soft_assign: codebooks": lambda x: pvt.soft_assign(x[0].detach(), x[:1]).quantized,
+        "vq_linear: x": lambda x: pvt.vq_linear(x[0], ids[:, None].byte(), torch.ones(1, 16, 8)),
+    }
+    for name, call in calls.items():
+        text = f"^torch.{name} must have no tangent, got a dual tensor; derivatives are those of backward alone$"
+        with pytest.raises(TypeError, match=text):
+            torch.func.jvp(call, (x,), (tangent,))
+        with torch.autograd.forward_ad.dual_level():
+            with pytest.raises(TypeError, match=text):
+                call(torch.autograd.forward_ad.make_dual(x, tangent))
+            call(x)  # has none
+    with pytest.raises(TypeError, match="must have no tangent"):
+        torch.func.jvp(torch.vmap(pvt.normalize), (x,), (tangent,))
+    assert torch.equal(torch.vmap(pvt.normalize)(x), pvt.normalize(x))
+    codebook, change = x[1], tangent[1]
+    _, derivative = torch.func.jvp(lambda c: pvt.vq_assign(x[0], c).quantized, (codebook,), (change,))
+    assert torch.equal(derivative, change[pvt.vq_assign(x[0], codebook).ids])
+
+
 def test_the_plain_functions_point_here_for_gradients_where_there_are_any():
     assert set(_arrays.DIFFERENTIABLE.values()) <= set(pvt.__all__)
     x = torch.ones(4, 3, requires_grad=True)

@@ -5,9 +5,10 @@
 `soft_assign` are learned quantisation, `vq_linear` is a layer of compressed weights. Each is a `torch.library` custom
 op, or torch code around one, which `torch.compile` keeps in its graph. Hypercomplex operations, `pool` and
 `score_pairs` have gradients of any order, for each backward is written with the same ops, or torch's: the gradient of a
-product is a product with another table. MaxSim, soft assignment and `vq_linear` have first derivatives. Under autocast
-all of them run in float32, but MaxSim on a GPU in the dtype of autocast. `VectorQuantizer`, `ResidualVectorQuantizer`,
-`MaxSimLoss` and `RelationScorer` are modules around them.
+product is a product with another table. MaxSim, soft assignment and `vq_linear` have first derivatives. Forward-mode
+derivatives (`torch.func.jvp`, dual tensors) are refused, but by `vq_assign`. Under autocast all of them run in float32,
+but MaxSim on a GPU in the dtype of autocast. `VectorQuantizer`, `ResidualVectorQuantizer`, `MaxSimLoss` and
+`RelationScorer` are modules around them.
 """
 
 from polyvec.torch._hypercomplex import normalize, product, relation_query

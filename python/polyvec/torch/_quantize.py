@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from polyvec import quantize, scan
-from polyvec.torch._tensors import in_float32, require_tensors, widened
+from polyvec.torch._tensors import in_float32, require_tensors, require_tensors_or_duals, widened
 
 
 @custom_op("polyvec::nearest", mutates_args=(), schema="(Tensor x, Tensor centroids, str metric) -> Tensor")
@@ -87,7 +87,7 @@ def vq_assign(x: Tensor, codebook: Tensor, *, metric: str = "l2") -> Assignment:
     ([0], [[1.0, 1.0]])
     """
     op = "torch.vq_assign"
-    require_tensors(op, x=x, codebook=codebook)
+    require_tensors_or_duals(op, x=x, codebook=codebook)
     if x.dim() == 0 or codebook.dim() != 2 or x.shape[-1] != codebook.shape[1]:
         raise ValueError(
             f"{op}: x must have shape (..., d) and codebook (K, d), got {tuple(x.shape)} and {tuple(codebook.shape)}"

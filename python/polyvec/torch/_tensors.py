@@ -4,13 +4,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
-def require_tensors(op: str, **arguments: Any) -> None:
+def require_tensors_or_duals(op: str, **arguments: Any) -> None:
     """Refuse arrays of other libraries: only tensors carry a graph."""
     for name, x in arguments.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: {name} must be a torch tensor, got {type(x).__name__}")
+
+
+def require_tensors(op: str, **arguments: Any) -> None:
+    """Refuse tensors with a tangent, too: an op would lose it, and derivatives in forward mode would be zeros."""
+    require_tensors_or_duals(op, **arguments)
+    if forward_ad._current_level < 0:  # outside forward mode: almost always
+        return
+    for name, x in arguments.items():
+        if x.is_floating_point() and _has_tangent(x):
+            raise TypeError(
+                f"{op}: {name} must have no tangent, got a dual tensor; derivatives are those of backward alone"
+            )
+
+
+def _has_tangent(x: Tensor) -> bool:
+    try:
+        return forward_ad.unpack_dual(x).tangent is not None
+    except RuntimeError:  # torch does not look into what vmap gives a function inside of jvp
+        return True
 
 
 def in_float32(*ops: Any) -> None:
