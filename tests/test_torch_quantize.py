@@ -127,12 +127,26 @@ def test_bits_do_not_depend_on_the_number_of_threads(tensor, hard):
 
 @pytest.mark.parametrize(
     ("ids", "utilization", "perplexity"),
-    [([[0, 1], [2, 3]], 1.0, 4.0), ([3, 3, 3], 0.25, 1.0), ([0, 0, 2, 2], 0.5, 2.0), ([], 0.0, 1.0)],
+    [
+        ([[0, 1], [2, 3]], 1.0, 4.0),
+        ([3, 3, 3], 0.25, 1.0),
+        ([0, 0, 2, 2], 0.5, 2.0),
+        ([], 0.0, 1.0),
+        ([0, -1, 2, -1], 0.5, 2.0),
+        ([-1, -1], 0.0, 1.0),
+    ],
 )
-def test_codebook_usage(ids, utilization, perplexity):
-    usage = pvt.codebook_usage(torch.tensor(ids, dtype=torch.int64), 4)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8])
+def test_codebook_usage(ids, utilization, perplexity, dtype):
+    usage = pvt.codebook_usage(torch.tensor(ids, dtype=dtype), 4)
     assert usage.utilization.item() == utilization
     assert usage.perplexity.item() == pytest.approx(perplexity)
+
+
+def test_ids_outside_a_codebook_do_not_count_where_they_cannot_be_refused():
+    ids = torch.tensor([0, 4, 2, -1, 0, -7, 2])
+    usage = torch.compile(pvt.codebook_usage, fullgraph=True, backend="aot_eager")(ids, 4)
+    assert usage == pvt.codebook_usage(torch.tensor([0, 0, 2, 2]), 4)
 
 
 def test_torch_accepts_the_registration(tensor):
@@ -255,6 +269,10 @@ def test_compile_keeps_the_ops_in_one_graph(tensor):
          "scan.nearest: centroids must have at least 1 row, got 0"),
         (lambda x: pvt.vq_assign(x / 0, x), ValueError,
          "scan.nearest: x must be finite, got NaN or Inf in row 0"),
+        (lambda x: pvt.codebook_usage(torch.tensor([0, -1, 4]), 4), IndexError,
+         "torch.codebook_usage: ids must be in [-1, 4), got 4"),
+        (lambda x: pvt.codebook_usage(torch.tensor([0, -2]), 4), IndexError,
+         "torch.codebook_usage: ids must be in [-1, 4), got -2"),
         (lambda x: pvt.vq_linear(torch.ones(99, 5), x.byte(), torch.ones(4, 256, 1)), ValueError,
          "quantize.vq_linear: x must have the dim of the codebooks (4), got 5"),
         (lambda x: pvt.soft_assign(x, [1.0]), TypeError,

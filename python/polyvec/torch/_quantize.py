@@ -374,7 +374,8 @@ def codebook_usage(ids: Tensor, k: int) -> CodebookUsage:
     Parameters
     ----------
     ids : integer tensor of any shape
-        Codewords, as `vq_assign` numbers them.
+        Codewords, as `vq_assign` numbers them; -1, as a level that `ResidualVectorQuantizer` dropped has it, does not
+        count.
     k : int
         Size of the codebook.
 
@@ -383,6 +384,12 @@ def codebook_usage(ids: Tensor, k: int) -> CodebookUsage:
     CodebookUsage
         `.utilization` in [0, 1] and `.perplexity` in [1, k]; 0 and 1 without ids.
 
+    Raises
+    ------
+    IndexError
+        Ids outside [-1, k), but on a GPU, where nothing waits for them, and in a compiled graph: there they do not
+        count.
+
     Examples
     --------
     >>> import torch, polyvec.torch as pvt
@@ -390,7 +397,14 @@ def codebook_usage(ids: Tensor, k: int) -> CodebookUsage:
     >>> usage.utilization.item(), round(usage.perplexity.item(), 4)
     (1.0, 4.0)
     """
-    require_tensors("torch.codebook_usage", ids=ids)
-    counts = torch.bincount(ids.flatten(), minlength=k).float()
+    op = "torch.codebook_usage"
+    require_tensors(op, ids=ids)
+    ids = ids.flatten().long()
+    if not (ids.is_cuda or torch.compiler.is_compiling()):
+        wrong = ids[(ids < -1) | (ids >= k)]
+        if len(wrong):
+            raise IndexError(f"{op}: ids must be in [-1, {k}), got {int(wrong[0])}")
+    places = ids.new_zeros(k + 2).index_add_(0, ids.clamp(-1, k) + 1, torch.ones_like(ids))
+    counts = places[1:-1].float()  # without those of ids that do not count
     frequencies = counts / counts.sum().clamp(min=1)
     return CodebookUsage((counts > 0).float().mean(), torch.special.entr(frequencies).sum().exp())
