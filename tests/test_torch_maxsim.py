@@ -246,6 +246,8 @@ def test_pool_has_the_same_bits_for_any_number_of_threads(rng):
          "torch.pool: k or ratio must be given, and not both, got k=None, ratio=None"),
         (lambda x: pvt.pool(x, 2, ratio=0.5), ValueError,
          "torch.pool: k or ratio must be given, and not both, got k=2, ratio=0.5"),
+        (lambda x: pvt.pool(x, 2.5), TypeError, "torch.pool: k must be an integer, got float"),
+        (lambda x: pvt.pool(x, 2, max_iter=1.5), TypeError, "torch.pool: max_iter must be an integer, got float"),
         (lambda x: pvt.pool(x, 0), ValueError, "torch.pool: k must be at least 1, got 0"),
         (lambda x: pvt.pool(x, ratio=1.5), ValueError, "torch.pool: ratio must be in (0, 1], got 1.5"),
         (lambda x: pvt.pool(x, 2, method="mean"), ValueError,

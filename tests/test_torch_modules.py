@@ -53,6 +53,18 @@ def test_moving_averages(tensor):
     assert torch.equal(quantizer.codebook, before)
 
 
+@pytest.mark.parametrize("options", [{"dead_below": 1.0}, {"update": "gradient"}, {"update": "simvq"}], ids=str)
+def test_a_batch_without_vectors_changes_nothing(options):
+    quantizer = pvt.VectorQuantizer(4, 8, **options)
+    before = {name: x.clone() for name, x in quantizer.state_dict().items()}
+    x = torch.ones(2, 0, 4, requires_grad=True)
+    quantized, ids, loss = quantizer(x)
+    assert (quantized.shape, ids.shape, loss.item()) == ((2, 0, 4), (2, 0), 0)
+    loss.backward()
+    assert all(p.grad.eq(0).all() for p in quantizer.parameters() if p.grad is not None)
+    assert all(torch.equal(x, before[name]) for name, x in quantizer.state_dict().items())
+
+
 def test_dead_codewords_are_replaced_by_rows_of_the_batch(rng):
     quantizer, x = pvt.VectorQuantizer(2, 5, decay=0.5, dead_below=0.75), torch.tensor([[1.0, 0], [3, 0], [0, 5]])
     quantizer.basis.copy_(torch.tensor([[1.0, 0], [0, 4], [-9, -9], [-8, -8], [-7, -7]]))
@@ -73,8 +85,6 @@ def test_no_more_dead_codewords_are_replaced_than_there_are_rows():
     quantizer.sums.copy_(quantizer.basis)
     quantizer(torch.tensor([[0.0, 1], [0, 1.5]]))
     assert quantizer.counts.tolist() == [2, 0.5, 0.5, 0, 0, 0]
-    quantizer(torch.empty(0, 2))
-    assert quantizer.counts.tolist() == [0, 0, 0, 0, 0, 0]
 
 
 def test_replacing_dead_codewords_compiles(tensor):
@@ -329,6 +339,10 @@ def test_modules_compile_save_and_obey_autocast(tensor, name):
          "torch.ResidualVectorQuantizer: least_levels must be in [1, 3], got 4"),
         (lambda: pvt.ResidualVectorQuantizer(4, 8, 3).decode(torch.zeros(2, 4, dtype=torch.int64)), ValueError,
          "torch.ResidualVectorQuantizer.decode: ids must have 1 to 3 levels, got shape (2, 4)"),
+        (lambda: pvt.ResidualVectorQuantizer(4, 8, 3).decode(torch.tensor(1)), ValueError,
+         "torch.ResidualVectorQuantizer.decode: ids must have 1 to 3 levels, got shape ()"),
+        (lambda: pvt.MaxSimLoss()(torch.ones(1, 1, 2), torch.ones(1, 1, 2), negative_mask=torch.ones(1, 1).bool()),
+         ValueError, "torch.MaxSimLoss: negative_mask must be None without negatives, got Tensor of shape (1, 1)"),
         (lambda: pvt.MaxSimLoss(temperature=0), ValueError,
          "torch.MaxSimLoss: temperature must be above 0, got 0"),
         (lambda: pvt.MaxSimLoss()(torch.ones(3, 1, 2), torch.ones(2, 1, 2)), ValueError,

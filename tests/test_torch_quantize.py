@@ -287,6 +287,8 @@ def test_compile_keeps_the_ops_in_one_graph(tensor):
          "quantize.soft_assign: x must have the width of the codebooks (12), got 4"),
         (lambda x: pvt.soft_assign(x, x[None, :0]), ValueError,
          "quantize.soft_assign: codebooks must have at least 1 codeword, got 0"),
+        (lambda x: pvt.soft_assign(x, x[None], temperature=torch.nn.Parameter(torch.ones(()))), TypeError,
+         "torch.soft_assign: temperature must not require grad, got a tensor that does; use .detach()"),
         (lambda x: pvt.soft_assign(x, x[None], temperature=0), ValueError,
          "quantize.soft_assign: temperature must be above 0, got 0"),
         (lambda x: pvt.soft_assign(x, x[None] / 0), ValueError,

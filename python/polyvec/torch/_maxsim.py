@@ -297,14 +297,15 @@ def pool(
     op = "torch.pool"
     if (k is None) == (ratio is None):
         raise ValueError(f"{op}: k or ratio must be given, and not both, got k={k}, ratio={ratio}")
-    if k is not None and k < 1:
-        raise ValueError(f"{op}: k must be at least 1, got {k}")
+    for name, value in (("k", 1 if k is None else k), ("max_iter", max_iter)):
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"{op}: {name} must be an integer, got {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"{op}: {name} must be at least 1, got {value}")
     if ratio is not None and not 0 < ratio <= 1:
         raise ValueError(f"{op}: ratio must be in (0, 1], got {ratio}")
     if method not in ("kmeans", "ward"):
         raise ValueError(f"{op}: method must be one of 'kmeans', 'ward', got {method!r}")
-    if max_iter < 1:
-        raise ValueError(f"{op}: max_iter must be at least 1, got {max_iter}")
     values, offsets = _token_sets(op, "docs", docs, doc_mask)
     if isinstance(docs, Tensor) and doc_mask is None:  # lengths that torch.compile knows
         n, t = docs.shape[:2]

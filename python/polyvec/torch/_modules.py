@@ -20,6 +20,11 @@ def _one_of(op: str, name: str, value: str, options: tuple[str, ...]) -> str:
     return value
 
 
+def _mean_square(x: Tensor, y: Tensor) -> Tensor:
+    """0 without elements, where torch's mean is NaN."""
+    return functional.mse_loss(x, y, reduction="mean" if x.numel() else "sum")
+
+
 class VectorQuantizer(nn.Module):
     """Replace vectors by codewords that are learned with the rest of a network.
 
@@ -56,7 +61,8 @@ class VectorQuantizer(nn.Module):
     Notes
     -----
     loss = commitment |x - sg(q)|^2 + |sg(x) - q|^2, means over all elements, sg: no gradient; the second part is absent
-    with "ema". Averages are of one process: they are not synchronised among several. Runs in float32 under autocast.
+    with "ema". A batch without vectors has loss 0 and changes nothing. Averages are of one process: they are not
+    synchronised among several. Runs in float32 under autocast.
 
     A drop-in for vector-quantize-pytorch, which returns (quantized, indices, commit_loss), too:
     `VectorQuantize(d, K, rotation_trick=False)` gives the values, gradients and codewords of `VectorQuantizer(d, K)`,
@@ -145,10 +151,10 @@ class VectorQuantizer(nn.Module):
         """
         x, codebook = widened(x), self.codebook
         quantized, ids = vq_assign(x, codebook.detach(), metric=self.metric)
-        loss = self.commitment * functional.mse_loss(x, quantized.detach())
+        loss = self.commitment * _mean_square(x, quantized.detach())
         if self.update != "ema":
-            loss = loss + functional.mse_loss(functional.embedding(ids, codebook), x.detach())
-        elif self.training:
+            loss = loss + _mean_square(functional.embedding(ids, codebook), x.detach())
+        elif self.training and len(ids.flatten()):
             self._average(x.detach().reshape(-1, x.shape[-1]), ids.flatten())
         return quantized, ids, loss
 
@@ -160,7 +166,7 @@ class VectorQuantizer(nn.Module):
         total = self.counts.sum()
         smoothed = (self.counts + self.epsilon) / (total + len(self.counts) * self.epsilon) * total
         self.basis.copy_(self.sums / smoothed[:, None])
-        if self.dead_below and len(x):
+        if self.dead_below:
             self._replace_dead(x)
 
     def _replace_dead(self, x: Tensor) -> None:
@@ -295,7 +301,7 @@ class ResidualVectorQuantizer(nn.Module):
         tensor of shape (..., dim)
             With the gradient of the codewords.
         """
-        if not 1 <= ids.shape[-1] <= len(self.quantizers):
+        if ids.dim() == 0 or not 1 <= ids.shape[-1] <= len(self.quantizers):
             raise ValueError(
                 f"torch.ResidualVectorQuantizer.decode: ids must have 1 to {len(self.quantizers)} levels, "
                 f"got shape {tuple(ids.shape)}"
@@ -369,6 +375,11 @@ class MaxSimLoss(nn.Module):
             right = maxsim_pairs(queries, docs, query_mask=query_mask, doc_mask=doc_mask)
             wrong = maxsim_pairs(queries, negatives, query_mask=query_mask, doc_mask=negative_mask)
             return functional.softplus((wrong - right) / self.temperature).mean()
+        if negative_mask is not None:
+            raise ValueError(
+                "torch.MaxSimLoss: negative_mask must be None without negatives, "
+                f"got {type(negative_mask).__name__} of shape {tuple(negative_mask.shape)}"
+            )
         scores = maxsim(queries, docs, query_mask=query_mask, doc_mask=doc_mask)
         n, documents = scores.shape
         if documents < n:

@@ -169,7 +169,7 @@ def soft_assign(x: Tensor, codebooks: Tensor, *, temperature: float = 1.0, hard:
     codebooks : tensor of shape (m, k, dsub), x's dtype
         m = 1 is plain vector quantisation.
     temperature : float
-        Above 0; towards 0 p becomes the nearest codeword alone.
+        Above 0; towards 0 p becomes the nearest codeword alone. It has no gradient.
     hard : bool
         True: the value is the likeliest codeword, as searched codes decode to; its gradient goes to that codeword
         (hard path) and through p (soft path), which also reaches x. False: the value is the mean of the codewords
@@ -214,6 +214,8 @@ def soft_assign(x: Tensor, codebooks: Tensor, *, temperature: float = 1.0, hard:
     """
     op = "torch.soft_assign"
     require_tensors(op, x=x, codebooks=codebooks)
+    if isinstance(temperature, Tensor) and temperature.requires_grad:
+        raise TypeError(f"{op}: temperature must not require grad, got a tensor that does; use .detach()")
     if x.dim() == 0:
         raise ValueError(f"{op}: x must have shape (..., m * dsub), got ()")
     rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
