@@ -246,6 +246,21 @@ def test_negatives_of_a_batch_are_those_of_each_triple(rng, metric):
     torch.testing.assert_close(everything, scorer.loss(heads, relations, tails), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("negatives", [None, 5, torch.tensor([3, 0]), torch.tensor([[3], [0], [2]])], ids=str)
+def test_ids_of_a_loss_are_any_integers(negatives, sparse):
+    scorer = pvt.RelationScorer(30, 3, 5, bias=True, sparse=sparse)
+    ids = torch.tensor([1, 2, 0]), torch.tensor([0, 2, 1]), torch.tensor([29, 4, 2])
+
+    def loss(dtype):
+        torch.manual_seed(0)
+        others = negatives.to(dtype) if isinstance(negatives, torch.Tensor) else negatives
+        return scorer.loss(*(x.to(dtype) for x in ids), negatives=others)
+
+    loss(torch.int32).backward()
+    assert torch.equal(loss(torch.int32), loss(torch.int64))
+
+
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")  # by torch's own Adagrad
 @pytest.mark.parametrize("metric", ["ip", "l2"])
 @pytest.mark.parametrize("shape", [(4,), (6, 4)])

@@ -532,6 +532,7 @@ class RelationScorer(nn.Module):
         Negatives cost 2 n m C dim flops. Where they are the same for all triples that is one product, and m embeddings
         are fetched instead of n m: thousands of them take the time of dozens for each.
         """
+        tail_ids = tail_ids.long()  # cross_entropy takes no others
         if negatives is None:
             return functional.cross_entropy(self(head_ids, relation_ids), tail_ids)
         if isinstance(negatives, int):
