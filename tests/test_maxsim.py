@@ -505,9 +505,14 @@ DOCS = [zeros(2, 3), zeros(4, 3)]
             "maxsim.score: docs: mask must have shape (2, 4), got (2, 3)",
         ),
         (
-            lambda: pv.maxsim.score(DOCS, zeros(2, 4, 3), doc_mask=np.ones((2, 4), np.int64)),
+            lambda: pv.maxsim.score(DOCS, zeros(2, 4, 3), doc_mask=np.ones((2, 4), np.float32)),
             TypeError,
-            "maxsim.score: docs: mask must be bool, got int64; cast it with .astype('bool')",
+            "maxsim.score: docs: mask must be bool, or integers of 0 and 1, got float32",
+        ),
+        (
+            lambda: pv.maxsim.score(DOCS, zeros(2, 4, 3), doc_mask=np.full((2, 4), 2)),
+            ValueError,
+            "maxsim.score: docs: mask must be bool, or integers of 0 and 1, got 2",
         ),
         (
             lambda: pv.maxsim.score_matrix(zeros(2, 3), zeros(2, 4)),

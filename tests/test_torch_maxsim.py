@@ -82,6 +82,16 @@ def test_gradcheck_of_every_form(rng, function):
     assert_exact(function(queries, docs, doc_mask=mask).detach(), score(queries.detach(), kept))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8])
+def test_masks_of_tokenizers_are_integers(rng, dtype):
+    queries, docs = padded(rng, 3, 4, 2), padded(rng, 3, 5, 2)
+    masks = [torch.from_numpy(rng.random(x.shape[:2]) < 0.7) for x in (queries, docs)]
+    options = [dict(zip(("query_mask", "doc_mask"), x, strict=True)) for x in (masks, [m.to(dtype) for m in masks])]
+    assert_exact(*(pvt.maxsim(queries, docs, **x).detach() for x in options))
+    assert_exact(*(pv.maxsim.score(queries.detach(), docs.detach(), **x) for x in options))
+    assert_exact(*(pvt.MaxSimLoss()(queries, docs, **x).detach() for x in options))
+
+
 def test_of_equal_maxima_the_first_gets_the_gradient():
     docs = torch.ones(1, 3, 2, requires_grad=True)
     pvt.maxsim(torch.ones(1, 1, 2), docs).sum().backward()
@@ -281,7 +291,11 @@ def test_errors_of_pool(call, error, text):
         (lambda x: pvt.maxsim_pairs(x, x[:1]), ValueError,
          "maxsim.score_pairs: docs must have one document a query (2), got 1"),
         (lambda x: pvt.maxsim(x, (x, [1, 4])), ValueError,
-         "Ragged: lengths must be in [0, 3], got 4 at position 1"),
+         "torch.maxsim: docs: lengths must be in [0, 3], got 4 at position 1"),
+        (lambda x: pvt.maxsim_pairs(x, x, query_mask=torch.ones(2, 4, dtype=torch.int64)), ValueError,
+         "torch.maxsim_pairs: queries: mask must have shape (2, 3), got (2, 4)"),
+        (lambda x: pvt.MaxSimLoss()(x, x, doc_mask=torch.ones(2, 3)), TypeError,
+         "torch.maxsim: docs: mask must be bool, or integers of 0 and 1, got float32"),
     ],
 )  # fmt: skip
 def test_errors(rng, call, error, text):

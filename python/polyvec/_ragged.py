@@ -109,7 +109,7 @@ class Ragged:
     def from_padded(cls, x: Any, lengths: Any = None, *, mask: Any = None) -> Ragged:
         """Drop the padding of `x` (n, t, d): set i keeps its first `lengths[i]` rows (all t when None).
 
-        Of these, a bool `mask` (n, t) keeps the rows where it is true.
+        Of these, a `mask` (n, t), bool or integers, keeps the rows where it is true, or 1 and not 0.
         """
         x = native(x) if is_array(x) else np.asarray(x, dtype=np.float32)
         if len(x.shape) != 3:
@@ -127,10 +127,7 @@ class Ragged:
                 raise ValueError(f"Ragged: lengths must be in [0, {t}], got {lengths[bad[0]]} at position {bad[0]}")
             keep = np.arange(t) < lengths[:, None]
         if mask is not None:
-            mask = as_array("Ragged", "mask", to_host(mask), dtypes=("bool",))
-            if tuple(mask.shape) != (n, t):
-                raise ValueError(f"Ragged: mask must have shape {(n, t)}, got {tuple(mask.shape)}")
-            keep = keep & np.asarray(mask)
+            keep = keep & _kept(mask, (n, t))
         offsets = np.zeros(n + 1, np.int64)
         np.cumsum(keep.sum(1), out=offsets[1:])
         if is_torch(x):
@@ -203,6 +200,22 @@ class Ragged:
         return f"Ragged({len(self)} sets, {self.values.shape[0]} rows, d={self.dim}, {dtype_name(self.values)}{where})"
 
 
+def _kept(mask: Any, shape: tuple[int, int]) -> npt.NDArray[np.bool_]:
+    """Check a mask: bool, or integers of 0 and 1 as tokenizers give them."""
+    mask = native(to_host(mask) if is_array(mask) else np.asarray(mask))
+    dtype = dtype_name(mask)
+    if not dtype.startswith(("bool", "int", "uint")):
+        raise TypeError(f"Ragged: mask must be bool, or integers of 0 and 1, got {dtype}")
+    if tuple(mask.shape) != shape:
+        raise ValueError(f"Ragged: mask must have shape {shape}, got {tuple(mask.shape)}")
+    mask = np.asarray(mask)
+    kept: npt.NDArray[np.bool_] = mask.astype(bool)
+    wrong = mask[mask != kept]
+    if len(wrong):
+        raise ValueError(f"Ragged: mask must be bool, or integers of 0 and 1, got {wrong[0]}")
+    return kept
+
+
 def is_padded(x: Any) -> bool:
     """Whether token sets are a padded array (n, t, d), alone or with its lengths."""
     if isinstance(x, tuple) and len(x) == 2:
@@ -225,7 +238,7 @@ def as_ragged(
 
     Accepted: a Ragged; `(values (T, d), offsets (n + 1,))`; `(padded (n, t, d), lengths (n,))`; a padded array
     (n, t, d) without padding; a list of `(n_i, d)` arrays. `dim` is the width that the sets must have, as the argument
-    `like` has it. A bool `mask` (n, t) says which rows of a padded array are kept.
+    `like` has it. A `mask` (n, t) says which rows of a padded array are kept.
     """
     if mask is not None and not is_padded(x):
         raise ValueError(f"{op}: {name} must be a padded (n, t, d) array to take a mask, got {type(x).__name__}")

@@ -148,8 +148,8 @@ def score(
     ----------
     queries : token sets, float32 | float64; on a GPU bfloat16 | float16, too
     docs : token sets of queries' dtype and width, or PackedTokens
-    query_mask, doc_mask : bool array of shape (n, t), optional
-        Which tokens of padded queries, of padded documents count.
+    query_mask, doc_mask : bool or integer array of shape (n, t), optional
+        Which tokens of padded queries, of padded documents count; integers are 0 and 1.
     padding : {"exclude", "zero", "relu"}
         What takes part in place of missing document tokens: see the head of this module.
     empty : float
@@ -215,8 +215,8 @@ def score_pairs(
     ----------
     queries : n token sets, float32 | float64
     docs : n token sets of queries' dtype and width, or PackedTokens
-    query_mask, doc_mask : bool array of shape (n, t), optional
-        Which tokens of padded queries, of padded documents count.
+    query_mask, doc_mask : bool or integer array of shape (n, t), optional
+        Which tokens of padded queries, of padded documents count; integers are 0 and 1.
     padding : {"exclude", "zero", "relu"}
         What takes part in place of missing document tokens: see the head of this module.
     empty : float
@@ -331,8 +331,8 @@ def topk(
         twice.
     include : bool array of shape (n_docs,) or integer array of shape (c,), on a CPU, optional
         Which documents all queries choose from; instead of `candidates`.
-    query_mask, doc_mask : bool array of shape (n, t), optional
-        Which tokens of padded queries, of padded documents count.
+    query_mask, doc_mask : bool or integer array of shape (n, t), optional
+        Which tokens of padded queries, of padded documents count; integers are 0 and 1.
     padding : {"exclude", "zero", "relu"}
         What takes part in place of missing document tokens: see the head of this module.
     empty : float

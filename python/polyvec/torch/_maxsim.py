@@ -106,7 +106,10 @@ def _token_sets(op: str, name: str, x: Any, mask: Any) -> tuple[Tensor, Tensor]:
     if second is None and mask is None:
         offsets = torch.arange(first.shape[0] + 1, device=first.device) * first.shape[1]
         return first.flatten(0, 1), offsets
-    sets = Ragged.from_padded(first, second, mask=mask)  # indexes `first`, which torch differentiates
+    try:
+        sets = Ragged.from_padded(first, second, mask=mask)  # indexes `first`, which torch differentiates
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{op}: {str(error).replace('Ragged: ', f'{name}: ')}") from None
     return sets.values, torch.from_numpy(sets.offsets).to(first.device)
 
 
@@ -125,8 +128,8 @@ def maxsim(queries: Any, docs: Any, *, query_mask: Any = None, doc_mask: Any = N
         A padded tensor of shape (n, t, d), alone or with its lengths as `(padded, lengths)`, or `(values, offsets)`
         with values of shape (T, d).
     docs : token sets of queries' dtype and width
-    query_mask, doc_mask : bool tensor of shape (n, t), optional
-        Which tokens of padded queries, of padded documents count.
+    query_mask, doc_mask : bool or integer tensor of shape (n, t), optional
+        Which tokens of padded queries, of padded documents count; integers are 0 and 1.
 
     Returns
     -------
@@ -170,8 +173,8 @@ def maxsim_pairs(queries: Any, docs: Any, *, query_mask: Any = None, doc_mask: A
         A padded tensor of shape (n, t, d), alone or with its lengths as `(padded, lengths)`, or `(values, offsets)`
         with values of shape (T, d).
     docs : n token sets of queries' dtype and width
-    query_mask, doc_mask : bool tensor of shape (n, t), optional
-        Which tokens of padded queries, of padded documents count.
+    query_mask, doc_mask : bool or integer tensor of shape (n, t), optional
+        Which tokens of padded queries, of padded documents count; integers are 0 and 1.
 
     Returns
     -------
@@ -257,8 +260,8 @@ def pool(
         Lloyd's iterations from evenly spaced tokens, or Ward's hierarchical clustering.
     max_iter : int
         Iterations of "kmeans" at most.
-    doc_mask : bool tensor of shape (n, t), optional
-        Which tokens of padded documents count.
+    doc_mask : bool or integer tensor of shape (n, t), optional
+        Which tokens of padded documents count; integers are 0 and 1.
 
     Returns
     -------

@@ -364,8 +364,8 @@ class MaxSimLoss(nn.Module):
             Document i is the right one for query i; all others are its negatives.
         negatives : n token sets, optional
             The pairwise loss instead: document i against negative i alone, for n documents.
-        query_mask, doc_mask, negative_mask : bool tensor of shape (n, t), optional
-            Which tokens of padded sets count.
+        query_mask, doc_mask, negative_mask : bool or integer tensor of shape (n, t), optional
+            Which tokens of padded sets count; integers are 0 and 1.
 
         Returns
         -------
