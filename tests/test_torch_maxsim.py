@@ -92,6 +92,14 @@ def test_masks_of_tokenizers_are_integers(rng, dtype):
     assert_exact(*(pvt.MaxSimLoss()(queries, docs, **x).detach() for x in options))
 
 
+def test_a_similarity_of_nan_is_never_the_maximum(rng):
+    queries, docs = padded(rng, 2, 3, 4), padded(rng, 2, 3, 4).detach()
+    docs[1, 2] = np.nan
+    scores = pvt.maxsim(queries, docs)
+    assert_exact(scores.detach(), pv.maxsim.score(queries.detach(), [docs[0], docs[1, :2]]))
+    assert torch.autograd.grad(scores.sum(), queries)[0].isfinite().all()
+
+
 def test_of_equal_maxima_the_first_gets_the_gradient():
     docs = torch.ones(1, 3, 2, requires_grad=True)
     pvt.maxsim(torch.ones(1, 1, 2), docs).sum().backward()

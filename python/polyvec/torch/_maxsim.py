@@ -143,6 +143,9 @@ def maxsim(queries: Any, docs: Any, *, query_mask: Any = None, doc_mask: Any = N
     requires grad, in a fixed order: gradients have the same bits for any number of threads. Lengths and masks break the
     graph of `torch.compile`, for it cannot know how many tokens they keep; the other forms do not.
 
+    A similarity that is NaN is never the maximum: a document token with NaN drops out, scores stay finite, and training
+    does not notice.
+
     On a GPU offsets that lie there are not checked, for a check would wait for them, and autocast hands over tokens in
     its own dtype, as it does to a product of matrices; on a CPU in float32.
 
@@ -183,7 +186,7 @@ def maxsim_pairs(queries: Any, docs: Any, *, query_mask: Any = None, doc_mask: A
 
     Notes
     -----
-    As for `maxsim`; a forward saves an int32 for each query token.
+    As for `maxsim`, NaN included; a forward saves an int32 for each query token.
 
     Examples
     --------

@@ -323,7 +323,9 @@ class MaxSimLoss(nn.Module):
 
     Notes
     -----
-    Beside the tokens a step keeps the scores, and an int32 for each query token and document.
+    Beside the tokens a step keeps the scores, and an int32 for each query token and document. A similarity that is NaN
+    is never a maximum, so that the loss stays finite where a document token has NaN: check the tokens of an encoder
+    that may diverge.
 
     References
     ----------
