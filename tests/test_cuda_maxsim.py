@@ -121,18 +121,20 @@ def test_matches_of_halves(request, rng, on_device, dtype, many, pairs):
     assert_reduction(scores, expected, scale, length=length)
     assert_exact(rows, expected_rows)
     grad = rng.standard_normal(on_host(scores).shape).astype(np.float32)
-    for of_docs in (False, True):
-        ours = pv.maxsim.match_gradient(*sets, on_device(grad), rows, of_docs=of_docs)
-        theirs, size = (
-            pv.maxsim.match_gradient(
-                *(pv.Ragged(change(np.concatenate(x)), pv.Ragged.from_list(x).offsets) for x in (used, decoded)),
-                change(grad), expected_rows, of_docs=of_docs,
-            )
-            for change in (lambda x: x, np.abs)
-        )  # fmt: skip
+    of = {"of_queries": True, "of_docs": True}
+    theirs, sizes = (
+        pv.maxsim.match_gradient(
+            *(pv.Ragged(change(np.concatenate(x)), pv.Ragged.from_list(x).offsets) for x in (used, decoded)),
+            change(grad), expected_rows, **of,
+        )
+        for change in (lambda x: x, np.abs)
+    )  # fmt: skip
+    for ours, same, size in zip(
+        pv.maxsim.match_gradient(*sets, on_device(grad), rows, **of), theirs, sizes, strict=True
+    ):
         unit = {"bfloat16": 2.0**-8, "float16": 2.0**-11}[dtype]  # what the result is rounded to
         values = on_host(ours.float() if hasattr(ours, "float") else ours).astype(np.float32)
-        assert_reduction(values, theirs, size * (1 + unit / np.finfo(np.float32).eps), length=1)
+        assert_reduction(values, same, size * (1 + unit / np.finfo(np.float32).eps), length=1)
 
 
 def test_many_documents_are_scored_by_a_warp_each(request, rng, on_device):

@@ -137,8 +137,8 @@ def test_torch_accepts_the_registration(rng, pairs):
     rows = torch.zeros(5 if pairs else (2, 5), dtype=torch.int32)
     grad = torch.ones(2 if pairs else (2, 2), dtype=torch.float64)
     fixed = (queries[0].detach(), queries[1], docs[0].detach(), docs[1], grad, rows)
-    for of_docs in (False, True):
-        torch.library.opcheck(torch.ops.polyvec.maxsim_gradient, (*fixed, of_docs))
+    for of in ((True, True), (False, True), (True, False)):
+        torch.library.opcheck(torch.ops.polyvec.maxsim_gradient, (*fixed, *of))
 
 
 def test_compile_keeps_the_ops_in_one_graph(rng):

@@ -69,7 +69,7 @@ class Ragged:
 
     @classmethod
     def on_device(cls, values: Any, offsets: Any) -> Ragged:
-        """Take int64 offsets that lie on the GPU of `values`, unchecked: nothing waits for them."""
+        """Take int64 offsets that lie where `values` do, unchecked: nothing waits for them on a GPU."""
         sets = cls.__new__(cls)
         sets.values, sets._placed, sets._offsets = values, offsets, None
         return sets

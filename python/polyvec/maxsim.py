@@ -567,25 +567,22 @@ def match(queries: Ragged, docs: Ragged, *, pairs: bool) -> tuple[Any, Any]:
     return scores, rows
 
 
-def match_gradient(queries: Ragged, docs: Ragged, grad: Any, rows: Any, *, of_docs: bool) -> Any:
-    """Return the gradient for the tokens of the queries, or of the documents, given that of the scores of `match`."""
+def match_gradient(
+    queries: Ragged, docs: Ragged, grad: Any, rows: Any, *, of_queries: bool, of_docs: bool
+) -> tuple[Any, Any]:
+    """Return the gradients for the tokens of queries and documents, given that of the scores of `match`.
+
+    None where it is not asked for.
+    """
     op = "maxsim.match_gradient"
     dtype = dtype_name(queries.values)
     q, d = (as_ragged(op, name, x, dtypes=(dtype,)) for name, x in (("queries", queries), ("docs", docs)))
     grad = as_array(op, "grad", grad, dtypes=(_score_dtype(q.values),))
-    like = d.values if of_docs else q.values
-    out = empty(like, tuple(like.shape), dtype)
-    _backend.run(
-        op,
-        "maxsim_match_gradient",
-        like,
-        q.values,
-        q.placed_offsets,
-        d.values,
-        d.placed_offsets,
-        grad,
-        rows,
-        of_docs,
-        out,
-    )
-    return out
+    sets = q.values, q.placed_offsets, d.values, d.placed_offsets
+
+    def gradient(like: Any, docs: bool) -> Any:
+        out = empty(like, tuple(like.shape), dtype)
+        _backend.run(op, "maxsim_match_gradient", like, *sets, grad, rows, docs, out)
+        return out
+
+    return gradient(q.values, False) if of_queries else None, gradient(d.values, True) if of_docs else None

@@ -42,7 +42,7 @@ def _(queries: Tensor, query_offsets: Tensor, docs: Tensor, doc_offsets: Tensor,
     "polyvec::maxsim_gradient",
     mutates_args=(),
     schema="(Tensor queries, Tensor query_offsets, Tensor docs, Tensor doc_offsets, Tensor grad, Tensor rows, "
-    "bool of_docs) -> Tensor",
+    "bool of_queries, bool of_docs) -> (Tensor, Tensor)",
 )
 def _match_gradient(
     queries: Tensor,
@@ -51,10 +51,16 @@ def _match_gradient(
     doc_offsets: Tensor,
     grad: Tensor,
     rows: Tensor,
+    of_queries: bool,
     of_docs: bool,
-) -> Tensor:
-    sets = _ragged(queries, query_offsets), _ragged(docs, doc_offsets)
-    return _maxsim.match_gradient(*sets, grad.detach(), rows, of_docs=of_docs)
+) -> tuple[Tensor, Tensor]:
+    q, d = (  # the forward has checked them
+        Ragged.on_device(values.detach(), offsets.long().contiguous())
+        for values, offsets in ((queries, query_offsets), (docs, doc_offsets))
+    )
+    gradients = _maxsim.match_gradient(q, d, grad.detach(), rows, of_queries=of_queries, of_docs=of_docs)
+    d_queries, d_docs = (queries.new_empty(0) if g is None else g for g in gradients)  # an op returns tensors
+    return d_queries, d_docs
 
 
 @_match_gradient.register_fake
@@ -65,10 +71,10 @@ def _(
     doc_offsets: Tensor,
     grad: Tensor,
     rows: Tensor,
+    of_queries: bool,
     of_docs: bool,
-) -> Tensor:
-    tokens = docs if of_docs else queries
-    return tokens.new_empty(tokens.shape)
+) -> tuple[Tensor, Tensor]:
+    return queries.new_empty(queries.shape if of_queries else 0), docs.new_empty(docs.shape if of_docs else 0)
 
 
 def _save_match(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -78,12 +84,10 @@ def _save_match(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 
 
 def _match_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    of_queries, of_docs = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
     *sets, rows = ctx.saved_tensors
-    gradients = [
-        _match_gradient(*sets, grad, rows, of_docs) if ctx.needs_input_grad[2 * of_docs] else None
-        for of_docs in (False, True)
-    ]
-    return gradients[0], None, gradients[1], None, None
+    d_queries, d_docs = _match_gradient(*sets, grad, rows, of_queries, of_docs)
+    return d_queries if of_queries else None, None, d_docs if of_docs else None, None, None
 
 
 _match.register_autograd(_match_backward, setup_context=_save_match)
