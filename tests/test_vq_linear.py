@@ -151,6 +151,8 @@ def fitted(**options):
          f"{OP}: num_threads must be at least 1, got 0"),
         (lambda c: _core.vq_linear_gradient(zeros(1, 8), c, zeros(2, 256, 4), zeros(1, 4), None, None, 1), ValueError,
          f"{OP}_gradient: grad must have one column a code (3), got 4"),
+        (lambda c: pv.quantize.add_decode_gradient(zeros(4, 8), c, zeros(2, 256, 4)), ValueError,
+         "quantize.decode_gradient: codes must have one row a row of grad (4), got 3"),
         (lambda c: _core.vq_linear_gradient(zeros(1, 8), c, zeros(2, 256, 4), zeros(1, 3), zeros(2, 8), None, 1),
          ValueError, f"{OP}_gradient: dx must have the shape of x (1, 8), got (2, 8)"),
     ],
