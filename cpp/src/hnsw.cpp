@@ -39,6 +39,11 @@ std::int64_t HnswIndex::size() const {
     return graph_->live;
 }
 
+std::int64_t HnswIndex::slots() const {
+    const auto lock = reading();
+    return graph_->n;
+}
+
 std::int64_t HnswIndex::bytes() const {
     const auto lock = reading();
     const Graph& g = *graph_;
@@ -231,6 +236,43 @@ void HnswIndex::remove(const Array& ids) {
     make_writable(0);
     for (std::int64_t i = 0; i < count; ++i) graph_->removed[graph_->find(id[i])] = 1;
     graph_->live -= count;
+}
+
+/// Where most slots are removed, few links are left to go by: the others are linked as if they were added now.
+std::shared_ptr<Graph> HnswIndex::without_removed(Cpu cpu) const {
+    const Graph& from = *graph_;
+    std::vector<std::uint32_t> slots;
+    std::vector<std::int64_t> names;
+    std::vector<std::uint8_t> levels;
+    for (std::int64_t slot = 0; slot < from.n; ++slot) {
+        if (from.removed[slot]) continue;
+        slots.push_back(static_cast<std::uint32_t>(slot));
+        names.push_back(from.ids[slot]);
+        levels.push_back(from.levels[slot]);
+    }
+    auto graph = std::make_shared<Graph>(Graph(params_), from.live);
+    graph->largest_id = from.largest_id;
+    const bool anew = 2 * from.live < from.n;
+    graph->append(from.live, names.data(), anew ? nullptr : levels.data());
+    const std::int64_t rows = std::max<std::int64_t>(1, (1 << 16) / params_.dim);
+    parallel_for(from.live, rows, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+        for (std::int64_t slot = begin; slot < end; ++slot) {
+            std::copy_n(from.vectors[slots[slot]], from.vectors.width(), graph->vectors[slot]);
+            std::copy_n(from.codes[slots[slot]], from.codes.width(), graph->codes[slot]);
+            std::copy_n(from.factors[slots[slot]], from.factors.width(), graph->factors[slot]);
+        }
+    });
+    Builder builder(*graph, idle_, cpu.num_threads);
+    anew ? builder.link(from.live) : builder.copy_links(from, slots);
+    return graph;
+}
+
+std::unique_ptr<HnswIndex> HnswIndex::compacted(Cpu cpu) const {
+    const auto lock = reading();
+    require_not_frozen(compact_op);
+    auto index = std::make_unique<HnswIndex>(params_);
+    index->graph_ = without_removed(cpu);
+    return index;
 }
 
 void HnswIndex::link(const Array& from, const Array& to) {

@@ -224,7 +224,7 @@ class MultiVectorIndex(_files.Saved):
         Notes
         -----
         The memory of removed documents is given back when they are a quarter of all, by a copy of the rest ("hnsw"
-        keeps their encodings as way-marks of the graph).
+        keeps their encodings as way-marks of the graph until they are half of all).
         """
         op = "MultiVectorIndex.remove"
         numbers = self._numbers(op, ids)
