@@ -259,6 +259,18 @@ def test_search_does_not_depend_on_threads_or_company(rng, isa, storage):
     assert_exact(np.concatenate([one[1] for one in alone]), ids)
 
 
+def test_more_candidates_than_vectors_are_all_of_them(rng):
+    x = sample(rng, 300, 4)
+    expected = tensors_of(build(x, ef_construction=300))
+    for most in (2**40, 2**62):
+        for name, tensor in tensors_of(build(x, ef_construction=most)).items():
+            assert_exact(tensor, expected[name])
+    index = pv.hnsw.Index(4, ef_construction=2**62)
+    index.add(x[:1])
+    index.add(x[1:])
+    assert len(index) == 300
+
+
 def test_more_threads_build_a_graph_as_good(rng):
     x, queries = sample(rng, 2000, 8), sample(rng, 100, 8)
     index = build(x, num_threads=7)
@@ -611,6 +623,9 @@ def test_ids_are_the_callers_own(rng):
     assert len(index) == 6
     assert -7 in index
     assert 7 not in index
+    assert np.int64(2**63 - 5) in index
+    assert 2**64 not in index
+    assert -(2**63) - 1 not in index
     assert_exact(index.get([-7, 0]), x[[3, 0]])
     assert index.get([]).shape == (0, 3)
 
@@ -914,6 +929,11 @@ def test_included_ids_are_names(rng):
     index.add(x, [2**63 - 1, -7, 3, 900, 5, 0])
     assert_exact(index.search(x[:1], 6, include=[-7, 900, 2**63 - 1])[1][0, 3:], [-1, -1, -1])
     assert sorted(index.search(x[:1], 2, include=[900, -7])[1][0]) == [-7, 900]
+    for some in ({900, -7}, frozenset([900, -7]), {900: "a", -7: "b"}.keys(), (i for i in (900, -7)), (-7, 900)):
+        assert sorted(index.search(x[:1], 2, include=some)[1][0]) == [-7, 900]
+    for none in (set(), [], range(0), np.array([])[:0].tolist()):
+        assert_exact(index.search(x[:1], 2, include=none)[1], [[-1, -1]])
+    assert sorted(index.search(x[:1], 3, include=np.uint8([0, 3, 0]))[1][0]) == [-1, 0, 3]  # ids, as of any integers
     assert sorted(index.search(x[:1], 3, include=[True, False, True, True, True, False])[1][0]) == [-1, 0, 3]
 
 
@@ -1579,6 +1599,13 @@ def index():
         ),
         (lambda i: i.add(zeros(2, 4), [1]), ValueError, "hnsw.Index.add: ids must have one entry a vector (2), got 1"),
         (lambda i: i.add(zeros(2, 4), [0.5, 1]), TypeError, "hnsw.Index.add: ids must be integers, got float64"),
+        (
+            lambda i: i.add(zeros(2, 4), np.uint64([2**63 + 5, 7])),
+            ValueError,
+            f"hnsw.Index.add: ids must be below 2^63, got {2**63 + 5}",
+        ),
+        (lambda i: "a" in i, TypeError, "hnsw.Index: id must be an integer, got str"),
+        (lambda i: 5.0 in i, TypeError, "hnsw.Index: id must be an integer, got float"),
         (lambda i: i.add(zeros(3, 4), [1, 2, 1]), ValueError, "hnsw.Index.add: ids must be distinct, got 1 twice"),
         (
             lambda i: i.add(zeros(2, 4), [1, 7]),
@@ -1633,6 +1660,16 @@ def index():
             lambda i: i.search(zeros(1, 4), 1, include=[0.5]),
             TypeError,
             "hnsw.Index.search: include must be integers, got float64",
+        ),
+        (
+            lambda i: i.search(zeros(1, 4), 1, include={"a"}),
+            TypeError,
+            "hnsw.Index.search: include must be integers, got <U1",
+        ),
+        (
+            lambda i: i.search(zeros(1, 4), 1, include=3),
+            ValueError,
+            "hnsw.Index.search: include must have 1 axis, got shape ()",
         ),
         (
             lambda i: i.search(zeros(1, 4), 1, include=np.zeros((2, 2), bool)),

@@ -17,6 +17,7 @@ from polyvec._arrays import (
     as_array,
     as_count,
     as_float32,
+    as_id,
     as_ids,
     as_selection,
     choice,
@@ -172,7 +173,8 @@ class Index(_files.Saved):
         return int(self._core.size())
 
     def __contains__(self, id: int) -> bool:  # noqa: A002 (the word of the glossary)
-        return bool(self._core.contains(id))
+        number = as_id(self._KIND, id)
+        return number is not None and bool(self._core.contains(number))
 
     def __repr__(self) -> str:
         params = ", ".join(f"{name}={value!r}" for name, value in self._params.items())
@@ -251,9 +253,9 @@ class Index(_files.Saved):
         ef : int, optional
             Candidates kept on the way, at least k; max(k, 64) by default. More give better recall and take longer,
             both in proportion. With `ef >= len(index)` the search is exact.
-        include : integer array of shape (c,) or bool array of shape (c,), optional
+        include : integer array of shape (c,) or iterable of ids, or bool array of shape (c,), optional
             Which vectors may be found: their ids (others than the index has are passed over), or a mask over the ids
-            0 to c - 1. All when None.
+            0 to c - 1: 0 and 1 of an integer dtype are ids. All when None.
         out : pair of arrays of shape (nq, k), float32 and int64, optional
             Written and returned.
         num_threads : int, optional
