@@ -859,6 +859,52 @@ def test_searches_go_on_while_an_index_is_compacted(rng):
     assert len(tensors_of(index)["ids"]) == 1600
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_what_no_link_leads_to_is_found_where_too_little_is(rng, metric, storage):
+    """Most of many equal vectors are out of reach where hardly any candidates are kept."""
+    x = sample(rng, 1000, 8)
+    x[rng.random(1000) < 0.7] = 0
+    queries = sample(rng, 100, 8)
+    index = build(x, metric, storage=storage, m=2, ef_construction=1)
+    for each in (index, index.freeze()):
+        for k in (10, 300):
+            ids = each.search(queries, k, ef=max(k, 50))[1]
+            assert ids.min() >= 0
+            assert all(len(set(row)) == k for row in ids.tolist())
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_many_candidates_are_compared_with_all(rng, metric, frozen):
+    x, queries = sample(rng, 3000, 5), sample(rng, 9, 5)
+    index = build(x, metric, m=4)
+    index = index.freeze() if frozen else index
+    for k, include in ((1100, None), (3000, None), (1100, np.arange(0, 3000, 2)), (1500, np.arange(0, 3000, 2))):
+        kept = np.arange(3000) if include is None else include
+        scores, ids = index.search(queries, k, include=include)
+        assert_scores(scores, ids, queries, build(x, metric, ef_construction=1), x)
+        expected = ref.search(queries, x[kept], k, metric, kept)[1]
+        assert ref.recall(ids, expected) > 0.9995  # ties
+
+
+def test_ctrl_c_stops_searches_with_many_candidates(python):
+    code = """if True:
+        import numpy as np, os, polyvec as pv, signal, threading, time
+        x = np.random.default_rng(0).standard_normal((50_000, 8), np.float32)
+        index = pv.hnsw.Index(8, metric="l2", m=2, ef_construction=1)
+        index.add(x)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs start with Ctrl-C ignored
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        try:
+            index.search(x, 1, ef=len(index), num_threads=1)
+            print("finished")
+        except KeyboardInterrupt:
+            print("interrupted")
+    """
+    assert python("-c", code).stdout == "interrupted\n"
+
+
 # Filters
 
 

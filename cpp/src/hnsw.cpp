@@ -369,7 +369,8 @@ private:
 /// as much as a row of a scan, or a third of it where the rows do not stay in the cache (115,659 x 384 on Zen 3).
 bool scan_is_faster(const Graph& graph, std::int64_t shown, std::int64_t ef) {
     constexpr double cache = 8 << 20;
-    if (shown == graph.n) return shown <= ef;
+    constexpr auto large = static_cast<std::int64_t>(Pool::large);  // where walks move memory more than they compare
+    if (shown == graph.n) return shown <= (ef > large ? graph.params.m * ef : ef);
     const double rows = static_cast<double>(shown), bytes = rows * static_cast<double>(graph.params.vector_bytes());
     const double steps = static_cast<double>(ef) * static_cast<double>(graph.n) / std::max(1.0, rows);
     return rows * (bytes > cache ? 3 : 1) <= 2 * static_cast<double>(graph.params.m) * steps;
@@ -390,10 +391,16 @@ void HnswIndex::search(const Array& queries, std::int64_t ef, const Array& inclu
     }
     const Shown shown(graph, include);
     ef = std::min(std::max(ef, k), shown.count());
-    const std::int64_t grain = std::clamp<std::int64_t>(nq / 16, Walks::together, 64);
     const bool scan = scan_is_faster(graph, shown.count(), ef);
+    // Ctrl-C waits for a piece: no more elements than a fraction of a second allows, and moves of candidates.
+    constexpr std::int64_t sorting = 256;
+    const std::int64_t step = scan ? params_.dim + sorting : 2 * params_.m * params_.dim + ef;
+    const double cost = static_cast<double>(scan ? shown.count() : ef) * static_cast<double>(step);
+    const auto affordable = static_cast<std::int64_t>(std::clamp(0x1p26 / std::max(cost, 1.0), 1.0, 64.0));
+    const std::int64_t grain = std::min(affordable, std::clamp<std::int64_t>(nq / 16, Walks::together, 64));
     // Nor may a walk that finds little where it looks go on for longer than a scan takes.
     const std::size_t most = shown.filtered() ? shown.count() + 16 * ef : std::numeric_limits<std::size_t>::max();
+    const std::int64_t fewest = std::min(k, shown.count());
     const bool frozen = graph.params.frozen;
     const std::int64_t unsure = graph.params.storage == HnswStorage::int8 && !frozen ? 2 * k + 16 : 0;
     const bool negate = graph.params.metric != Metric::l2;
@@ -423,7 +430,8 @@ void HnswIndex::search(const Array& queries, std::int64_t ef, const Array& inclu
                 walk.start(ef, 0, shown.hidden(), most);
             },
             [&](Walk& walk, std::int64_t i) {
-                if (walk.gave_up()) {
+                // Of many equal vectors not all are within reach where m and ef_construction are small.
+                if (walk.gave_up() || std::ssize(walk.found(0)) < fewest) {
                     walk.scan(ef, shown.slots());
                 } else {
                     if (frozen) walk.measure_nearest(k + 1);
