@@ -170,7 +170,13 @@ def test_no_ids_is_an_empty_result(x):
         ([[0]], ValueError, "head_ids must have 1 axis, got shape (1, 1)"),
         (0, ValueError, "head_ids must have 1 axis, got shape ()"),
         ([6], IndexError, "head_ids must be in [0, 6), got 6 at position 0"),
-        (np.array([2**63], np.uint64), IndexError, f"head_ids must be in [0, 6), got {-(2**63)} at position 0"),
+        (np.array([3, 2**63 + 5], np.uint64), ValueError, f"head_ids must be below 2^63, got {2**63 + 5}"),
+        (
+            torch.from_numpy(np.array([2**64 - 1, 3], np.uint64)),
+            ValueError,
+            f"head_ids must be below 2^63, got {2**64 - 1}",
+        ),
+        ([2**63], ValueError, f"head_ids must be below 2^63, got {2**63}"),
     ],
 )
 def test_errors_of_ids(x, ids, error, text):

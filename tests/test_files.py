@@ -114,11 +114,31 @@ def test_an_unwritable_path_is_the_systems_own_error(tmp_path, state):
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError):
         _files.save(tmp_path / "file" / "thing.pv", KIND, state)
-    with pytest.raises(IsADirectoryError):
-        _files.save(tmp_path, KIND, state)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        _files.save(tmp_path / "folder", KIND, state)
+    assert (caught.value.filename, caught.value.filename2) == (str(tmp_path / "folder"), None)
+    assert ".tmp" not in str(caught.value)
+    (tmp_path / "folder").rmdir()
     with pytest.raises(FileNotFoundError):
         _files.load(tmp_path / "missing.pv", KIND, identity)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_killed_processes_left_is_removed_in_time(path, state):
+    """An hour later, unless it is being written to; files of other names stay."""
+    left, fresh, locked = (path.with_name(f"thing.pv.{digits}.tmp") for digits in ("0123abcd", "00000001", "00000002"))
+    others = [path.with_name(name) for name in ("thing.pv.0123.tmp", "other.pv.0123abcd.tmp", "xthing.pv.0123abcd.tmp")]
+    for file in (left, fresh, locked, *others):
+        file.touch()
+        if file != fresh:
+            os.utime(file, (0, 0))
+    with open(locked, "r+b") as file:
+        _files._lock(file)
+        _files.save(path, KIND, state)
+    assert set(path.parent.iterdir()) == {path, fresh, locked, *others}
+    _files.save(path, KIND, state)
+    assert set(path.parent.iterdir()) == {path, fresh, *others}
 
 
 @pytest.mark.parametrize("mmap", [False, True])

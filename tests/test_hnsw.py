@@ -259,6 +259,18 @@ def test_search_does_not_depend_on_threads_or_company(rng, isa, storage):
     assert_exact(np.concatenate([one[1] for one in alone]), ids)
 
 
+def test_more_candidates_than_vectors_are_all_of_them(rng):
+    x = sample(rng, 300, 4)
+    expected = tensors_of(build(x, ef_construction=300))
+    for most in (2**40, 2**62):
+        for name, tensor in tensors_of(build(x, ef_construction=most)).items():
+            assert_exact(tensor, expected[name])
+    index = pv.hnsw.Index(4, ef_construction=2**62)
+    index.add(x[:1])
+    index.add(x[1:])
+    assert len(index) == 300
+
+
 def test_more_threads_build_a_graph_as_good(rng):
     x, queries = sample(rng, 2000, 8), sample(rng, 100, 8)
     index = build(x, num_threads=7)
@@ -514,10 +526,10 @@ def test_links_for_queries_do_not_depend_on_threads(rng):
 def test_links_for_queries_leave_removed_vectors_out(rng):
     x, queries = sample(rng, 300, 5), sample(rng, 40, 5)
     index = build(x, "l2", m=3)
-    gone = rng.permutation(300)[:290]
+    gone = rng.permutation(300)[:150]
     index.remove(gone)
     before = tensors_of(index)["links"]
-    index.fit_queries(queries, k=100)  # more than there are
+    index.fit_queries(queries, k=200)  # more than there are
     after = tensors_of(index)["links"]
     added = after[after != before]
     assert len(added) > 0
@@ -525,7 +537,7 @@ def test_links_for_queries_leave_removed_vectors_out(rng):
     index.remove(index.ids)
     index.fit_queries(queries)
     pv.hnsw.Index(5).fit_queries(queries)
-    assert_exact(tensors_of(index)["links"], after)
+    assert len(tensors_of(index)["links"]) == 0
 
 
 def test_links_for_queries_in_an_index_that_is_a_file(rng, tmp_path):
@@ -611,6 +623,9 @@ def test_ids_are_the_callers_own(rng):
     assert len(index) == 6
     assert -7 in index
     assert 7 not in index
+    assert np.int64(2**63 - 5) in index
+    assert 2**64 not in index
+    assert -(2**63) - 1 not in index
     assert_exact(index.get([-7, 0]), x[[3, 0]])
     assert index.get([]).shape == (0, 3)
 
@@ -622,19 +637,20 @@ def test_cosine_stores_unit_vectors(rng):
 
 
 def test_removed_vectors_are_passed_through_but_never_found(rng):
-    x, queries = sample(rng, 8000, 6), sample(rng, 30, 6)
+    x, queries = sample(rng, 7000, 6), sample(rng, 30, 6)
     index = build(x, num_threads=2)
-    gone = rng.permutation(8000)[:5000]
+    gone = rng.permutation(7000)[:3500]
     index.remove(gone)
-    assert len(index) == 3000  # more than a scan pays for
-    kept = np.setdiff1d(np.arange(8000), gone)
+    assert len(index) == 3500  # more than a scan pays for, and not fewer than were removed
+    assert len(tensors_of(index)["ids"]) == 7000
+    kept = np.setdiff1d(np.arange(7000), gone)
     assert_exact(index.ids, kept)
     ids = index.search(queries, 10, ef=20)[1]
     assert not np.isin(ids, gone).any()
     assert ref.recall(ids, ref.search(queries, x[kept], 10, "l2", kept)[1]) > 0.95
     index.add(x[gone[:5]] + 100, gone[:5])  # their ids are free again
     assert_exact(index.search(x[gone[:5]] + 100, 1)[1][:, 0], gone[:5])
-    assert len(index.ids) == 3005
+    assert len(index.ids) == 3505
 
 
 def test_a_region_without_live_vectors_is_crossed(rng):
@@ -657,6 +673,236 @@ def test_all_removed(rng, metric):
     assert_exact(scores, np.full((2, 4), np.inf if metric == "l2" else -np.inf))
     index.add(np.ones((1, 3), np.float32), [3])
     assert_exact(index.search(np.ones((1, 3), np.float32), 2)[1], [[3, -1]])
+
+
+# Memory of removed vectors
+
+
+def rows_of(tensors, kept):
+    """What is kept of each vector, of some of them."""
+    return {name: tensors[name][kept] for name in ("vectors", "codes", "factors", "ids") if name in tensors}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("count", [1, 300, 1000, 1100, 1990])
+def test_compact_gives_removed_vectors_back(rng, metric, storage, count):
+    """Up to a half of them by mending links, more by linking anew."""
+    x, queries = sample(rng, 2000, 12), sample(rng, 60, 12)
+    index = build(x, metric, storage=storage, ef_construction=60, num_threads=2)
+    before, gone = tensors_of(index), rng.permutation(2000)[:count]
+    state = index.state()
+    index.remove(gone)
+    assert len(tensors_of(index)["ids"]) == (2000 if count <= 1000 else 2000 - count)
+    index.compact()
+    index = pv.hnsw.Index.from_state(index.state())  # checks every link
+    kept = np.setdiff1d(np.arange(2000), gone)
+    for name, rows in rows_of(before, kept).items():
+        assert_exact(tensors_of(index)[name], rows)
+        assert_exact(state.tensors[name], before[name])
+    assert not tensors_of(index)["removed"].any()
+    vectors = index.get(kept)
+    ids = index.search(queries, 10, ef=40)[1]
+    expected = ref.search(queries, vectors, 10, "ip" if metric == "cosine" else metric, kept)[1]
+    assert ref.recall(ids, expected) > 0.95
+    index.add(x[gone[:50]], gone[:50])
+    assert len(index) == 2000 - count + len(gone[:50])
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("count", [300, 700, 1500])
+def test_compact_does_not_depend_on_thread_count(rng, isa, storage, count):
+    x, gone, graphs = sample(rng, 2000, 9), rng.permutation(2000)[:count], []
+    for num_threads in (1, 2, 7):
+        index = build(x, storage=storage, m=5, ef_construction=30)
+        index.remove(gone, num_threads=num_threads)
+        index.compact(num_threads=num_threads)
+        graphs.append(tensors_of(index))
+    for graph in graphs[1:]:
+        for name, tensor in graph.items():
+            assert_exact(tensor, graphs[0][name])
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_few_of_many_are_linked_as_in_a_new_index(rng, storage):
+    x = sample(rng, 1500, 8)
+    index = build(x, storage=storage)
+    index.remove(np.arange(1499, 400, -1))
+    for name, tensor in tensors_of(build(x[:401], storage=storage)).items():
+        assert_exact(tensors_of(index)[name], tensor)
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_replacing_vectors_takes_no_more_memory_and_loses_no_recall(rng, always):
+    """All of them 20 times, a tenth at a time."""
+    n, queries, ids = 1000, sample(rng, 300, 12), np.arange(1000)
+    x = sample(rng, n, 12)
+    index = build(x, m=8, ef_construction=60)
+    most = 2.2 * build(np.concatenate([x, x]), m=8, ef_construction=4).nbytes
+    for _ in range(20):
+        for some in np.array_split(rng.permutation(n), 10):
+            index.remove(some)
+            if always:
+                index.compact()
+            x[some] = sample(rng, len(some), 12)
+            index.add(x[some], some)
+            assert len(tensors_of(index)["ids"]) <= (n if always else 2 * n)
+            assert index.nbytes <= most
+    assert_exact(index.get(ids), x)
+    truth = ref.search(queries, x, 10, "l2")[1]
+    replaced, fresh = (
+        ref.recall(each.search(queries, 10, ef=16)[1], truth) for each in (index, build(x, m=8, ef_construction=60))
+    )
+    assert replaced > fresh - 0.02
+    assert len(tensors_of(index.freeze())["ids"]) == n
+
+
+def test_a_few_vectors_among_removed_ones_stay_within_reach(rng):
+    """Their neighbours, and those of their neighbours, are all removed."""
+    x = sample(rng, 3000, 4)
+    x[1500:] += 50
+    index = build(x, m=4, ef_construction=30)
+    kept = np.arange(0, 1500, 100)
+    index.remove(np.setdiff1d(np.arange(1500), kept))
+    index.compact()
+    found = index.search(x[kept], 5, ef=60)[1]
+    assert_exact(found[:, 0], kept)
+    assert ref.recall(found, ref.search(x[kept], x[kept], 5, "l2", kept)[1]) > 0.9
+    assert ref.recall(index.search(x[1500:1600], 5)[1], ref.search(x[1500:1600], x[1500:], 5, "l2")[1] + 1500) > 0.98
+
+
+def test_links_for_queries_outlast_compact(rng):
+    x, queries = sample(rng, 600, 10), sample(rng, 100, 10) + 1
+    index = build(x, "ip", m=4)
+    index.fit_queries(queries, k=20)
+    before = tensors_of(index)["links"]
+    index.remove([599])
+    index.compact()
+    links = tensors_of(index)["links"]
+    whole = ~(before == 599).any(1)[:599]
+    assert np.mean((before[:599][whole] == links[whole]).all(1)) > 0.8
+
+
+def test_compact_of_a_file(rng, tmp_path):
+    x, queries = sample(rng, 300, 6), sample(rng, 40, 6)
+    index = build(x)
+    index.remove(np.arange(100))
+    index.save(tmp_path / "index.pv")
+    before = (tmp_path / "index.pv").read_bytes()
+    mapped = pv.hnsw.Index.load(tmp_path / "index.pv", mmap=True)
+    for each in (index, mapped):
+        each.compact()
+        assert len(tensors_of(each)["ids"]) == 200
+    assert_exact(mapped.search(queries, 5), index.search(queries, 5))
+    assert (tmp_path / "index.pv").read_bytes() == before
+    mapped.compact()  # there is nothing to do
+    pv.hnsw.Index(4).compact()
+
+
+def test_numbers_of_removed_vectors_are_not_given_again(rng, tmp_path):
+    index = build(sample(rng, 10, 3))
+    index.remove(np.arange(3, 10))
+    assert len(tensors_of(index)["ids"]) == 3
+    index.save(tmp_path / "index.pv")
+    for each in (index, pv.hnsw.Index.load(tmp_path / "index.pv"), pickle.loads(pickle.dumps(index))):
+        each.add(sample(rng, 2, 3))
+        assert_exact(each.ids, [0, 1, 2, 10, 11])
+    tensors, params = index.state()
+    del params["largest_id"]  # as files had it before
+    assert pv.hnsw.Index.from_state(State(tensors, params)).ids.max() == 11
+
+
+@pytest.mark.parametrize("count", [60_000, 100_000])
+def test_ctrl_c_leaves_an_index_that_is_to_be_compacted(python, count):
+    code = f"""if True:
+        import numpy as np, os, polyvec as pv, signal, threading
+        x = np.random.default_rng(0).standard_normal((150_000, 8), np.float32)
+        index = pv.hnsw.Index(8, metric="l2", m=48, ef_construction=1)
+        index.add(x, num_threads=2)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs start with Ctrl-C ignored
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        try:
+            index.remove(np.arange({count}), num_threads=1)
+            index.compact(num_threads=1)
+            print("finished")
+        except KeyboardInterrupt:
+            assert len(index) == len(x) - {count}
+            assert len(index.state().tensors["ids"]) == len(x)
+            assert index.search(x[-9:], 1)[1].min() >= {count}
+            print("interrupted")
+    """
+    assert python("-c", code).stdout == "interrupted\n"
+
+
+def test_searches_go_on_while_an_index_is_compacted(rng):
+    x, queries = sample(rng, 3000, 8), sample(rng, 50, 8)
+    index = build(x, num_threads=2)
+    errors, stop, searches = [], threading.Event(), []
+
+    def search():
+        while not stop.is_set():
+            ids = index.search(queries, 5)[1]
+            searches.append(len(index))
+            if ids.min() < 1200:
+                errors.append(ids)
+
+    index.remove(np.arange(1200))
+    thread = threading.Thread(target=search)
+    thread.start()
+    for first in (1200, 2000):
+        index.remove(np.arange(first, first + 100))
+        index.compact()
+    stop.set()
+    thread.join()
+    assert not errors
+    assert len(index) == 1600
+    assert len(tensors_of(index)["ids"]) == 1600
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_what_no_link_leads_to_is_found_where_too_little_is(rng, metric, storage):
+    """Most of many equal vectors are out of reach where hardly any candidates are kept."""
+    x = sample(rng, 1000, 8)
+    x[rng.random(1000) < 0.7] = 0
+    queries = sample(rng, 100, 8)
+    index = build(x, metric, storage=storage, m=2, ef_construction=1)
+    for each in (index, index.freeze()):
+        for k in (10, 300):
+            ids = each.search(queries, k, ef=max(k, 50))[1]
+            assert ids.min() >= 0
+            assert all(len(set(row)) == k for row in ids.tolist())
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_many_candidates_are_compared_with_all(rng, metric, frozen):
+    x, queries = sample(rng, 3000, 5), sample(rng, 9, 5)
+    index = build(x, metric, m=4)
+    index = index.freeze() if frozen else index
+    for k, include in ((1100, None), (3000, None), (1100, np.arange(0, 3000, 2)), (1500, np.arange(0, 3000, 2))):
+        kept = np.arange(3000) if include is None else include
+        scores, ids = index.search(queries, k, include=include)
+        assert_scores(scores, ids, queries, build(x, metric, ef_construction=1), x)
+        expected = ref.search(queries, x[kept], k, metric, kept)[1]
+        assert ref.recall(ids, expected) > 0.9995  # ties
+
+
+def test_ctrl_c_stops_searches_with_many_candidates(python):
+    code = """if True:
+        import numpy as np, os, polyvec as pv, signal, threading, time
+        x = np.random.default_rng(0).standard_normal((50_000, 8), np.float32)
+        index = pv.hnsw.Index(8, metric="l2", m=2, ef_construction=1)
+        index.add(x)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs start with Ctrl-C ignored
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        try:
+            index.search(x, 1, ef=len(index), num_threads=1)
+            print("finished")
+        except KeyboardInterrupt:
+            print("interrupted")
+    """
+    assert python("-c", code).stdout == "interrupted\n"
 
 
 # Filters
@@ -729,6 +975,11 @@ def test_included_ids_are_names(rng):
     index.add(x, [2**63 - 1, -7, 3, 900, 5, 0])
     assert_exact(index.search(x[:1], 6, include=[-7, 900, 2**63 - 1])[1][0, 3:], [-1, -1, -1])
     assert sorted(index.search(x[:1], 2, include=[900, -7])[1][0]) == [-7, 900]
+    for some in ({900, -7}, frozenset([900, -7]), {900: "a", -7: "b"}.keys(), (i for i in (900, -7)), (-7, 900)):
+        assert sorted(index.search(x[:1], 2, include=some)[1][0]) == [-7, 900]
+    for none in (set(), [], range(0), np.array([])[:0].tolist()):
+        assert_exact(index.search(x[:1], 2, include=none)[1], [[-1, -1]])
+    assert sorted(index.search(x[:1], 3, include=np.uint8([0, 3, 0]))[1][0]) == [-1, 0, 3]  # ids, as of any integers
     assert sorted(index.search(x[:1], 3, include=[True, False, True, True, True, False])[1][0]) == [-1, 0, 3]
 
 
@@ -745,7 +996,9 @@ def test_filtered_searches_do_not_depend_on_threads_or_company(rng, isa):
 
 @settings(max_examples=25)
 @given(
-    steps=st.lists(st.tuples(st.sampled_from(["add", "add", "remove", "reload"]), st.integers(0, 40)), max_size=8),
+    steps=st.lists(
+        st.tuples(st.sampled_from(["add", "add", "remove", "reload", "compact"]), st.integers(0, 40)), max_size=8
+    ),
     seed=st.integers(0, 99),
 )
 def test_any_sequence_of_changes(steps, seed):
@@ -763,6 +1016,8 @@ def test_any_sequence_of_changes(steps, seed):
             index.remove(ids)
             for i in ids.tolist():
                 del model[i]
+        elif step == "compact":
+            index.compact()
         else:
             index = pv.hnsw.Index.from_state(index.state())
     assert len(index) == len(model)
@@ -1216,7 +1471,7 @@ def test_freezing_keeps_removed_vectors_out_and_the_original_as_it_is(rng):
     index.remove(np.arange(0, 500, 2))
     before = index.search(x, 5, ef=100)
     frozen = index.freeze()
-    assert len(frozen) == 250
+    assert len(frozen) == len(tensors_of(frozen)["ids"]) == 250
     assert 3 in frozen
     assert 4 not in frozen
     ids = frozen.search(x, 5, ef=100)[1]
@@ -1286,6 +1541,11 @@ def test_a_frozen_state_that_does_not_fit_together(rng, change, text):
             lambda i: i.remove([0]),
             ValueError,
             "hnsw.Index.remove: index must not be frozen, got one that freeze returned",
+        ),
+        (
+            lambda i: i.compact(),
+            ValueError,
+            "hnsw.Index.compact: index must not be frozen, got one that freeze returned",
         ),
         (
             lambda i: i.fit_queries(zeros(1, 3)),
@@ -1385,6 +1645,13 @@ def index():
         ),
         (lambda i: i.add(zeros(2, 4), [1]), ValueError, "hnsw.Index.add: ids must have one entry a vector (2), got 1"),
         (lambda i: i.add(zeros(2, 4), [0.5, 1]), TypeError, "hnsw.Index.add: ids must be integers, got float64"),
+        (
+            lambda i: i.add(zeros(2, 4), np.uint64([2**63 + 5, 7])),
+            ValueError,
+            f"hnsw.Index.add: ids must be below 2^63, got {2**63 + 5}",
+        ),
+        (lambda i: "a" in i, TypeError, "hnsw.Index: id must be an integer, got str"),
+        (lambda i: 5.0 in i, TypeError, "hnsw.Index: id must be an integer, got float"),
         (lambda i: i.add(zeros(3, 4), [1, 2, 1]), ValueError, "hnsw.Index.add: ids must be distinct, got 1 twice"),
         (
             lambda i: i.add(zeros(2, 4), [1, 7]),
@@ -1439,6 +1706,16 @@ def index():
             lambda i: i.search(zeros(1, 4), 1, include=[0.5]),
             TypeError,
             "hnsw.Index.search: include must be integers, got float64",
+        ),
+        (
+            lambda i: i.search(zeros(1, 4), 1, include={"a"}),
+            TypeError,
+            "hnsw.Index.search: include must be integers, got <U1",
+        ),
+        (
+            lambda i: i.search(zeros(1, 4), 1, include=3),
+            ValueError,
+            "hnsw.Index.search: include must have 1 axis, got shape ()",
         ),
         (
             lambda i: i.search(zeros(1, 4), 1, include=np.zeros((2, 2), bool)),

@@ -150,6 +150,7 @@ def test_removed_documents_are_not_found(rng, tmp_path, first_stage):
         assert_exact(index.ids, names[left])
         assert names[left[0]] in index
         assert names[order[begin]] not in index
+        assert 2**64 not in index
         expected = pv.maxsim.topk(queries, [docs[i] for i in left], 10)
         index.save(tmp_path / "index")
         for each in (index, pv.retrieve.MultiVectorIndex.load(tmp_path / "index")):

@@ -167,6 +167,8 @@ LONG_CALLS = {  # minutes each, if nothing stops them
     "fde.Encoder.encode_docs": "pv.fde.Encoder(128, repetitions=2000, simhash_bits=6, projection_dim=8, "
     "final_dim=64).encode_docs(x.reshape(-1, 32, 128), num_threads=num_threads)",
     "fde.carve": "pv.fde.carve(x[None], threshold=99, num_threads=num_threads)",
+    "quantize.kmeans_sets": "pv.quantize.kmeans_sets([x[:60_000]], 6000, num_threads=num_threads)",
+    "maxsim.pool": "pv.maxsim.pool([x[:20_000], x[20_000:40_000]], 2, method='ward', num_threads=num_threads)",
     "quantize.kmeans": "pv.quantize.kmeans(x, 20_000, num_threads=num_threads)",
     "maxsim.score": "pv.maxsim.score(x.reshape(-1, 32, 128), x.reshape(-1, 32, 128), num_threads=num_threads)",
 }

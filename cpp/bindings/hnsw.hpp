@@ -47,6 +47,7 @@ inline void bind_hnsw(py::module_& m) {
              py::arg("dim"), py::arg("metric"), py::arg("coded"), py::arg("kept"), py::arg("m"),
              py::arg("ef_construction"), py::arg("seed"))
         .def("size", &HnswIndex::size, Unlocked())
+        .def("slots", &HnswIndex::slots, Unlocked())
         .def("bytes", &HnswIndex::bytes, Unlocked())
         .def("contains", &HnswIndex::contains, py::arg("id"), Unlocked())
         .def("largest_id", &HnswIndex::largest_id, Unlocked())
@@ -55,7 +56,7 @@ inline void bind_hnsw(py::module_& m) {
         "hnsw_load",
         [params](std::int64_t dim, const std::string& metric, bool coded, const std::string& kept, std::int64_t m,
                  std::int64_t ef_construction, std::uint64_t seed, bool frozen, std::int64_t entry,
-                 const Tensors& tensors) {
+                 std::int64_t largest_id, const Tensors& tensors) {
             const HnswParams p = params(dim, metric, coded, kept, m, ef_construction, seed, frozen);
             Args args = args_for<Cpu>(HnswIndex::load_op, 0);
             const auto in = [&](const char* name) { return args.in(name, tensors[name]); };
@@ -70,19 +71,24 @@ inline void bind_hnsw(py::module_& m) {
                             in("ids"),
                             in("removed"),
                             entry,
+                            largest_id,
                             keep_alive(tensors)};
             const py::gil_scoped_release nogil;
             return std::make_unique<HnswIndex>(p, state);
         },
         py::arg("dim"), py::arg("metric"), py::arg("coded"), py::arg("kept"), py::arg("m"), py::arg("ef_construction"),
-        py::arg("seed"), py::arg("frozen"), py::arg("entry"), py::arg("tensors"));
-    m.def(
-        "hnsw_freeze",
-        [](const HnswIndex& index, std::intptr_t where) {
-            const py::gil_scoped_release nogil;
-            return index.freeze(Cpu{static_cast<int>(where)});
-        },
-        py::arg("index"), py::arg("where"));
+        py::arg("seed"), py::arg("frozen"), py::arg("entry"), py::arg("largest_id"), py::arg("tensors"));
+    const auto bind_copy = [&m](const char* name, auto call) {
+        m.def(
+            name,
+            [call](const HnswIndex& index, std::intptr_t where) {
+                const py::gil_scoped_release nogil;
+                return (index.*call)(Cpu{static_cast<int>(where)});
+            },
+            py::arg("index"), py::arg("where"));
+    };
+    bind_copy("hnsw_compact", &HnswIndex::compacted);
+    bind_copy("hnsw_freeze", &HnswIndex::freeze);
     m.def(
         "hnsw_state",
         [](const HnswIndex& index) {
@@ -94,7 +100,7 @@ inline void bind_hnsw(py::module_& m) {
             for (const Array* a : {&state.codes, &state.vectors, &state.factors, &state.frame, &state.links,
                                    &state.levels, &state.upper_links, &state.ids, &state.removed})
                 if (*a) tensors[a->name] = numpy_view(*a, state.owner);
-            return std::make_pair(tensors, state.entry);
+            return std::make_tuple(tensors, state.entry, state.largest_id);
         },
         py::arg("index"));
     const auto bind = [&m](const char* name, const char* op, auto call) {

@@ -16,6 +16,8 @@ namespace {
 constexpr double infinity = std::numeric_limits<double>::infinity();
 constexpr float below_all = -std::numeric_limits<float>::infinity();
 constexpr float unknown = -below_all;  // a second best that must be found anew
+constexpr std::int64_t elements_between_checks = 1 << 22;
+constexpr std::int64_t cache_miss = 64;  // elements in the time of one
 
 /// One thread's scratch, for one set after another.
 class Clusterer {
@@ -51,6 +53,14 @@ public:
     }
 
 private:
+    /// Counts work, and looks for Ctrl-C once there is enough of it: a set can take minutes.
+    void spend(std::int64_t elements) {
+        spent_ += elements;
+        if (spent_ < elements_between_checks) return;
+        spent_ = 0;
+        check_interrupt();
+    }
+
     /// Whether the rows are: a square that is not may have overflowed.
     bool finite() const {
         for (std::int64_t i = 0; i < n_; ++i) {
@@ -107,6 +117,7 @@ private:
             offset_[c] *= -0.5f;
         }
         for (std::int64_t first = 0; first < n_; first += width_) {
+            spend(width_ * k_ * d_);
             if (stable_.empty()) {
                 forget(first);
                 compare(first, mobile_, best_.get() + first, second_.get() + first, nearest_.get() + first);
@@ -213,6 +224,7 @@ private:
         for (std::int64_t c = 0; c < k_; ++c) {
             if (!moved_[c]) continue;
             const std::int64_t size = begin_[c + 1] - begin_[c];
+            spend(size * d_);
             kernels().quantize->sum_rows(x_, rows_.data() + begin_[c], size, d_, nullptr, sum_.data());
             const double share = 1 / static_cast<double>(size);
             for (std::int64_t j = 0; j < d_; ++j) means_[c * d_ + j] = static_cast<float>(sum_[j] * share);
@@ -246,10 +258,12 @@ private:
         std::vector<std::int64_t> others(n_);
         std::iota(others.begin(), others.end(), 0);
         std::vector<float> distances(n_);
-        gaps_.resize(n_ * (n_ - 1) / 2);
+        gaps_.clear();
+        gaps_.reserve(n_ * (n_ - 1) / 2);
         for (std::int64_t i = 1; i < n_; ++i) {
+            spend(i * d_);
             kernels().distance->i64.l2(x_ + i * d_, x_, others.data(), i, d_, distances.data());
-            std::copy_n(distances.begin(), i, gaps_.begin() + i * (i - 1) / 2);
+            gaps_.insert(gaps_.end(), distances.begin(), distances.begin() + i);
         }
         std::vector<std::int64_t> size(n_, 1), chain;
         std::vector<Join> joins;
@@ -259,6 +273,7 @@ private:
                 while (size[first] == 0) ++first;
                 chain.push_back(first);
             }
+            spend(cache_miss * n_);
             const std::int64_t a = chain.back();
             std::int64_t nearest = chain.size() > 1 ? chain[chain.size() - 2] : -1;  // of equals, so that it ends
             double least = nearest < 0 ? infinity : gap(a, nearest);
@@ -316,7 +331,7 @@ private:
     const float* x_ = nullptr;
     std::int64_t* labels_ = nullptr;
     float* means_ = nullptr;
-    std::int64_t n_ = 0, k_ = 0, capacity_ = 0;
+    std::int64_t n_ = 0, k_ = 0, capacity_ = 0, spent_ = 0;
     Aligned<float> packed_, best_;  // best: max over the means of <x, c> - |c|^2 / 2
     Aligned<float> second_;         // no less than that of all means but the best one
     Aligned<std::int32_t> nearest_;

@@ -39,6 +39,11 @@ std::int64_t HnswIndex::size() const {
     return graph_->live;
 }
 
+std::int64_t HnswIndex::slots() const {
+    const auto lock = reading();
+    return graph_->n;
+}
+
 std::int64_t HnswIndex::bytes() const {
     const auto lock = reading();
     const Graph& g = *graph_;
@@ -233,6 +238,43 @@ void HnswIndex::remove(const Array& ids) {
     graph_->live -= count;
 }
 
+/// Where most slots are removed, few links are left to go by: the others are linked as if they were added now.
+std::shared_ptr<Graph> HnswIndex::without_removed(Cpu cpu) const {
+    const Graph& from = *graph_;
+    std::vector<std::uint32_t> slots;
+    std::vector<std::int64_t> names;
+    std::vector<std::uint8_t> levels;
+    for (std::int64_t slot = 0; slot < from.n; ++slot) {
+        if (from.removed[slot]) continue;
+        slots.push_back(static_cast<std::uint32_t>(slot));
+        names.push_back(from.ids[slot]);
+        levels.push_back(from.levels[slot]);
+    }
+    auto graph = std::make_shared<Graph>(Graph(params_), from.live);
+    graph->largest_id = from.largest_id;
+    const bool anew = 2 * from.live < from.n;
+    graph->append(from.live, names.data(), anew ? nullptr : levels.data());
+    const std::int64_t rows = std::max<std::int64_t>(1, (1 << 16) / params_.dim);
+    parallel_for(from.live, rows, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+        for (std::int64_t slot = begin; slot < end; ++slot) {
+            std::copy_n(from.vectors[slots[slot]], from.vectors.width(), graph->vectors[slot]);
+            std::copy_n(from.codes[slots[slot]], from.codes.width(), graph->codes[slot]);
+            std::copy_n(from.factors[slots[slot]], from.factors.width(), graph->factors[slot]);
+        }
+    });
+    Builder builder(*graph, idle_, cpu.num_threads);
+    anew ? builder.link(from.live) : builder.copy_links(from, slots);
+    return graph;
+}
+
+std::unique_ptr<HnswIndex> HnswIndex::compacted(Cpu cpu) const {
+    const auto lock = reading();
+    require_not_frozen(compact_op);
+    auto index = std::make_unique<HnswIndex>(params_);
+    index->graph_ = without_removed(cpu);
+    return index;
+}
+
 void HnswIndex::link(const Array& from, const Array& to) {
     constexpr const char* op = fit_op;
     const auto lock = writing();
@@ -327,7 +369,8 @@ private:
 /// as much as a row of a scan, or a third of it where the rows do not stay in the cache (115,659 x 384 on Zen 3).
 bool scan_is_faster(const Graph& graph, std::int64_t shown, std::int64_t ef) {
     constexpr double cache = 8 << 20;
-    if (shown == graph.n) return shown <= ef;
+    constexpr auto large = static_cast<std::int64_t>(Pool::large);  // where walks move memory more than they compare
+    if (shown == graph.n) return shown <= (ef > large ? graph.params.m * ef : ef);
     const double rows = static_cast<double>(shown), bytes = rows * static_cast<double>(graph.params.vector_bytes());
     const double steps = static_cast<double>(ef) * static_cast<double>(graph.n) / std::max(1.0, rows);
     return rows * (bytes > cache ? 3 : 1) <= 2 * static_cast<double>(graph.params.m) * steps;
@@ -348,10 +391,16 @@ void HnswIndex::search(const Array& queries, std::int64_t ef, const Array& inclu
     }
     const Shown shown(graph, include);
     ef = std::min(std::max(ef, k), shown.count());
-    const std::int64_t grain = std::clamp<std::int64_t>(nq / 16, Walks::together, 64);
     const bool scan = scan_is_faster(graph, shown.count(), ef);
+    // Ctrl-C waits for a piece: no more elements than a fraction of a second allows, and moves of candidates.
+    constexpr std::int64_t sorting = 256;
+    const std::int64_t step = scan ? params_.dim + sorting : 2 * params_.m * params_.dim + ef;
+    const double cost = static_cast<double>(scan ? shown.count() : ef) * static_cast<double>(step);
+    const auto affordable = static_cast<std::int64_t>(std::clamp(0x1p26 / std::max(cost, 1.0), 1.0, 64.0));
+    const std::int64_t grain = std::min(affordable, std::clamp<std::int64_t>(nq / 16, Walks::together, 64));
     // Nor may a walk that finds little where it looks go on for longer than a scan takes.
     const std::size_t most = shown.filtered() ? shown.count() + 16 * ef : std::numeric_limits<std::size_t>::max();
+    const std::int64_t fewest = std::min(k, shown.count());
     const bool frozen = graph.params.frozen;
     const std::int64_t unsure = graph.params.storage == HnswStorage::int8 && !frozen ? 2 * k + 16 : 0;
     const bool negate = graph.params.metric != Metric::l2;
@@ -381,7 +430,8 @@ void HnswIndex::search(const Array& queries, std::int64_t ef, const Array& inclu
                 walk.start(ef, 0, shown.hidden(), most);
             },
             [&](Walk& walk, std::int64_t i) {
-                if (walk.gave_up()) {
+                // Of many equal vectors not all are within reach where m and ef_construction are small.
+                if (walk.gave_up() || std::ssize(walk.found(0)) < fewest) {
                     walk.scan(ef, shown.slots());
                 } else {
                     if (frozen) walk.measure_nearest(k + 1);

@@ -64,6 +64,51 @@ public:
                       std::uint32_t* row) {
         slots_.assign(row, row + width);
         for (std::size_t i = 0; i < more; ++i) slots_.push_back(from[i].from);
+        choose_from_slots(centre, width, row);
+    }
+
+    /// Copies to `row` the links of `slot` in `from`, to the names that `place` has for them. It has none for a removed
+    /// slot; then links are chosen anew, among those and what the removed ones lead to, and so on until there are m.
+    /// Returns whether that was so.
+    bool copy(const Graph& from, std::uint32_t slot, int level, std::span<const std::uint32_t> place,
+              std::uint32_t* row) {
+        const std::int64_t width = graph_.width(level);
+        reached_.resize(from.n);
+        way_.assign(1, slot);
+        reached_[slot] = true;
+        slots_.clear();
+        std::size_t own = 0;  // links that are not removed
+        bool removed = true;  // whether the last ring has removed slots; the first is `slot`, the second its links
+        int rings = 0;
+        for (std::size_t next = 0; removed && (rings < 2 || std::ssize(slots_) < graph_.params.m); ++rings) {
+            removed = false;
+            if (rings == 1) own = slots_.size();
+            for (const std::size_t end = way_.size(); next < end; ++next) {
+                if (next > 0 && place[way_[next]] != no_link) continue;
+                const std::uint32_t* const links = from.row(way_[next], level);
+                for (std::int64_t i = 0; i < width && links[i] != no_link; ++i) {
+                    if (reached_[links[i]]) continue;
+                    reached_[links[i]] = true;
+                    way_.push_back(links[i]);
+                    const std::uint32_t to = place[links[i]];
+                    to == no_link ? void(removed = true) : slots_.push_back(to);
+                }
+            }
+        }
+        for (const std::uint32_t s : way_) reached_[s] = false;
+        if (rings > 1) {
+            choose_from_slots(place[slot], width, row);
+            std::uint32_t* end = std::find(row, row + width, no_link);
+            for (std::size_t i = 0; i < own && end < row + width; ++i)
+                if (std::find(row, end, slots_[i]) == end) *end++ = slots_[i];
+        } else {
+            std::fill(std::copy(slots_.begin(), slots_.end(), row), row + width, no_link);
+        }
+        return rings > 1;
+    }
+
+private:
+    void choose_from_slots(std::uint32_t centre, std::int64_t width, std::uint32_t* row) {
         if (distances_.size() < slots_.size()) distances_.resize(slots_.size());
         target_.set(centre);
         target_.measure(slots_.data(), slots_.size(), distances_.data());
@@ -73,7 +118,6 @@ public:
         choose(candidates_, centre, width, row);
     }
 
-private:
     enum class Place { apart, behind, copy };
 
     /// Where a candidate lies, seen from the centre, to those chosen before; the first of them is `nearest` to it.
@@ -94,13 +138,14 @@ private:
     const Graph& graph_;
     Target target_;
     std::vector<float> distances_;
-    std::vector<std::uint32_t> slots_, copies_;
+    std::vector<std::uint32_t> slots_, copies_, way_;
+    std::vector<bool> reached_;  // those on the way
     std::vector<Entry> candidates_;
 };
 
 Builder::Builder(Graph& graph, IdleWalks& idle, int num_threads)
     : graph_(graph),
-      ef_(std::max(graph.params.ef_construction, graph.params.m)),
+      ef_(std::max(std::min(graph.params.ef_construction, std::ssize(graph.levels)), graph.params.m)),
       num_threads_(num_threads),
       walks_(graph, idle, ef_, workers_for(largest_batch, slots_per_piece, num_threads)) {
     for (int i = workers_for(largest_batch, slots_per_piece, num_threads); i > 0; --i)
@@ -155,14 +200,7 @@ void Builder::link_batch(std::int64_t end) {
                 links_.push_back({from, row[i], level});
         }
     }
-    std::sort(links_.begin(), links_.end(), [](const Link& a, const Link& b) {
-        return std::tie(a.level, a.to, a.from) < std::tie(b.level, b.to, b.from);
-    });
-    rows_.clear();
-    for (std::size_t i = 0; i < links_.size(); ++i)
-        if (i == 0 || links_[i].to != links_[i - 1].to || links_[i].level != links_[i - 1].level) rows_.push_back(i);
-    const auto count = static_cast<std::int64_t>(rows_.size());
-    rows_.push_back(links_.size());
+    const std::int64_t count = sort_links();
     std::atomic<std::int64_t> done{0};
     std::exception_ptr error;
     try {
@@ -179,6 +217,56 @@ void Builder::link_batch(std::int64_t end) {
     if (graph_.levels[begin] > highest) graph_.entry = static_cast<std::uint32_t>(begin);
     graph_.commit(end - begin);
     if (error) std::rethrow_exception(error);
+}
+
+/// By the rows that they lead to. Returns how many these are.
+std::int64_t Builder::sort_links() {
+    std::sort(links_.begin(), links_.end(), [](const Link& a, const Link& b) {
+        return std::tie(a.level, a.to, a.from) < std::tie(b.level, b.to, b.from);
+    });
+    rows_.clear();
+    for (std::size_t i = 0; i < links_.size(); ++i)
+        if (i == 0 || links_[i].to != links_[i - 1].to || links_[i].level != links_[i - 1].level) rows_.push_back(i);
+    rows_.push_back(links_.size());
+    return std::ssize(rows_) - 1;
+}
+
+void Builder::copy_links(const Graph& from, std::span<const std::uint32_t> slots) {
+    const std::int64_t count = std::ssize(slots);
+    std::vector<std::uint32_t> place(from.n, no_link);
+    for (std::int64_t slot = 0; slot < count; ++slot) place[slots[slot]] = static_cast<std::uint32_t>(slot);
+    std::vector<std::uint64_t> chosen(count);  // a bit a level
+    parallel_for(count, rows_per_piece, num_threads_, [&](std::int64_t begin, std::int64_t end, int worker) {
+        for (std::int64_t slot = begin; slot < end; ++slot) {
+            const auto s = static_cast<std::uint32_t>(slot);
+            for (int level = 0; level <= graph_.levels[slot]; ++level)
+                if (choosers_[worker]->copy(from, slots[slot], level, place, graph_.row(s, level)))
+                    chosen[slot] |= std::uint64_t(1) << level;
+        }
+    });
+    links_.clear();
+    for (std::int64_t slot = 0; slot < count; ++slot) {
+        const auto s = static_cast<std::uint32_t>(slot);
+        for (std::uint64_t bits = chosen[slot]; bits > 0; bits &= bits - 1) {
+            const int level = std::countr_zero(bits);
+            const std::int64_t width = graph_.width(level);
+            const auto has = [&](const Graph& graph, std::uint32_t one, std::uint32_t other) {
+                const std::uint32_t* const row = graph.row(one, level);
+                return std::find(row, row + width, other) < row + width;
+            };
+            const std::uint32_t* const row = graph_.row(s, level);
+            for (std::int64_t i = 0; i < width && row[i] != no_link; ++i)
+                if (!has(from, slots[slot], slots[row[i]]) && !has(graph_, row[i], s))
+                    links_.push_back({s, row[i], level});
+        }
+    }
+    const std::int64_t rows = sort_links();
+    parallel_for(rows, rows_per_piece, num_threads_, [&](std::int64_t begin, std::int64_t end, int worker) {
+        for (std::int64_t i = begin; i < end; ++i) link_back(i, *choosers_[worker]);
+    });
+    if (count > 0)
+        graph_.entry = static_cast<std::uint32_t>(std::ranges::max_element(graph_.levels) - graph_.levels.begin());
+    graph_.commit(count);
 }
 
 /// Adds the new links to the i-th row that they lead to.

@@ -17,6 +17,11 @@ public:
     /// Links the appended slots; those that are linked when an exception ends the work belong to the graph.
     void link(std::int64_t count);
 
+    /// Gives the appended slots the links that `slots` of `from` have, all that are not removed there, in this order.
+    /// Where these lead to removed slots the links are chosen anew, among those that removed slots lead to as well.
+    /// As in FreshDiskANN (Singh et al. 2021), section 4.2. After an exception the graph is of no use.
+    void copy_links(const Graph& from, std::span<const std::uint32_t> slots);
+
 private:
     struct Link {
         std::uint32_t from, to;
@@ -25,6 +30,7 @@ private:
     class Chooser;
 
     void link_batch(std::int64_t end);
+    std::int64_t sort_links();
     void link_back(std::int64_t i, Chooser& chooser);
 
     Graph& graph_;

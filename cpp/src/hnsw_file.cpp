@@ -41,6 +41,7 @@ HnswState HnswIndex::state() const {
         array("ids", g.ids.data(), DType::i64, g.n),
         array("removed", g.removed.data(), DType::boolean, g.n),
         g.n ? std::int64_t(g.entry) : -1,
+        g.largest_id,
         graph_,
     };
 }
@@ -116,6 +117,7 @@ HnswIndex::HnswIndex(const HnswParams& params, const HnswState& state) : HnswInd
     g.ids.assign(ids, ids + n);
     const auto* removed = state.removed.as<const std::uint8_t>();
     g.removed.resize(n);
+    g.largest_id = state.largest_id;
     std::vector<std::int64_t> sorted;
     for (std::int64_t slot = 0; slot < n; ++slot) {
         g.removed[slot] = removed[slot] != 0;

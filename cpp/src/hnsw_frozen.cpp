@@ -11,7 +11,7 @@ using namespace hnsw;
 
 namespace {
 
-/// Of all vectors, removed ones too, and what `rotate` takes: random signs, and the factors that keep lengths.
+/// Of all vectors, and what `rotate` takes: random signs, and the factors that keep lengths.
 void fill_frame(const Graph& graph, const Rows<float>& frame) {
     const std::int64_t d = graph.params.dim;
     std::vector<double> sum(d, 0.0);
@@ -151,16 +151,16 @@ BitQuery bit_query(const Graph& graph, const float* query, float* rotated, std::
 
 std::unique_ptr<HnswIndex> HnswIndex::freeze(Cpu cpu) const {
     const auto lock = reading();
-    const Graph& from = *graph_;
     require(!params_.frozen, freeze_op, "index must not be frozen, got one that freeze returned");
     require(params_.dim <= HnswParams::most_coded, freeze_op, "dim must be at most ", HnswParams::most_coded, ", got ",
             params_.dim);
+    const std::shared_ptr<const Graph> whole = graph_->live < graph_->n ? without_removed(cpu) : graph_;
+    const Graph& from = *whole;
     HnswParams params = params_;
     params.frozen = true;
     auto index = std::make_unique<HnswIndex>(params);
     Graph& to = *index->graph_;
-    to.n = to.capacity = from.n;
-    to.live = from.live;
+    to.n = to.capacity = to.live = from.n;
     to.largest_id = from.largest_id;
     to.vectors = Rows<unsigned char>(to.n, params.vector_bytes());
     to.codes = Rows<std::uint8_t>(to.n, params.code_width());
@@ -177,11 +177,11 @@ std::unique_ptr<HnswIndex> HnswIndex::freeze(Cpu cpu) const {
                        [&](std::uint32_t link) { return link == no_link ? no_link : place[link]; });
     };
     to.upper_links.resize(from.upper_links.size());
+    to.removed.resize(to.n);
     for (std::int64_t slot = 0; slot < to.n; ++slot) {
         to.levels.push_back(from.levels[order[slot]]);
         to.first_upper.push_back(to.first_upper.back() + to.levels[slot]);
         to.ids.push_back(from.ids[order[slot]]);
-        to.removed.push_back(from.removed[order[slot]]);
         for (int level = 1; level <= to.levels[slot]; ++level) copy_row(slot, level);
     }
     if (to.n > 0) to.entry = place[from.entry];

@@ -146,12 +146,13 @@ struct Graph {
         return codes.data() + n * params.first_width() + slot * params.second_width();
     }
 
-    /// Makes slots [n, n + count), without vectors or links; they belong to the graph when n says so.
-    void append(std::int64_t count, const std::int64_t* new_ids) {
+    /// Makes slots [n, n + count), without vectors or links; they belong to the graph when n says so. Their levels are
+    /// random where none are given.
+    void append(std::int64_t count, const std::int64_t* new_ids, const std::uint8_t* new_levels = nullptr) {
         ids.insert(ids.end(), new_ids, new_ids + count);
         removed.resize(n + count, 0);
         for (std::int64_t slot = n; slot < n + count; ++slot) {
-            levels.push_back(random_level(slot));
+            levels.push_back(new_levels ? new_levels[slot - n] : random_level(slot));
             first_upper.push_back(first_upper.back() + levels.back());
         }
         upper_links.resize(std::int64_t(first_upper.back()) * params.m, no_link);

@@ -241,6 +241,7 @@ std::uint32_t Walk::next() {
 void Walk::scan(std::size_t ef, std::span<const std::uint32_t> slots) {
     pool.reset(ef);
     scan_more(slots);
+    pool.sort();
 }
 
 void Walk::scan_more(std::span<const std::uint32_t> slots) {
@@ -249,7 +250,7 @@ void Walk::scan_more(std::span<const std::uint32_t> slots) {
     for (std::size_t first = 0; first < slots.size(); first += batch) {
         const std::size_t count = std::min(batch, slots.size() - first);
         target.measure_exactly(slots.data() + first, count, distances);
-        for (std::size_t i = 0; i < count; ++i) pool.insert(entry_of(distances[i], slots[first + i]));
+        for (std::size_t i = 0; i < count; ++i) pool.gather(entry_of(distances[i], slots[first + i]));
     }
 }
 

@@ -38,6 +38,8 @@ inline std::uint32_t slot_of(Entry entry) {
 /// The nearest `capacity` entries, sorted, and which of them are yet to be followed.
 class Pool {
 public:
+    static constexpr std::size_t large = 1024;
+
     void reserve(std::size_t capacity) {
         if (entries_.size() <= capacity) entries_.resize(capacity + 1);
     }
@@ -66,6 +68,21 @@ public:
         *at = entry;
         size_ += size_ < capacity_;
         cursor_ = std::min(cursor_, static_cast<std::size_t>(at - begin));
+    }
+
+    /// The same for scans, in any order until `sort`: where the pool is large, entries would move too much memory.
+    void gather(Entry entry) {
+        if (capacity_ <= large) return insert(entry);
+        Entry* const begin = entries_.data();
+        if (size_ == capacity_) {
+            if (entry > *begin) return;
+            std::pop_heap(begin, begin + size_--);
+        }
+        begin[size_++] = entry;
+        std::push_heap(begin, begin + size_);
+    }
+    void sort() {
+        if (capacity_ > large) std::sort_heap(entries_.data(), entries_.data() + size_);
     }
 
     /// The nearest entry that is yet to be followed, or null.
@@ -149,7 +166,8 @@ public:
     /// Whether it has seen more than `most`: what it found are not the nearest that it could have.
     bool gave_up() const { return gave_up_; }
 
-    /// Fills the pool with the exactly nearest `ef` of some slots, or with those of its own and of these.
+    /// Fills the pool with the exactly nearest `ef` of some slots, or (to be sorted) with those of its own and of
+    /// these.
     void scan(std::size_t ef, std::span<const std::uint32_t> slots);
     void scan_more(std::span<const std::uint32_t> slots);
     /// Replaces the distances of the pool's first `count` entries by exact ones, and sorts them.
@@ -242,7 +260,10 @@ public:
             for (std::size_t first = 0; first < slots.size(); first += piece)
                 for (int i = 0; i < count; ++i)
                     walk(i).scan_more(slots.subspan(first, std::min(piece, slots.size() - first)));
-            for (int i = 0; i < count; ++i) finish(walk(i), begin + i);
+            for (int i = 0; i < count; ++i) {
+                walk(i).pool.sort();
+                finish(walk(i), begin + i);
+            }
         }
     }
 

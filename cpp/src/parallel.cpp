@@ -37,6 +37,10 @@ bool interrupted() {
     return hook();
 }
 
+struct Job;
+thread_local Job* current = nullptr;  // whose body this thread is inside
+thread_local bool asks = false;       // whether this thread called parallel_for, the only one that may ask
+
 /// One call of parallel_for: threads take pieces until none is left.
 struct Job {
     const Body& body;
@@ -57,6 +61,8 @@ struct Job {
     /// `caller`: this is the thread that called parallel_for, the only one that may ask for interrupts.
     void work(int worker, bool caller) {
         inside_body = true;
+        current = this;
+        asks = caller;
         try {
             while (!stop.load(std::memory_order_relaxed)) {
                 const std::int64_t begin = next.fetch_add(grain, std::memory_order_relaxed);
@@ -216,7 +222,8 @@ void set_interrupt_hook(bool (*hook)()) {
 }
 
 void check_interrupt() {
-    if (!inside_body && interrupted()) throw Interrupted();
+    const bool others_stopped = inside_body && current->stop.load(std::memory_order_relaxed);
+    if (others_stopped || ((!inside_body || asks) && interrupted())) throw Interrupted();
 }
 
 int workers_for(std::int64_t n, std::int64_t grain, int num_threads) {

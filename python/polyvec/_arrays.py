@@ -8,7 +8,7 @@ between devices and no float dtype is changed silently; an input that is not C-c
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, Protocol, TypeVar
 
@@ -141,7 +141,7 @@ def as_array(
 
 
 def as_ids(op: str, name: str, x: Any, *, ndim: int | None = 1, like: Any = None) -> Any:
-    """Return integer ids as a contiguous int64 array; other integer dtypes are converted, floats are refused.
+    """Return integer ids as a contiguous int64 array; other integer dtypes are converted, floats and 2^63 are refused.
 
     A list goes to the GPU that `like` is on; an array stays where it is.
     """
@@ -157,7 +157,17 @@ def as_ids(op: str, name: str, x: Any, *, ndim: int | None = 1, like: Any = None
         raise TypeError(f"{op}: {name} must be integers, got {dtype}")
     if dtype != "int64":
         x = x.long() if is_torch(x) else x.astype("int64")
+        if dtype == "uint64" and (x < 0).any():  # wrapped
+            raise ValueError(f"{op}: {name} must be below 2^63, got {int(x[x < 0][0]) + 2**64}")
     return as_array(op, name, x, dtypes=("int64",), ndim=ndim)
+
+
+def as_id(op: str, value: Any) -> int | None:
+    """Return one id as an int, None where no 64-bit integer is it."""
+    if not hasattr(value, "__index__"):
+        raise TypeError(f"{op}: id must be an integer, got {type(value).__name__}")
+    number = int(value.__index__())
+    return number if -(2**63) <= number < 2**63 else None
 
 
 def as_id_lists(op: str, name: str, lists: Any, like: Any) -> tuple[Any, Any]:
@@ -176,10 +186,18 @@ def require_cpu(op: str, name: str, x: Any) -> None:
 
 
 def as_selection(op: str, name: str, x: Any, n: int | None, each: str = "code") -> np.ndarray[Any, Any] | None:
-    """Check which of n take part: return a mask (of any length where n is None) or rows of them, None for all."""
+    """Check which of n take part: return a mask (of any length where n is None) or rows of them, None for all.
+
+    Rows may be any iterable, as their order does not count.
+    """
     if x is None:
         return None
-    if dtype_name(x if is_array(x) else np.asarray(x)) != "bool":
+    if not is_array(x):
+        given = np.asarray(x)
+        x = np.asarray(list(x)) if given.ndim == 0 and isinstance(x, Iterable) and not isinstance(x, str) else given
+        if x.size == 0:
+            x = x.astype(np.int64)
+    if dtype_name(x) != "bool":
         return np.asarray(as_ids(op, name, x))
     mask = np.asarray(as_array(op, name, x, dtypes=("bool",), ndim=1))
     if n is not None and len(mask) != n:

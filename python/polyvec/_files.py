@@ -12,10 +12,13 @@ tensors.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import os
+import re
 import secrets
+import time
 from collections.abc import Callable, Collection, Iterator
 from mmap import ACCESS_READ
 from mmap import mmap as map_file
@@ -31,6 +34,7 @@ from polyvec._errors import FormatError
 
 VERSION = 1
 
+_LEFTOVER_AGE = 3600  # seconds: a file system may not show the locks of other machines, but it shows what they write
 _ALIGNMENT = 64  # of the first tensor within the file: a cache line
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
@@ -81,7 +85,9 @@ class Saved:
 
         Notes
         -----
-        A safetensors file with checksums, whose tensors any reader of that format can open.
+        A safetensors file with checksums, whose tensors any reader of that format can open. It is written beside `path`
+        under a name that ends in ".tmp". What a process that was killed left there is removed by a later call, an hour
+        after its last change or more.
         """
         save(path, self._KIND, self.state())
 
@@ -159,26 +165,44 @@ def save(path: str | os.PathLike[str], kind: str, state: State) -> None:
     target = os.path.realpath(os.fspath(path))
     temporary = f"{target}.{secrets.token_hex(4)}.tmp"
     try:
-        try:
-            file = open(temporary, "xb")  # noqa: SIM115 (closed by the with below)
-        except OSError as error:  # name the file that the caller asked for
-            raise type(error)(error.errno, error.strerror, os.fspath(path)) from None
-        with file:
+        with open(temporary, "xb") as file:
+            with contextlib.suppress(OSError):  # of a file system without locks
+                _lock(file)
             file.write(len(text).to_bytes(8, "little") + text)
             for tensor in tensors.values():
                 file.write(_bytes_of(tensor).data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if isinstance(error, OSError):  # name the file that the caller asked for
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
         raise
+    _remove_leftovers(target)
     folder = os.open(os.path.dirname(target), os.O_RDONLY)
     try:
         os.fsync(folder)  # the new name, too, is on the disk now
     finally:
         os.close(folder)
+
+
+def _lock(file: BinaryIO) -> None:
+    """Mark the file as in use until it is closed, or the process is killed; raise an OSError when another does."""
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _remove_leftovers(target: str) -> None:
+    """Remove what killed processes left of `target`: old, and locked by nobody."""
+    folder, name = os.path.split(target)
+    temporary = re.compile(re.escape(name) + r"\.[0-9a-f]{8}\.tmp")
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if temporary.fullmatch(entry.name) and time.time() - entry.stat().st_mtime > _LEFTOVER_AGE:
+                with contextlib.suppress(OSError), open(entry.path, "rb") as file:
+                    _lock(file)
+                    os.unlink(entry.path)
 
 
 def load(

@@ -17,6 +17,7 @@ from polyvec._arrays import (
     as_array,
     as_count,
     as_float32,
+    as_id,
     as_ids,
     as_selection,
     choice,
@@ -74,10 +75,11 @@ class Index(_files.Saved):
     Notes
     -----
     Memory: 4 d + 8 m bytes a vector (kept in 16 bits: 2 d + 8 m; with "int8" codes: d, rounded up to a multiple of 64,
-    and 8 more), and about 26 + 4 m / (m - 1) beside; room doubles as it fills up.
+    and 8 more), and about 26 + 4 m / (m - 1) beside; room doubles as it fills up. Removed vectors keep theirs until
+    they are more than the others; then, and when `compact` is called, it is given back.
 
     Threads: any number of searches may run at once, from any threads. A call that changes the index waits for them and
-    they for it; `add` lets searches pass now and then.
+    they for it; `add` lets searches pass now and then, and `compact` does not keep them waiting.
 
     The same calls give the same graph, bit for bit, with any number of threads: vectors are linked in batches (up to
     3 % of the index) that search the graph of before and are compared with one another. `search` advances a few queries
@@ -171,7 +173,8 @@ class Index(_files.Saved):
         return int(self._core.size())
 
     def __contains__(self, id: int) -> bool:  # noqa: A002 (the word of the glossary)
-        return bool(self._core.contains(id))
+        number = as_id(self._KIND, id)
+        return number is not None and bool(self._core.contains(number))
 
     def __repr__(self) -> str:
         params = ", ".join(f"{name}={value!r}" for name, value in self._params.items())
@@ -207,7 +210,7 @@ class Index(_files.Saved):
 
         Notes
         -----
-        About ef_construction * m comparisons a vector: O(n log n) in all.
+        About ef_construction * m comparisons a vector: O(n log n) in all. To replace a vector, `remove` its id first.
         """
         op = "hnsw.Index.add"
         x: Any = as_array(op, "vectors", vectors, dtypes=_FLOATS, ndim=2)
@@ -219,6 +222,7 @@ class Index(_files.Saved):
         if names is not None and len(names) != n:
             raise ValueError(f"{op}: ids must have one entry a vector ({n}), got {len(names)}")
         with self._changing, reporting(op, progress, n, "vectors") as count:
+            self._compact_if_mostly_removed(op, num_threads)
             if names is None:
                 first = max(0, self._core.largest_id() + 1)
                 if first + n > 2**63:
@@ -249,9 +253,9 @@ class Index(_files.Saved):
         ef : int, optional
             Candidates kept on the way, at least k; max(k, 64) by default. More give better recall and take longer,
             both in proportion. With `ef >= len(index)` the search is exact.
-        include : integer array of shape (c,) or bool array of shape (c,), optional
+        include : integer array of shape (c,) or iterable of ids, or bool array of shape (c,), optional
             Which vectors may be found: their ids (others than the index has are passed over), or a mask over the ids
-            0 to c - 1. All when None.
+            0 to c - 1: 0 and 1 of an integer dtype are ids. All when None.
         out : pair of arrays of shape (nq, k), float32 and int64, optional
             Written and returned.
         num_threads : int, optional
@@ -277,8 +281,7 @@ class Index(_files.Saved):
         bytes, and the best 2 k + 16 candidates are then scored by the kept vectors; with a frozen index of d / 8 bytes,
         one in four of another d / 8, and as many candidates are scored as may be among the k best. Products are summed
         in float32, whatever the dtypes. Same result for any number of threads, and for a query alone or among others. A
-        query with NaN finds nothing. Removed vectors are passed through without counting as candidates: after removing
-        most of an index, searches are faster in a new one.
+        query with NaN finds nothing. Removed vectors are passed through without counting as candidates.
 
         So are vectors that `include` leaves out: where it lets one in ten pass, a walk takes ten times as many steps.
         Where that costs more than to compare all that pass, and where a walk does not come to an end in that time,
@@ -328,12 +331,14 @@ class Index(_files.Saved):
         _backend.run(op, "hnsw_get", names, self._core, names, out)
         return out
 
-    def remove(self, ids: Any) -> None:
+    def remove(self, ids: Any, *, num_threads: int | None = None) -> None:
         """Remove vectors: no search returns them any more, and their ids can be added again.
 
         Parameters
         ----------
         ids : integer array of shape (n,)
+        num_threads : int, optional
+            CPU threads where `compact` is due; the process setting when None.
 
         Raises
         ------
@@ -341,15 +346,68 @@ class Index(_files.Saved):
             An id that is not in the index; then nothing is removed.
         ValueError
             An id twice, a frozen index.
+        KeyboardInterrupt
+            Ctrl-C ends the call within a second; the vectors are removed.
 
         Notes
         -----
-        The vectors stay where they are as way-marks of the graph, and keep their memory.
+        The vectors stay where they are as way-marks of the graph, and keep their memory, until they are more than the
+        others; then `compact` is called, and links these as if they were added now. So no more slots than two a vector
+        are in use, and to replace all vectors, in any number of calls, takes about twice as long as to add them.
         """
         op = "hnsw.Index.remove"
         names = as_ids(op, "ids", ids)
         with self._changing:
             _backend.run(op, "hnsw_remove", names, self._core, names)
+            self._compact_if_mostly_removed(op, num_threads)
+
+    def compact(self, *, num_threads: int | None = None) -> None:
+        """Give back the memory of removed vectors, and the time that searches take to pass through them.
+
+        Parameters
+        ----------
+        num_threads : int, optional
+            CPU threads; the process setting when None.
+
+        Raises
+        ------
+        ValueError
+            A frozen index.
+        KeyboardInterrupt
+            Ctrl-C ends the call within a second; the index is as it was before.
+
+        Notes
+        -----
+        Links to removed vectors give way to links to those that these led to, the best of them as `add` chooses: a
+        fraction of the time to add all, the shorter the fewer are removed. Where more than half are removed, the others
+        are linked anew, as if they were added now in one call; links of `fit_queries` are lost then. The index is
+        written beside the old one, and searches may run meanwhile.
+
+        References
+        ----------
+        Singh et al. 2021: FreshDiskANN, section 4.2 (links past removed vectors).
+
+        Examples
+        --------
+        >>> import numpy as np, polyvec as pv
+        >>> index = pv.hnsw.Index(2, metric="l2")
+        >>> index.add(np.array([[0, 0], [3, 0], [0, 4]], np.float32), [10, 20, 30])
+        >>> index.remove([10])
+        >>> index.compact()
+        >>> index.ids
+        array([20, 30])
+        """
+        op = "hnsw.Index.compact"
+        if self.frozen:
+            raise ValueError(f"{op}: index must not be frozen, got one that freeze returned")
+        with self._changing:
+            if self._core.slots() > len(self):
+                self._core = _core.hnsw_compact(self._core, _backend.threads(op, num_threads))
+
+    def _compact_if_mostly_removed(self, op: str, num_threads: int | None) -> None:
+        threads = _backend.threads(op, num_threads)
+        if self._core.slots() > 2 * len(self):
+            self._core = _core.hnsw_compact(self._core, threads)
 
     def fit_queries(
         self, queries: Array, *, k: int = 100, progress: Progress = None, num_threads: int | None = None
@@ -455,8 +513,9 @@ class Index(_files.Saved):
         Returns
         -------
         Index
-            With the same ids, vectors and parameters, and `frozen` true. Its `add` and `remove` are refused: change
-            this index and freeze it again. It is searched, saved and loaded as any index.
+            With the same ids, vectors and parameters, and `frozen` true, without what was removed (see `compact`). Its
+            `add` and `remove` are refused: change this index and freeze it again. It is searched, saved and loaded as
+            any index.
 
         Raises
         ------
@@ -533,8 +592,9 @@ class Index(_files.Saved):
         The tensors are `vectors`, `links`, `levels`, `upper_links`, `ids`, `removed`, with "int8" `codes` and
         `factors`, and frozen `codes` and `frame` (c, and the signs that make R). bfloat16 is written as its bits (U16).
         """
-        tensors, entry = _core.hnsw_state(self._core)
-        return State(tensors, {**self._params, "entry": entry, **({"frozen": True} if self.frozen else {})})
+        tensors, entry, largest_id = _core.hnsw_state(self._core)
+        params = {**self._params, "entry": entry, "largest_id": largest_id}
+        return State(tensors, {**params, **({"frozen": True} if self.frozen else {})})
 
     @classmethod
     def from_state(cls, state: State) -> Index:
@@ -555,9 +615,10 @@ class Index(_files.Saved):
             A state that does not fit together.
         """
         params = dict(state.params)
-        entry, frozen = params.pop("entry"), params.pop("frozen", False)
+        graph = {"entry": params.pop("entry"), "largest_id": params.pop("largest_id", -1)}
+        graph["frozen"] = params.pop("frozen", False)
         index = cls(**params)
-        index._core = _core.hnsw_load(**index._core_params(), frozen=frozen, entry=entry, tensors=dict(state.tensors))
+        index._core = _core.hnsw_load(**index._core_params(), **graph, tensors=dict(state.tensors))
         return index
 
     def __reduce__(self) -> tuple[Any, ...]:

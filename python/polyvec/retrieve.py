@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from polyvec import _backend, _files, fde, hypercomplex, maxsim, scan
-from polyvec._arrays import as_array, as_count, as_ids, as_selection, choice, is_torch, outputs
+from polyvec._arrays import as_array, as_count, as_id, as_ids, as_selection, choice, is_torch, outputs
 from polyvec._first_stages import FIRST_STAGES, first_stage_of
 from polyvec._progress import Progress, reporting
 from polyvec._ragged import Ragged, as_ragged
@@ -102,7 +102,8 @@ class MultiVectorIndex(_files.Saved):
         return int(np.count_nonzero(self._names() >= 0))
 
     def __contains__(self, id: int) -> bool:  # noqa: A002 (the word of the glossary)
-        return id >= 0 and bool((self._ids.view() == id).any())
+        number = as_id("MultiVectorIndex", id)
+        return number is not None and number >= 0 and bool((self._ids.view() == number).any())
 
     def __repr__(self) -> str:
         storage = "" if self.storage == "float32" else f", storage={self.storage!r}"
@@ -226,7 +227,7 @@ class MultiVectorIndex(_files.Saved):
         Notes
         -----
         The memory of removed documents is given back when they are a quarter of all, by a copy of the rest ("hnsw"
-        keeps their encodings as way-marks of the graph).
+        keeps their encodings as way-marks of the graph until they are half of all).
         """
         op = "MultiVectorIndex.remove"
         numbers = self._numbers(op, ids)
@@ -296,9 +297,9 @@ class MultiVectorIndex(_files.Saved):
             How many documents the first stage hands to MaxSim, at least k; max(k, 200) by default. More is slower and
             closer to the result of scoring all; with as many as may be found, the first stage is not needed and the
             result is just that.
-        include : integer array of shape (c,) or bool array of shape (c,), optional
+        include : integer array of shape (c,) or iterable of ids, or bool array of shape (c,), optional
             Which documents may be found: their ids (others than the index has are passed over), or a mask over the ids
-            0 to c - 1. All when None.
+            0 to c - 1: 0 and 1 of an integer dtype are ids. All when None.
         out : pair of arrays, optional
             (scores, ids) of the returned shapes and dtypes.
         num_threads : int, optional

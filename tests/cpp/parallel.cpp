@@ -91,6 +91,22 @@ void the_interrupt_hook_stops_the_work_of_all_threads() {
         }
         check(stopped && done < 4000, "the work stops soon");
     }
+    for (const int threads : {1, 4}) {
+        std::this_thread::sleep_for(60ms);
+        std::atomic<int> stopped{0};
+        try {
+            parallel_for(4, 1, threads, [&](std::int64_t, std::int64_t, int) {
+                try {
+                    for (;;) check_interrupt();
+                } catch (const Interrupted&) {
+                    ++stopped;
+                    throw;
+                }
+            });
+        } catch (const Interrupted&) {
+            check(stopped >= 1 && stopped <= threads, "a long body stops where it asks, on every thread");
+        }
+    }
     set_interrupt_hook(nullptr);
 }
 

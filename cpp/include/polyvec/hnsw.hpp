@@ -83,6 +83,7 @@ struct HnswState {
     Array ids;                // (n,) int64
     Array removed;            // (n,) bool
     std::int64_t entry = -1;  // a slot of the highest level; -1 when there is none
+    std::int64_t largest_id = -1;       // ever added; may be larger than all of `ids`
     std::shared_ptr<const void> owner;  // keeps the arrays' memory alive
 };
 
@@ -106,7 +107,8 @@ public:
     static constexpr const char *add_op = "hnsw.Index.add", *search_op = "hnsw.Index.search",
                                 *get_op = "hnsw.Index.get", *remove_op = "hnsw.Index.remove",
                                 *ids_op = "hnsw.Index.ids", *load_op = "hnsw.Index.load",
-                                *freeze_op = "hnsw.Index.freeze", *fit_op = "hnsw.Index.fit_queries";
+                                *freeze_op = "hnsw.Index.freeze", *fit_op = "hnsw.Index.fit_queries",
+                                *compact_op = "hnsw.Index.compact";
 
     explicit HnswIndex(const HnswParams& params);
 
@@ -120,6 +122,8 @@ public:
 
     /// Vectors that are not removed.
     std::int64_t size() const;
+    /// With the removed ones that still take memory.
+    std::int64_t slots() const;
     /// Bytes of memory that the vectors and the graph take (mapped files count).
     std::int64_t bytes() const;
     bool contains(std::int64_t id) const;
@@ -138,6 +142,9 @@ public:
     void remove(const Array& ids);
     /// Links slots from[i] and to[i] (n,) both ways at level 0, in this order, where rows have room. -1: none.
     void link(const Array& from, const Array& to);
+
+    /// A copy without the slots of removed vectors.
+    std::unique_ptr<HnswIndex> compacted(Cpu cpu) const;
 
     /// A copy that cannot be changed, with slots in the order of the walk and codes of two bits an element.
     std::unique_ptr<HnswIndex> freeze(Cpu cpu) const;
@@ -158,6 +165,7 @@ private:
     void require_not_frozen(const char* op) const;
     void check_new(const char* op, const Array& ids) const;
     void make_writable(std::int64_t more);
+    std::shared_ptr<Graph> without_removed(Cpu cpu) const;
 
     HnswParams params_;
     std::shared_ptr<Graph> graph_;

@@ -21,7 +21,8 @@ void parallel_for(std::int64_t n, std::int64_t grain, int num_threads, const Bod
 /// How many workers parallel_for will use at most for these arguments (>= 1): how much scratch to allocate.
 int workers_for(std::int64_t n, std::int64_t grain, int num_threads);
 
-/// Throws Interrupted when the user pressed Ctrl-C. Long serial loops on the calling thread call it now and then.
+/// Throws Interrupted when the user pressed Ctrl-C. Long serial loops call it now and then; within a body, on any
+/// thread, where rows are of no use once parallel_for throws: this one is not finished then.
 void check_interrupt();
 
 int get_num_threads();
