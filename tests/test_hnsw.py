@@ -283,12 +283,12 @@ def test_more_threads_build_a_graph_as_good(rng):
 
 @pytest.mark.parametrize("metric", ["cosine", "l2"])
 @pytest.mark.parametrize("dtype", ["float32", *HALVES])
-@pytest.mark.parametrize(("n", "d"), [(1500, 12), (2500, 3), (2500, 12)])
-def test_knn_graph(rng, isa, metric, dtype, n, d):
+@pytest.mark.parametrize(("n", "d", "probes"), [(1500, 12, None), (2500, 3, None), (2500, 12, None), (2500, 12, 40)])
+def test_knn_graph(rng, isa, metric, dtype, n, d, probes):
     x = sample(rng, n, d)
     given = x if dtype == "float32" else arrays_of(x, dtype)[1]
     x = rounded(x, dtype)
-    indptr, indices, distances = pv.hnsw.knn_graph(given, 9, metric=metric)
+    indptr, indices, distances = pv.hnsw.knn_graph(given, 9, metric=metric, probes=probes)
     assert (indptr.dtype, indices.dtype, distances.dtype) == (np.int64, np.int64, np.float32)
     assert_exact(indptr, np.arange(0, n * 9 + 1, 9))
     found, distances = indices.reshape(n, 9), distances.reshape(n, 9)
@@ -298,7 +298,7 @@ def test_knn_graph(rng, isa, metric, dtype, n, d):
     exact = np.take_along_axis(ref.score(x, x, metric), found, 1)
     size = np.take_along_axis(scale(x, x, metric), found, 1) + 1
     assert_reduction(distances, exact if metric == "l2" else 1 - exact, size, length=d)
-    again = pv.hnsw.knn_graph(given, 9, metric=metric, num_threads=7)
+    again = pv.hnsw.knn_graph(given, 9, metric=metric, probes=probes, num_threads=7)
     assert_exact(again[1], indices)
 
 
@@ -333,19 +333,78 @@ def test_knn_graph_compares_all_where_clusters_have_too_few(rng, metric, dtype, 
     assert ref.recall(found, ref.neighbors(x, k, metric)[1]) > 0.999
 
 
-def recall_of_graph(x, metric):
+def recall_of_graph(x, metric="l2", **options):
     """Of 15 neighbours, of some rows."""
     some = np.arange(0, len(x), 17)
     own = np.arange(len(some) + 1), some
     truth = pv.scan.topk(x[some], x, 15, metric=metric, exclude=own)[1]
-    return ref.recall(pv.hnsw.knn_graph(x, 15, metric=metric)[1].reshape(-1, 15)[some], truth)
+    return ref.recall(pv.hnsw.knn_graph(x, 15, metric=metric, **options)[1].reshape(-1, 15)[some], truth)
 
 
 @pytest.mark.parametrize("d", [97, 200, 800])
 def test_recall_of_a_graph_of_any_width(rng, d):
     """Subspaces of several dimensions, the last ones padded."""
     x = sample(rng, 3000, 16) @ sample(rng, 16, d)
-    assert recall_of_graph(x + sample(rng, 3000, d), "l2") > 0.97
+    assert recall_of_graph(x + sample(rng, 3000, d), probes=40) > 0.96
+
+
+def with_outlier(rng, x):
+    x[0] *= 30
+    return x
+
+
+def with_outliers(rng, x):
+    x[::100] *= 30
+    return x
+
+
+def with_column_of_another_scale(rng, x):
+    x[:, 0] *= 10
+    return x
+
+
+def with_heavy_tails(rng, x):
+    return rng.standard_t(3, (len(x), 32)).astype(np.float32)
+
+
+def exponential(rng, x):
+    return np.exp(x / x.std())
+
+
+@pytest.mark.parametrize(
+    ("change", "least"),
+    [
+        (with_outlier, 0.98),
+        (with_outliers, 0.92),
+        (with_column_of_another_scale, 0.97),
+        (with_heavy_tails, 0.95),
+        (exponential, 0.97),
+    ],
+)
+def test_recall_of_a_graph_of_uneven_values(rng, isa, change, least):
+    """By codes alone, on every level: tables of bytes keep what tells near rows apart."""
+    x = sample(rng, 8000, 12) @ sample(rng, 12, 128) + 0.1 * sample(rng, 8000, 128)
+    assert recall_of_graph(change(rng, x), probes=40) > least
+
+
+def test_knn_graph_compares_all_where_codes_do_not_suffice(rng):
+    """Norms of rows over orders of magnitude: codewords are for the long ones, short ones all have the same code."""
+    x = sample(rng, 15_000, 12) @ sample(rng, 12, 64) + 0.1 * sample(rng, 15_000, 64)
+    x *= np.exp(2 * sample(rng, 15_000, 1))
+    assert recall_of_graph(x, probes=40) < 0.9
+    calls = []
+    assert recall_of_graph(x, progress=lambda done, total: calls.append((done, total))) > 0.999
+    assert calls[-1] == (15_000, 15_000)
+    assert (30_000, 30_000) in calls
+
+
+def test_knn_graph_of_many_neighbours_compares_all(rng):
+    x, k, calls = sample(rng, 4000, 32), 300, []
+    _, indices, _ = pv.hnsw.knn_graph(x, k, progress=lambda done, total: calls.append((done, total)))
+    assert calls[-1] == (4000, 4000)
+    some = np.arange(0, 4000, 40)
+    truth = pv.scan.topk(x[some], x, k, metric="l2", exclude=(np.arange(len(some) + 1), some))[1]
+    assert_exact(indices.reshape(-1, k)[some], truth)
 
 
 def test_recall_of_a_graph_of_real_vectors(data):
@@ -359,12 +418,15 @@ def test_recall_of_a_graph_of_real_vectors(data):
     with gzip.open(data / "mnist-t10k" / "t10k-images-idx3-ubyte.gz") as file:
         images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 784)
     assert recall_of_graph(images.astype(np.float32), "l2") > 0.98
+    spread = images.std(0)
+    assert recall_of_graph((images / np.where(spread > 0, spread, 1)).astype(np.float32), "l2") > 0.97
 
 
 def test_knn_graph_reports_progress_and_stops(rng):
     x, calls = sample(rng, 3000, 8), []
-    pv.hnsw.knn_graph(x, 5, progress=lambda done, total: calls.append((done, total)))
-    assert calls[-1] == (6000, 6000)
+    for probes in (40, None):
+        pv.hnsw.knn_graph(x, 5, probes=probes, progress=lambda done, total: calls.append((done, total)))
+    assert [call for call in calls if call[0] == call[1]] == [(6000, 6000), (3000, 3000)]
 
     def stop(done, total):
         raise KeyboardInterrupt

@@ -100,22 +100,32 @@ POLYVEC_INLINE auto first_bytes(Vec<uint8_t> v) noexcept {
     return first_bytes_of(v, typename LaneRange<0, L>::type{});
 }
 
-void round_down(const PqTables& t, const float* tables, uint8_t* out, PqRounding& rounding) noexcept {
+void round_down(const PqTables& t, const float* tables, double near, uint8_t* out, PqRounding& rounding) noexcept {
+    constexpr double reach = 32;  // a byte that saturates tells this many times what near codes differ on average
     const bool nibbles = t.ksub == 16, in_nodes = nibbles && has_nodes;
     float widest = 0, width = 0, most;  // of what is added up in one byte
-    size_t rounded = 0, steps = 0, previous = ~size_t{};
+    double best = 0;
+    size_t rounded = 0, n_bytes = 0, steps = 0, previous = ~size_t{};
+    const auto shares_byte = [&](size_t k) {  // with the one before
+        return in_nodes && 0 < k && k < t.n_subspaces && t.subspaces[k] / 2 == t.subspaces[k - 1] / 2;
+    };
     rounding = {};
     for (size_t k = 0; k < t.n_subspaces; ++k) {
         const size_t s = static_cast<size_t>(t.subspaces[k]);
         const float least = least_of(tables + s * t.ksub, t.ksub, most);
         rounding.offset += static_cast<double>(least);
         rounding.size += static_cast<double>(-least > most ? -least : most);
+        best += static_cast<double>(most);
         rounded += most > least;
         steps += k == 0 || s / 8 != previous / 8;
-        width = (in_nodes && k > 0 && s / 2 == previous / 2 ? width : 0) + (most - least);
+        n_bytes += !shares_byte(k);
+        width = (shares_byte(k) ? width : 0) + (most - least);
         if (width > widest) widest = width;
         previous = s;
     }
+    const double range = reach * (best - near) / static_cast<double>(n_bytes);
+    const bool saturates = range < static_cast<double>(widest) && range > 0x1p-20 * static_cast<double>(widest);
+    if (saturates) widest = static_cast<float>(range);
     rounding.step = static_cast<double>(widest) / 255;
     rounding.lost = static_cast<double>(rounded);
     rounding.most = static_cast<int32_t>(255 * rounded);
@@ -129,13 +139,25 @@ void round_down(const PqTables& t, const float* tables, uint8_t* out, PqRounding
         rounding.most = static_cast<int32_t>(255 * nodes);
     }
     const float scale = widest > 0 ? 255 / widest : 0;
+    float taken = 0;  // of the byte by the first of two
     for (size_t k = 0; k < t.n_subspaces; ++k) {
         const size_t s = static_cast<size_t>(t.subspaces[k]);
         const float* table = tables + s * t.ksub;
         uint8_t* bytes = out + place(s, nibbles);
-        const float least = least_of(table, t.ksub, most);
+        float least = least_of(table, t.ksub, most);
+        if (saturates) {
+            float room = widest - (shares_byte(k) ? taken : 0);
+            if (shares_byte(k + 1)) {
+                float next_most;
+                const float next_least = least_of(table + t.ksub, t.ksub, next_most);
+                room -= min(next_most - next_least, widest / 2);
+            }
+            taken = min(most - least, room);
+            least = most - taken;
+        }
         for (size_t c = 0; c < t.ksub; c += L) {
-            const Vec<float> steps = min((load(table + c) - broadcast(least)) * broadcast(scale), broadcast(255.0f));
+            const Vec<float> over = max(load(table + c) - broadcast(least), Vec<float>{});
+            const Vec<float> steps = min(over * broadcast(scale), broadcast(255.0f));
             const auto whole = (Vec<uint8_t>)__builtin_convertvector(steps, Vec<int32_t>);
             *reinterpret_cast<typename VecOf<uint8_t, L>::unaligned*>(bytes + c) = first_bytes(whole);
         }

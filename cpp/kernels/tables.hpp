@@ -371,8 +371,12 @@ struct PqKernels {
     std::size_t most_queries;  // of select_nibbles; it takes 1, 2, 4, ... of them
     /// out (count, stride): what each codeword adds to a score, (m, ksub) of them a query.
     void (*entries)(const PqTables&, float* out) noexcept;
-    /// One query's entries in 8 bits: 128 bytes a step of 4-bit codes, 256 a step of 8-bit ones.
-    void (*round_down)(const PqTables&, const float* tables, std::uint8_t* out, PqRounding& rounding) noexcept;
+    /// One query's entries in 8 bits: 128 bytes a step of 4-bit codes, 256 a step of 8-bit ones. Where `near`, the
+    /// score of codes that are to be told apart, is finite, entries far below the best of their subspace may saturate,
+    /// so that the others are rounded less: sums put such codes in order, and `rounding` bounds no score. -inf: none
+    /// saturate.
+    void (*round_down)(const PqTables&, const float* tables, double near, std::uint8_t* out,
+                       PqRounding& rounding) noexcept;
     /// out[column][row] = in[row][column].
     void (*transpose_bytes)(const std::uint8_t* in, std::size_t rows, std::size_t columns, std::size_t in_stride,
                             std::uint8_t* out, std::size_t out_stride) noexcept;

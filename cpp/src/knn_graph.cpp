@@ -20,7 +20,7 @@ class Candidates {
 public:
     Candidates(std::int64_t rows, std::int64_t kept, int sum_bits)
         : kept_(kept),
-          room_(kept + 32),
+          room_(kept + std::max<std::int64_t>(32, kept / 4)),
           sum_bits_(sum_bits),
           kernel_(*kernels().pq),
           sums_(rows * room_),
@@ -109,6 +109,7 @@ public:
           ends_(clusters_),
           together_(most_),
           floor_(most_) {
+        std::fill_n(entries_.get(), tables_at_once * table_size(op), 0.0f);  // codes are padded
         std::iota(subspaces_.begin(), subspaces_.end(), 0);
         std::iota(steps_.begin(), steps_.end(), 0);
     }
@@ -134,7 +135,7 @@ public:
     }
 
 private:
-    static constexpr std::int64_t tables_at_once = 16, most_blocks = 512;
+    static constexpr std::int64_t tables_at_once = 16, most_blocks = 512, some_members = 8;
 
     std::uint8_t* table(std::int64_t own) { return tables_.get() + own * table_size(op_); }
 
@@ -155,9 +156,30 @@ private:
                                   static_cast<std::size_t>(size)};
             kernel_.entries(tables, entries_.get());
             PqRounding rounding;
-            for (std::int64_t q = 0; q < count; ++q)
-                kernel_.round_down(tables, entries_.get() + q * size, table(i + q), rounding);
+            for (std::int64_t q = 0; q < count; ++q) {
+                const float* entries = entries_.get() + q * size;
+                kernel_.round_down(tables, entries, score_of_near(first_ + i + q, entries), table(i + q), rounding);
+            }
         }
+    }
+
+    /// The median score of some codes of the row's own cluster.
+    double score_of_near(std::int64_t row, const float* entries) {
+        std::int64_t members[some_members];
+        float scores[some_members];
+        const std::int64_t cluster = std::upper_bound(begins_, begins_ + clusters_, row) - begins_ - 1;
+        const std::int64_t begin = begins_[cluster], size = begins_[cluster + 1] - begin;
+        const std::int64_t count = std::min(size, some_members);
+        for (std::int64_t i = 0; i < count; ++i) members[i] = begin + i * size / count;
+        const PqScores codes{op_.blocks.as<const std::uint8_t>(),
+                             static_cast<std::size_t>(columns_),
+                             static_cast<std::size_t>(block_codes),
+                             entries,
+                             steps_.data(),
+                             steps_.size()};
+        kernel_.score_nibbles(codes, members, static_cast<std::size_t>(count), scores);
+        std::nth_element(scores, scores + count / 2, scores + count);
+        return static_cast<double>(scores[count / 2]);
     }
 
     /// How many of `left` queries are scanned together.

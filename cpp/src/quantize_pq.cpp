@@ -537,7 +537,8 @@ private:
             const PqTables tables = shape_.tables(first + q, 1, active[q]);
             if (!all_active) kernel_.entries(tables, entries);
             PqRounding rounding;
-            kernel_.round_down(tables, entries, own.tables.get() + q * table_size(), rounding);
+            constexpr double near = -std::numeric_limits<double>::infinity();
+            kernel_.round_down(tables, entries, near, own.tables.get() + q * table_size(), rounding);
             // float32 sums of m entries are off by less than this
             rounding.size *= static_cast<double>(shape_.m + 8) * std::numeric_limits<float>::epsilon();
             candidates.emplace_back(rounding, shape_.k, threshold(first + q));

@@ -371,6 +371,15 @@ class ScalarQuantizer(IntegerCodec):
         return np.maximum(np.sqrt(np.maximum(scores, 0)) - lost, 0) ** 2
 
 
+def rotation_signs(dim: int, seed: int) -> Floats:
+    """Return what `codes_rotate` rotates by: of each of its rounds the signs, over the root of the length."""
+    power = 1 << (dim.bit_length() - 1)
+    signs: Floats = np.random.default_rng(seed).choice(np.array([-1, 1], np.float32), (4, dim))
+    signs[0::2, :power] *= np.float32(power**-0.5)
+    signs[1::2, dim - power :] *= np.float32(power**-0.5)
+    return signs
+
+
 class RaBitQ(IntegerCodec):
     """Codes of 1 to 8 bits a dimension of randomly rotated vectors, with unbiased scores and a bound on their error.
 
@@ -459,11 +468,7 @@ class RaBitQ(IntegerCodec):
         for begin in range(0, len(sample), _BLOCK_ROWS):
             total += self._block(op, sample, begin, num_threads).sum(0, dtype=np.float64)
         self.centroid = (total / len(sample)).astype(np.float32)
-        power = 1 << (self.dim.bit_length() - 1)
-        signs = np.random.default_rng(self.seed).choice(np.array([-1, 1], np.float32), (4, self.dim))
-        signs[0::2, :power] *= np.float32(power**-0.5)
-        signs[1::2, self.dim - power :] *= np.float32(power**-0.5)
-        self.signs = signs
+        self.signs = rotation_signs(self.dim, self.seed)
         return self
 
     def errors(self, codes: ArrayT) -> ArrayT:
