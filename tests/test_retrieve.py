@@ -185,6 +185,21 @@ def test_removing_everything(rng):
     assert_exact(index.ids, [0, 1])
 
 
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("first_stage", STAGES)
+def test_documents_are_removed_from_a_loaded_index(rng, tmp_path, first_stage, mmap):
+    docs = sample_docs(rng, 300)
+    build(first_stage, docs).save(tmp_path / "index")
+    index = pv.retrieve.MultiVectorIndex.load(tmp_path / "index", mmap=mmap)
+    for ids in ([7, 9], np.arange(100, 250)):
+        index.remove(ids)
+        found = index.search(docs[:100], 1, candidates=50)[1][:, 0]
+        assert_exact(found[[7, 9]] == [7, 9], [False, False])
+        assert (np.delete(found == np.arange(100), [7, 9])).mean() > 0.9
+    index.add(docs[100:250], ids=np.arange(100, 250))
+    assert len(index) == 298
+
+
 def test_a_failed_remove_changes_nothing(rng):
     index = build("hnsw", sample_docs(rng, 5), ids=[5, 3, 8, 1, 9])
     for ids, error, text in (

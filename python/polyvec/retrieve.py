@@ -234,8 +234,10 @@ class MultiVectorIndex(_files.Saved):
         values, counts = np.unique(numbers, return_counts=True)
         if len(values) < len(numbers):
             raise ValueError(f"{op}: ids must be unique, got {self._names()[values[counts > 1][0]]} twice")
+        names = self._names().copy()  # it may lie in a file
+        names[numbers] = -1
+        self._ids = Rows.of(names[:, None])  # from here on they are removed, even if Ctrl-C ends what follows
         self._stage.remove(values)
-        self._ids.view()[numbers] = -1
         alive = self._alive()
         if len(alive) <= 0.75 * len(self._ids):
             self._stage.truncate(len(self._ids))
