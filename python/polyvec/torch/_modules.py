@@ -537,13 +537,16 @@ class RelationScorer(nn.Module):
         tail_ids = tail_ids.long()  # cross_entropy takes no others
         if negatives is None:
             return functional.cross_entropy(self(head_ids, relation_ids), tail_ids)
-        if isinstance(negatives, int):
-            negatives = torch.randint(len(self.entities), (negatives,), device=tail_ids.device)
-        if negatives.ndim == 1:
-            scores = self._scores_among(head_ids, relation_ids, tail_ids, negatives)
+        others: Tensor = (
+            torch.randint(len(self.entities), (negatives,), device=tail_ids.device)
+            if isinstance(negatives, int)
+            else negatives
+        )
+        if others.ndim == 1:
+            scores = self._scores_among(head_ids, relation_ids, tail_ids, others)
         else:
-            scores = self(head_ids, relation_ids, torch.cat([tail_ids[:, None], negatives], 1))
-        right_ones = functional.pad(negatives == tail_ids[:, None], (1, 0))
+            scores = self(head_ids, relation_ids, torch.cat([tail_ids[:, None], others], 1))
+        right_ones = functional.pad(others == tail_ids[:, None], (1, 0))
         return functional.cross_entropy(scores.masked_fill(right_ones, -torch.inf), torch.zeros_like(tail_ids))
 
     def _scores_among(self, head_ids: Tensor, relation_ids: Tensor, tail_ids: Tensor, negatives: Tensor) -> Tensor:
