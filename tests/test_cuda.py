@@ -333,14 +333,11 @@ def test_matches_and_their_gradients_are_those_of_the_cpu(rng, on_device, kernel
     _, expected = pv.maxsim.match(*on_cpu, pairs=pairs)
     assert_exact(rows, expected)
     grad = sample(rng, *on_host(scores).shape, dtype=dtype)
-    for of_docs in (False, True):
-        of = {"of_docs": of_docs}
-        ours = pv.maxsim.match_gradient(*sets, on_device(grad), rows, **of)
-        theirs = pv.maxsim.match_gradient(*on_cpu, grad, expected, **of)
-        size = pv.maxsim.match_gradient(
-            *(pv.Ragged(abs(x.values), x.offsets) for x in on_cpu), abs(grad), expected, **of
-        )
-        assert_reduction(ours, theirs, size, length=20)
+    of = {"of_queries": True, "of_docs": True}
+    sizes = pv.maxsim.match_gradient(*(pv.Ragged(abs(x.values), x.offsets) for x in on_cpu), abs(grad), expected, **of)
+    theirs = pv.maxsim.match_gradient(*on_cpu, grad, expected, **of)
+    for a, b, size in zip(pv.maxsim.match_gradient(*sets, on_device(grad), rows, **of), theirs, sizes, strict=True):
+        assert_reduction(a, b, size, length=20)
 
 
 FDE_SHAPES = [  # d, repetitions, bits, tokens of each document: some do not fit into shared memory
