@@ -27,7 +27,10 @@ constexpr auto interrupt_interval = std::chrono::milliseconds(50);
 
 std::atomic<bool (*)()> interrupt_hook{nullptr};
 thread_local Clock::time_point last_check{};
-thread_local bool inside_body = false;
+
+struct Job;
+thread_local Job* current_job = nullptr;  // whose body this thread is inside
+thread_local bool asks = false;  // whether it called parallel_for for that job: it alone may ask for interrupts
 
 bool interrupted() {
     const auto hook = interrupt_hook.load(std::memory_order_relaxed);
@@ -36,10 +39,6 @@ bool interrupted() {
     last_check = now;
     return hook();
 }
-
-struct Job;
-thread_local Job* current = nullptr;  // whose body this thread is inside
-thread_local bool asks = false;       // whether this thread called parallel_for, the only one that may ask
 
 /// One call of parallel_for: threads take pieces until none is left.
 struct Job {
@@ -60,8 +59,7 @@ struct Job {
 
     /// `caller`: this is the thread that called parallel_for, the only one that may ask for interrupts.
     void work(int worker, bool caller) {
-        inside_body = true;
-        current = this;
+        current_job = this;
         asks = caller;
         try {
             while (!stop.load(std::memory_order_relaxed)) {
@@ -73,7 +71,7 @@ struct Job {
         } catch (...) {
             keep(std::current_exception());
         }
-        inside_body = false;
+        current_job = nullptr;
     }
 };
 
@@ -148,7 +146,7 @@ std::atomic<Pool*> pool{nullptr};
 Pool& get_pool() {
     static const int registered = pthread_atfork(nullptr, nullptr, [] {
         pool = nullptr;
-        inside_body = false;
+        current_job = nullptr;
     });
     (void)registered;
     Pool* current = pool.load();
@@ -222,12 +220,12 @@ void set_interrupt_hook(bool (*hook)()) {
 }
 
 void check_interrupt() {
-    const bool others_stopped = inside_body && current->stop.load(std::memory_order_relaxed);
-    if (others_stopped || ((!inside_body || asks) && interrupted())) throw Interrupted();
+    const bool others_stopped = current_job && current_job->stop.load(std::memory_order_relaxed);
+    if (others_stopped || ((!current_job || asks) && interrupted())) throw Interrupted();
 }
 
 int workers_for(std::int64_t n, std::int64_t grain, int num_threads) {
-    if (inside_body) return 1;
+    if (current_job) return 1;
     const std::int64_t pieces = (n + grain - 1) / grain;
     const std::int64_t threads = num_threads > 0 ? num_threads : get_num_threads();
     return static_cast<int>(std::clamp<std::int64_t>(std::min(pieces, threads), 1, 1024));
@@ -236,7 +234,7 @@ int workers_for(std::int64_t n, std::int64_t grain, int num_threads) {
 void parallel_for(std::int64_t n, std::int64_t grain, int num_threads, const Body& body) {
     if (n <= 0) return;
     grain = std::max<std::int64_t>(1, grain);
-    if (inside_body) {  // already on a worker: no further split, no interrupt checks
+    if (current_job) {  // already on a worker: no further split, no interrupt checks
         for (std::int64_t begin = 0; begin < n; begin += grain) body(begin, std::min(begin + grain, n), 0);
         return;
     }
