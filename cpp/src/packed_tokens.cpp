@@ -8,6 +8,7 @@
 
 #include "polyvec/narrow.hpp"
 #include "polyvec/parallel.hpp"
+#include "tables.hpp"
 
 namespace polyvec {
 namespace {
@@ -154,7 +155,8 @@ void run(const MaxsimDecode& op, Cpu cpu) {
     const StoredTokens& docs = op.docs;
     const std::int64_t d = op.out.dim(1), width = docs.tokens.dim(1);
     const bool bytes = docs.tokens.dtype == DType::u8;
-    const auto widened = docs.format() == StoredTokens::bfloat16 ? from_bfloat16 : from_float16;
+    const DistanceKernels& rows = *kernels().distance;
+    const HalfKernels& half = docs.format() == StoredTokens::bfloat16 ? rows.bf16_by_slot : rows.f16_by_slot;
     const Decoder decoder(docs);
     parallel_for(op.out.dim(0), token_block, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
         for (std::int64_t t = begin; t < end; ++t) {
@@ -167,7 +169,7 @@ void run(const MaxsimDecode& op, Cpu cpu) {
             } else if (docs.format() == StoredTokens::centroid) {
                 std::copy_n(docs.centroids.as<const float>() + *halves * d, d, out);
             } else {
-                std::transform(halves, halves + d, out, widened);
+                half.widen(halves, static_cast<std::size_t>(d), out);
             }
         }
     });

@@ -7,6 +7,9 @@
 
 namespace polyvec {
 
+/// Elements of int8 vectors whose products sum within 31 bits.
+constexpr std::int64_t most_int8 = 1 << 17;
+
 enum class DType : std::uint8_t { f64, f32, f16, bf16, i64, i32, i8, u64, u32, u16, u8, boolean };
 
 constexpr std::size_t size_of(DType dtype) {

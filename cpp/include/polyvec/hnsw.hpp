@@ -52,7 +52,7 @@ struct HnswParams {
         require(code_width() == 0 || dim <= most_coded, op, "dim must be at most 131072 with int8, got ", dim);
     }
 
-    static constexpr std::int64_t most_coded = 1 << 17;  // elements of a vector with codes
+    static constexpr std::int64_t most_coded = most_int8;  // elements of a vector with codes
 
     std::int64_t vector_bytes() const { return dim * static_cast<std::int64_t>(size_of(kept)); }
 

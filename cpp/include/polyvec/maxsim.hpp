@@ -131,7 +131,6 @@ struct MaxsimCertifiedTopk {
 
     void validate() const {
         require_pair(op, queries, docs);
-        require(queries.dim() <= 1 << 17, op, "docs must have a width of at most 131072, got ", queries.dim());
         require(static_cast<bool>(docs.scales), op, "packed must be int8 or residual codes");
         require_bounds(op, bounds, docs);
         require_pair(op, queries, {exact, {}, {}, {}, {}});

@@ -25,16 +25,6 @@ inline std::uint16_t to_float16(float x) {
     return static_cast<std::uint16_t>(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13));
 }
 
-inline float from_bfloat16(std::uint16_t x) {
-    return std::bit_cast<float>(static_cast<std::uint32_t>(x) << 16);
-}
-
-/// Of finite values.
-inline float from_float16(std::uint16_t x) {
-    const float magnitude = std::bit_cast<float>((x & 0x7fffu) << 13) * 0x1p112f;  // subnormals become normal
-    return std::copysign(magnitude, x & 0x8000 ? -1.0f : 1.0f);
-}
-
 /// codes = zero + x / scale, rounded to even; `zero` where all of x is. Returns the scale; the values are finite.
 template <int zero, class Code>
 float to_int8(const float* x, std::int64_t d, Code* codes) {

@@ -77,11 +77,9 @@ struct ScanItems {
     }
 };
 
-/// Sums of products of int8 fit into 31 bits.
 inline void require_summable(const char* op, const ScanItems& items) {
-    constexpr std::int64_t most = 1 << 17;
-    require(items.rows.dtype != DType::i8 || items.rows.dim(1) <= most, op, items.rows.name,
-            " must have a width of at most ", most, " in int8, got ", items.rows.dim(1));
+    require(items.rows.dtype != DType::i8 || items.rows.dim(1) <= most_int8, op, items.rows.name,
+            " must have a width of at most ", most_int8, " in int8, got ", items.rows.dim(1));
 }
 
 /// What all but nearest have in common. `in_panels`: queries share the items' products.

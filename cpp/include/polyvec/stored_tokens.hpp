@@ -76,7 +76,8 @@ struct StoredTokens : TokenSets {
         require_offsets(op, offsets, n);
         if (tokens.dtype == DType::u8) {
             require_entries(op, scales, DType::f32, n);
-            require(d <= 1 << 17, op, "docs must have a width of at most ", 1 << 17, " in int8 and residuals, got ", d);
+            require(d <= most_int8, op, "docs must have a width of at most ", most_int8, " in int8 and residuals, got ",
+                    d);
         }
         if (centroids) {
             require_ndim(op, centroids, 2);
