@@ -38,6 +38,14 @@ def build(first_stage, docs, storage="float32", **arguments):
     return index
 
 
+def assert_same_results(index, other, queries):
+    """By the first stage, and without."""
+    for candidates in (20, 300):
+        found, expected = (each.search(queries, 10, candidates=candidates) for each in (index, other))
+        for a, b in zip(found, expected, strict=True):
+            assert_exact(a, b)
+
+
 STAGES = ["centroids", "hnsw", "pq", "flat"]
 STORAGES = ["bfloat16", "float16", "int8", "residual4", "residual2"]
 
@@ -109,13 +117,7 @@ def test_tokens_are_kept_as_packed_ones_are(rng, tmp_path, storage, mmap):
     loaded = pv.retrieve.MultiVectorIndex.load(tmp_path / "index", mmap=mmap)
     assert repr(loaded) == repr(index)
     assert repr(index).endswith(f"first_stage='flat', storage='{storage}')")
-    for candidates in (20, 300):
-        for a, b in zip(
-            index.search(queries, 10, candidates=candidates),
-            loaded.search(queries, 10, candidates=candidates),
-            strict=True,
-        ):
-            assert_exact(a, b)
+    assert_same_results(index, loaded, queries)
     more = sample_docs(rng, 3)
     for each in (index, loaded):
         each.add(more)
@@ -287,13 +289,7 @@ def test_a_saved_index_gives_the_same_results(rng, tmp_path, first_stage):
     loaded = pv.retrieve.MultiVectorIndex.load(tmp_path / "index.safetensors")
     for again in (loaded, pv.retrieve.MultiVectorIndex.from_state(index.state())):
         assert repr(again) == repr(index)
-        for candidates in (20, 300):
-            for a, b in zip(
-                index.search(queries, 5, candidates=candidates),
-                again.search(queries, 5, candidates=candidates),
-                strict=True,
-            ):
-                assert_exact(a, b)
+        assert_same_results(index, again, queries)
     loaded.add(sample_docs(rng, 3))
     assert len(loaded) == 303
 

@@ -230,8 +230,10 @@ class GraphStage(EncodedStage):
 
     def remove(self, numbers: Numbers) -> None:
         if len(numbers):
-            names = self._names.view()[numbers, 0]
-            self._index.remove(names[np.isin(names, self._index.ids)])
+            self._drop(self._names.view()[numbers, 0])
+
+    def _drop(self, names: Numbers) -> None:
+        self._index.remove(names[np.isin(names, self._index.ids)])
 
     def keep(self, numbers: Numbers) -> None:
         self._names = Rows.of(self._names.view()[numbers])
@@ -240,7 +242,7 @@ class GraphStage(EncodedStage):
         first = int(self._names.view()[-1, 0]) + 1 if len(self) else 0
         names = np.arange(first, first + len(encodings))
         if len(names) and first in self._index:  # a call that was cut short may have left some
-            self._index.remove(names[np.isin(names, self._index.ids)])
+            self._drop(names)
         self._index.add(encodings, names, num_threads=num_threads)
         self._names.append(names[:, None])
 

@@ -279,8 +279,7 @@ class Refined(Saved):
             if scanned:
                 coarse, found = self._nearest(op, few, encoded, wanted, chosen, num_threads)
             else:
-                options = {} if chosen is None else {"include": chosen}
-                coarse, found = self.codec.search(few, encoded.codes, wanted, num_threads=num_threads, **options)
+                coarse, found = self.codec.search(few, encoded.codes, wanted, include=chosen, num_threads=num_threads)
             candidates = _with(found, far)
             self._rescore(op, rows, encoded, todo, candidates, (scores, ids), num_threads)
             rescored[todo] = taking_part if scanned else (candidates >= 0).sum(1)

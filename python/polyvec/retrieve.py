@@ -95,11 +95,12 @@ class MultiVectorIndex(_files.Saved):
             raise ValueError(f"{op}: encoder must have dim {self.dim}, got {encoder.dim}")
         self.encoder = encoder
         self._ids = Rows(1, np.int64)  # -1: removed
+        self._num_removed = 0  # of these: searches need not look at all ids
         self._tokens = TokenStore(self.dim, self.storage)
         self._stage = first_stage_of(first_stage, self.dim, encoder)
 
     def __len__(self) -> int:
-        return int(np.count_nonzero(self._names() >= 0))
+        return len(self._ids) - self._num_removed
 
     def __contains__(self, id: int) -> bool:  # noqa: A002 (the word of the glossary)
         number = as_id("MultiVectorIndex", id)
@@ -236,14 +237,17 @@ class MultiVectorIndex(_files.Saved):
             raise ValueError(f"{op}: ids must be unique, got {self._names()[values[counts > 1][0]]} twice")
         names = self._names().copy()  # it may lie in a file
         names[numbers] = -1
-        self._ids = Rows.of(names[:, None])  # from here on they are removed, even if Ctrl-C ends what follows
+        self._take_ids(names)  # from here on they are removed, even if Ctrl-C ends what follows
         self._stage.remove(values)
-        alive = self._alive()
-        if len(alive) <= 0.75 * len(self._ids):
+        if len(self) <= 0.75 * len(self._ids):
+            alive = self._alive()
             self._stage.truncate(len(self._ids))
             self._stage.keep(alive)
             self._tokens.keep(alive)
-            self._ids = Rows.of(self._ids.view()[alive])
+            self._take_ids(names[alive])
+
+    def _take_ids(self, names: npt.NDArray[np.int64]) -> None:
+        self._ids, self._num_removed = Rows.of(names[:, None]), int(np.count_nonzero(names < 0))
 
     def get(self, ids: Any, *, num_threads: int | None = None) -> Ragged:
         """Return the tokens of documents.
@@ -270,14 +274,18 @@ class MultiVectorIndex(_files.Saved):
     def _numbers(self, op: str, ids: Any) -> npt.NDArray[np.int64]:
         """Return the numbers of the documents `ids`, which must be in the index."""
         wanted = np.asarray(as_ids(op, "ids", ids))
-        order = np.argsort(self._names(), kind="stable")
-        at = np.searchsorted(self._names(), wanted, sorter=order)
-        numbers = np.append(order, 0)[at]
-        there = (at < len(order)) & (wanted >= 0)
-        there[there] = self._names()[numbers[there]] == wanted[there]
-        if not there.all():
-            raise IndexError(f"{op}: ids must be in the index, got {wanted[~there][0]}")
+        distinct, places = np.unique(wanted, return_inverse=True)
+        held = self._held(distinct)
+        numbers = np.full(len(distinct), -1)
+        numbers[np.searchsorted(distinct, self._names()[held])] = held
+        numbers = numbers[places]
+        if (numbers < 0).any():
+            raise IndexError(f"{op}: ids must be in the index, got {wanted[numbers < 0][0]}")
         return numbers
+
+    def _held(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the numbers of the documents that have one of `ids`, rising."""
+        return np.flatnonzero(np.isin(self._names(), ids[ids >= 0]))
 
     def search(
         self,
@@ -335,13 +343,10 @@ class MultiVectorIndex(_files.Saved):
 
     def _included(self, op: str, include: Any) -> npt.NDArray[np.int64] | None:
         """Return the numbers of the documents that may be found, rising; None for all."""
-        chosen, names = as_selection(op, "include", include, None), self._names()
+        chosen = as_selection(op, "include", include, None)
         if chosen is None:
-            alive = self._alive()
-            return None if len(alive) == len(names) else alive
-        if chosen.dtype == bool:
-            chosen = np.flatnonzero(chosen)
-        return np.flatnonzero(np.isin(names, chosen[chosen >= 0]))
+            return self._alive() if self._num_removed else None
+        return self._held(np.flatnonzero(chosen) if chosen.dtype == bool else chosen)
 
     def _to_ids(self, numbers: Any) -> Any:
         """Replace documents' numbers by their ids, in place; -1 stays."""
@@ -413,7 +418,7 @@ class MultiVectorIndex(_files.Saved):
         index._stage.restore(_files.part(state, "stage"))
         if not len(index._tokens) == len(own.tensors["ids"]) == len(index._stage):
             raise ValueError("ids, tokens and first stage must agree in length")
-        index._ids = Rows.of(own.tensors["ids"][:, None])
+        index._take_ids(own.tensors["ids"])
         return index
 
 
