@@ -32,12 +32,13 @@ POLYVEC_INLINE Vec<Word> load_words(const uint8_t* p) noexcept {
     return load(reinterpret_cast<const Word*>(p));
 }
 
-ByteCode encode(const float* x, size_t d, size_t stride, int bias, uint8_t* bytes) noexcept {
+ByteCode encode(const float* x, size_t d, size_t stride, int bias, int most, uint8_t* bytes) noexcept {
     const auto part = [&](size_t i) { return d - i >= L ? load(x + i) : load_first(x + i, d - i); };
     Vec<float> largest{};
     for (size_t i = 0; i < d; i += L) largest = max(abs(part(i)), largest);
-    constexpr float most = 127, least = 1e-36f;  // below it 127 / |x| is not finite
-    const float size = reduce_max(largest), up = size > least ? most / size : 0.0f;
+    constexpr float least = 1e-36f;  // below it 127 / |x| is not finite
+    const auto limit = static_cast<float>(most);
+    const float size = reduce_max(largest), up = size > least ? limit / size : 0.0f;
 
     // Added to a small number, it leaves the number rounded to the nearest integer in the lowest bits of the sum.
     constexpr float rounder = 12582912.0f;
@@ -52,7 +53,7 @@ ByteCode encode(const float* x, size_t d, size_t stride, int bias, uint8_t* byte
         *reinterpret_cast<typename VecOf<uint8_t, L>::unaligned*>(bytes + i) =
             __builtin_convertvector(value + bias, Bytes);
     }
-    const float scale = up > 0 ? size / most : 0.0f;
+    const float scale = up > 0 ? size / limit : 0.0f;
     return {scale, static_cast<float>(reduce_add(squares)) * scale * scale, reduce_add(sum)};
 }
 

@@ -96,6 +96,7 @@ struct DistanceKernels {
 /// Rows of one byte an element: value i of a row is (byte i - 128) * scale. Rows are padded with 128 to a multiple of
 /// byte_row_align, and lie on cache lines.
 constexpr std::size_t byte_row_align = 64;
+constexpr int most_byte_value = 127;
 constexpr std::size_t byte_width_limit = 1 << 17;  // 127^2 times that fits into 31 bits
 
 struct ByteRows {
@@ -118,7 +119,9 @@ struct ByteCode {
 
 struct ByteDistanceKernels {
     /// Writes `stride` bytes: the values of x (d,) over the scale, rounded, plus `bias`: 128 for a row, 0 for a query.
-    ByteCode (*encode)(const float* x, std::size_t d, std::size_t stride, int bias, std::uint8_t* bytes) noexcept;
+    /// The largest value is `most`.
+    ByteCode (*encode)(const float* x, std::size_t d, std::size_t stride, int bias, int most,
+                       std::uint8_t* bytes) noexcept;
     /// The values of a row as those of a query; returns their sum.
     std::int32_t (*query_of_row)(const std::uint8_t* row, std::size_t stride, std::uint8_t* query) noexcept;
     /// The distances of the rows that the n `ids` name.
@@ -130,22 +133,27 @@ struct ByteDistanceKernels {
 /// A plane is `plane` bytes, a multiple of 4 that holds a bit an element; bit i / plane of byte i % plane belongs to
 /// element i. A row's first part is the plane of the high bits of its codes and three floats: rough scale, what is
 /// added to its distances, scale. The plane of the low bits is its second part. Neither begins where a cache line could
-/// be saved.
+/// be saved, and 16 bytes can be read wherever a plane has one.
 struct BitRows {
     const std::uint8_t *first, *second;
     std::size_t first_stride, second_stride, plane;
 };
 
+/// Of a query, whose rounding adds little to that of the rows.
+constexpr int most_bit_value = 31;
+
 /// The distance from a row is constant + weight * what is added + factor * its scale * <values, 2 codes - 3>; roughly
 /// it is that of the signs, and seldom less than this less slack * rough scale.
 struct BitQuery {
-    /// Signed; for each 64 bytes of a plane, and for each bit of a byte, 64: those of the elements there, or 0.
-    const std::uint8_t* values;
-    std::int32_t sum;  // of the values
+    const std::uint8_t* values;  // as `prepare` writes them, in the kernel's own order
+    std::int32_t sum;            // of the values
     float factor, slack, weight, constant;
 };
 
 struct BitDistanceKernels {
+    std::size_t (*query_bytes)(std::size_t plane) noexcept;
+    /// From a value an element, zeros up to 8 * plane, and room to read 16 more.
+    void (*prepare)(const std::uint8_t* values, std::size_t plane, std::uint8_t* query) noexcept;
     void (*distances)(const BitQuery& query, const BitRows& rows, const std::uint32_t* ids, std::size_t n,
                       float* out) noexcept;
     /// Writes to `near` those of the n ids whose distance may be `most` or less; returns how many. Asks for the rest of

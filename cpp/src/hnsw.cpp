@@ -192,7 +192,7 @@ void store(Graph& graph, const Array& x, int num_threads) {
             graph.keep(slot, vector);
             if (p.storage != HnswStorage::int8) continue;
             vector = graph.vector(slot, unit.data());
-            const ByteCode code = encode(vector, p.dim, p.code_width(), 128, graph.codes[slot]);
+            const ByteCode code = encode(vector, p.dim, p.code_width(), 128, most_byte_value, graph.codes[slot]);
             graph.factors[slot][0] = code.scale;
             graph.factors[slot][1] = p.metric == Metric::l2 ? code.squares : 0;
         }

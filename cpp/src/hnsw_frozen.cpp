@@ -111,11 +111,21 @@ void sort_links(const Graph& from, std::uint32_t slot, const std::uint32_t* orde
 
 namespace hnsw {
 
-std::int64_t bit_values(const HnswParams& params) {
-    return (params.bit_plane() + 63) / 64 * 512;
+namespace {
+
+/// Bytes of the query's bytes for the kernel, up to a cache line.
+std::int64_t prepared_bytes(const HnswParams& params) {
+    const auto bytes = kernels().bit_distance->query_bytes(static_cast<std::size_t>(params.bit_plane()));
+    return static_cast<std::int64_t>(bytes + 63) / 64 * 64;
 }
 
-BitQuery bit_query(const Graph& graph, const float* query, float* rotated, std::uint8_t* values) {
+}  // namespace
+
+std::int64_t bit_query_bytes(const HnswParams& params) {
+    return prepared_bytes(params) + 8 * params.bit_plane() + 16;
+}
+
+BitQuery bit_query(const Graph& graph, const float* query, float* rotated, std::uint8_t* bytes) {
     const HnswParams& p = graph.params;
     const bool l2 = p.metric == Metric::l2;
     const float* const centre = graph.frame[0];
@@ -132,19 +142,14 @@ BitQuery bit_query(const Graph& graph, const float* query, float* rotated, std::
     const float rest = product(rotated, rotated);
     kernels().codes->rotate(rotated, 1, p.dim, graph.frame[1], false);
 
-    const std::int64_t plane = p.bit_plane(), blocks = bit_values(p);
-    std::uint8_t* const straight = values + blocks;
-    const ByteCode code = kernels().byte_distance->encode(rotated, p.dim, blocks, 0, straight);
-    std::memset(values, 0, blocks);
-    for (std::int64_t first = 0; first < plane; first += 64)
-        for (std::int64_t bit = 0; bit < 8; ++bit)
-            std::copy_n(straight + bit * plane + first, std::min<std::int64_t>(64, plane - first),
-                        values + 8 * first + 64 * bit);
+    std::uint8_t* const values = bytes + prepared_bytes(p);
+    const ByteCode code = kernels().byte_distance->encode(rotated, p.dim, 8 * p.bit_plane(), 0, most_bit_value, values);
+    kernels().bit_distance->prepare(values, static_cast<std::size_t>(p.bit_plane()), bytes);
     // A sign and its scale are off by a vector of 0.603 sqrt(d) scales where elements are normal; its product with the
     // query is about normal, too, and this is its deviation.
     const float times = l2 ? 2 : 1, slack = 0.603f * times * std::sqrt(rest);
-    if (l2) return {values, code.sum, -times * code.scale, slack, 1, rest};
-    return {values, code.sum, -code.scale, slack, -share, -along};
+    if (l2) return {bytes, code.sum, -times * code.scale, slack, 1, rest};
+    return {bytes, code.sum, -code.scale, slack, -share, -along};
 }
 
 }  // namespace hnsw

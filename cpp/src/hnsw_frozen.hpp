@@ -11,10 +11,10 @@
 
 namespace polyvec::hnsw {
 
-/// Bytes of a query's values.
-std::int64_t bit_values(const HnswParams& params);
+/// Bytes of scratch for a query's code.
+std::int64_t bit_query_bytes(const HnswParams& params);
 
-/// A query's code. Scratch: `rotated` (dim,), and `values`, twice bit_values.
-BitQuery bit_query(const Graph& graph, const float* query, float* rotated, std::uint8_t* values);
+/// A query's code. Scratch: `rotated` (dim,), and `bytes`, bit_query_bytes on a cache line.
+BitQuery bit_query(const Graph& graph, const float* query, float* rotated, std::uint8_t* bytes);
 
 }  // namespace polyvec::hnsw

@@ -25,7 +25,7 @@ void Target::prepare(const Graph& graph) {
     bytes_ = graph.params.storage == HnswStorage::int8 && !frozen ? kernels().byte_distance : nullptr;
     bits_ = frozen ? kernels().bit_distance : nullptr;
     if (frozen) rotated_.resize(graph.params.dim);
-    const std::int64_t codes = frozen ? 2 * bit_values(graph.params) : graph.codes.width();
+    const std::int64_t codes = frozen ? bit_query_bytes(graph.params) : graph.codes.width();
     if (room_ < codes) values_ = aligned<std::uint8_t>(room_ = codes);
 }
 
@@ -44,7 +44,7 @@ void Target::set_code() {
     const HnswParams& p = graph_->params;
     if (bits_) bit_code_ = bit_query(*graph_, query_, rotated_.data(), values_.get());
     if (!bytes_) return;
-    const ByteCode code = bytes_->encode(query_, p.dim, p.code_width(), 0, values_.get());
+    const ByteCode code = bytes_->encode(query_, p.dim, p.code_width(), 0, most_byte_value, values_.get());
     const bool l2 = p.metric == Metric::l2;
     code_ = {values_.get(), 128 * code.sum, (l2 ? -2 : -1) * code.scale, l2 ? code.squares : 0};
 }

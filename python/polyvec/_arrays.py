@@ -38,8 +38,15 @@ def _root(x: Any) -> str:
 
 
 @cache  # a call asks a dozen times
-def _is_array_type(kind: type) -> bool:
+def is_array_type(kind: type) -> bool:
+    """Whether values of a type are arrays."""
     return hasattr(kind, "__dlpack__")
+
+
+@cache
+def needs_device_check(kind: type) -> bool:
+    """Whether arrays of a type may lie elsewhere than on a CPU."""
+    return is_array_type(kind) and not issubclass(kind, np.ndarray)
 
 
 @cache
@@ -49,7 +56,7 @@ def _is_torch_type(kind: type) -> bool:
 
 def is_array(x: Any) -> bool:
     """Whether `x` is an array rather than a list or a number."""
-    return _is_array_type(type(x))  # type: ignore[arg-type]
+    return is_array_type(type(x))  # type: ignore[arg-type]
 
 
 def is_torch(x: Any) -> bool:
@@ -269,10 +276,15 @@ def to_host(x: Any) -> Any:
     return x.cpu().numpy() if is_torch(x) else x.get()
 
 
+@cache  # numpy takes as long to read a name as to allocate
+def _numpy_dtype(name: str) -> np.dtype[Any]:
+    return np.dtype(name)
+
+
 def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
     """Allocate an array in the library and on the device of `like`."""
     if isinstance(like, np.ndarray):
-        return np.empty(shape, dtype)
+        return np.empty(shape, _numpy_dtype(dtype))
     if is_torch(like):
         import torch
 

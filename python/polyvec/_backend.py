@@ -7,10 +7,8 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 from polyvec import _core
-from polyvec._arrays import as_count, device_name, is_array, is_torch
+from polyvec._arrays import as_count, device_name, is_array_type, is_torch, needs_device_check
 
 _MISSING = "polyvec was built without CUDA; install it with: pip install polyvec -Ccmake.define.POLYVEC_CUDA=ON"
 
@@ -54,11 +52,9 @@ def run(op: str, function: str, like: Any, *args: Any, num_threads: int | None =
     kernel = getattr(module, function, None)
     if module is not None and kernel is None:
         raise TypeError(f"{op}: arrays must be on cpu, got cuda; this function has no CUDA form yet")
-    for arg in args:  # a call of a graph takes microseconds: numpy's arrays need no second question
-        if arg is None:
-            continue
-        on_cpu = isinstance(arg, np.ndarray)
-        if (on_cpu and device != "cpu") or (not on_cpu and is_array(arg) and device_name(arg) != device):
+    in_question = needs_device_check if device == "cpu" else is_array_type  # a call of a graph takes microseconds
+    for arg in args:
+        if in_question(type(arg)) and device_name(arg) != device:  # type: ignore[arg-type]
             raise TypeError(f"{op}: arrays must be on one device, got {device} and {device_name(arg)}")
     if kernel is None:
         raise RuntimeError(f"{op}: {_MISSING}")

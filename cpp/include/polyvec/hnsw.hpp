@@ -7,7 +7,6 @@
 /// (Malkov and Yashunin 2018), algorithms 1 to 5.
 #pragma once
 
-#include <bit>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -66,7 +65,7 @@ struct HnswParams {
     std::int64_t first_width() const { return (bit_plane() + 12 + 63) / 64 * 64; }
     std::int64_t second_width() const {
         const std::int64_t plane = bit_plane();
-        return plane > 32 ? (plane + 63) / 64 * 64 : std::int64_t(std::bit_ceil(static_cast<std::uint64_t>(plane)));
+        return plane > 32 ? (plane + 63) / 64 * 64 : plane > 16 ? 32 : 16;
     }
 };
 
