@@ -104,6 +104,32 @@ def test_score_pairs_and_gradients(compare, normal, threads, metric):
     )
 
 
+@pytest.mark.parametrize(("nq", "n", "d"), [(1024, 40_943, 200), (1024, 40_943, 800), (4096, 4096, 128)])
+def test_logsumexp_and_gradients(compare, benchmark, peak_megabytes, normal, threads, nq, n, d):
+    """1-vs-all of WN18RR, and a batch of InfoNCE: torch stores the scores and their softmax."""
+    torch.set_num_threads(threads)
+    queries, items = normal(nq, d), normal(n, d)
+    queries = (queries.detach() * d**-0.5).requires_grad_()
+
+    def step(logsumexp):
+        return torch.autograd.grad(logsumexp().mean(), (queries, items))
+
+    def ours():
+        return step(lambda: pvt.logsumexp(queries, items))
+
+    def in_torch():
+        return step(lambda: torch.logsumexp(queries @ items.T, 1))
+
+    expected = in_torch()
+
+    def check(result):
+        for gradient, same in zip(result, expected, strict=True):
+            torch.testing.assert_close(gradient, same, rtol=1e-3, atol=1e-8)
+
+    benchmark.extra_info["megabytes"] = {"polyvec": peak_megabytes(ours), "torch": peak_megabytes(in_torch)}
+    compare(ours, {"torch": in_torch}, check=check, flops=8 * nq * n * d)
+
+
 @pytest.mark.parametrize("negatives", ["shared", "own"])
 def test_relation_scorer_step(compare, threads, negatives):
     """The loss of 512 triples of a graph of 200,000 entities by sampled negatives, and its sparse gradients.

@@ -244,6 +244,7 @@ PUBLIC = {
         "ResidualVectorQuantizer",
         "VectorQuantizer",
         "codebook_usage",
+        "logsumexp",
         "maxsim",
         "maxsim_pairs",
         "normalize",
