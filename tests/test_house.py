@@ -239,6 +239,7 @@ PUBLIC = {
     "polyvec.torch": [
         "Assignment",
         "CodebookUsage",
+        "MaxSimDistillationLoss",
         "MaxSimLoss",
         "RelationScorer",
         "ResidualVectorQuantizer",

@@ -8,18 +8,25 @@ op, or torch code around one, which `torch.compile` keeps in its graph. Hypercom
 product is a product with another table. MaxSim, log-sum-exp, soft assignment and `vq_linear` have first derivatives.
 Forward-mode derivatives (`torch.func.jvp`, dual tensors) are refused, but by `vq_assign`. Under autocast all of them
 run in float32, but MaxSim on a GPU in the dtype of autocast. `VectorQuantizer`, `ResidualVectorQuantizer`,
-`MaxSimLoss` and `RelationScorer` are modules around them.
+`MaxSimLoss`, `MaxSimDistillationLoss` and `RelationScorer` are modules around them.
 """
 
 from polyvec.torch._hypercomplex import normalize, product, relation_query
 from polyvec.torch._maxsim import maxsim, maxsim_pairs, pool
-from polyvec.torch._modules import MaxSimLoss, RelationScorer, ResidualVectorQuantizer, VectorQuantizer
+from polyvec.torch._modules import (
+    MaxSimDistillationLoss,
+    MaxSimLoss,
+    RelationScorer,
+    ResidualVectorQuantizer,
+    VectorQuantizer,
+)
 from polyvec.torch._quantize import Assignment, CodebookUsage, codebook_usage, soft_assign, vq_assign, vq_linear
 from polyvec.torch._scan import logsumexp, score_pairs
 
 __all__ = [
     "Assignment",
     "CodebookUsage",
+    "MaxSimDistillationLoss",
     "MaxSimLoss",
     "RelationScorer",
     "ResidualVectorQuantizer",

@@ -205,6 +205,31 @@ def maxsim_pairs(queries: Any, docs: Any, *, query_mask: Any = None, doc_mask: A
     return _match(*sets, True)[0]
 
 
+def _repeated(values: Tensor, offsets: Tensor, times: int) -> tuple[Tensor, Tensor]:
+    """Return each token set `times` times in a row."""
+    if times == 1:
+        return values, offsets
+    total = times * values.shape[0]
+    begins, lengths = (x.repeat_interleave(times) for x in (offsets[:-1], offsets.diff()))
+    new = functional.pad(lengths.cumsum(0), (1, 0))
+    shifts = (begins - new[:-1]).repeat_interleave(lengths, output_size=total)
+    return values[torch.arange(total, device=values.device) + shifts], new
+
+
+def scores_of_own(
+    op: str, queries: Any, docs: Any, query_mask: Any, doc_mask: Any, names: tuple[str, str] = ("queries", "docs")
+) -> Tensor:
+    """Score each of n queries against m documents of its own, the m of a query one after the other: (n, m)."""
+    q, q_offsets = _narrowed_sets(op, names[0], queries, query_mask)
+    d, d_offsets = _narrowed_sets(op, names[1], docs, doc_mask)
+    nq, nd = q_offsets.shape[0] - 1, d_offsets.shape[0] - 1
+    if nq == 0 or nd % nq:
+        if nq != nd:
+            raise ValueError(f"{op}: {names[1]} must have as many documents for each query ({nq}), got {nd}")
+        return q.new_empty(0, 0)
+    return _match(*_repeated(q, q_offsets, nd // nq), d, d_offsets, True)[0].view(nq, nd // nq)
+
+
 @custom_op(
     "polyvec::pool",
     mutates_args=(),
