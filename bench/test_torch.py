@@ -130,6 +130,29 @@ def test_logsumexp_and_gradients(compare, benchmark, peak_megabytes, normal, thr
     compare(ours, {"torch": in_torch}, check=check, flops=8 * nq * n * d)
 
 
+@pytest.mark.parametrize(("n", "dim"), [(500, 50), (1000, 200)])
+def test_relation_scorer_loss_over_all(compare, threads, n, dim):
+    """The loss of n triples among the 40,943 entities of WN18RR, and its gradients: torch stores all scores."""
+    torch.set_num_threads(threads)
+    scorer = pvt.RelationScorer(40_943, 22, dim)
+    generator = torch.Generator().manual_seed(0)
+    heads, relations, tails = (torch.randint(size, (n,), generator=generator) for size in (40_943, 22, 40_943))
+
+    def step(loss):
+        return torch.autograd.grad(loss(), (scorer.entities, scorer.relations))
+
+    def in_torch():
+        return step(lambda: functional.cross_entropy(scorer(heads, relations), tails))
+
+    expected = in_torch()
+
+    def check(result):
+        for gradient, same in zip(result, expected, strict=True):
+            torch.testing.assert_close(gradient, same, rtol=1e-3, atol=1e-6)
+
+    compare(lambda: step(lambda: scorer.loss(heads, relations, tails)), {"torch": in_torch}, check=check)
+
+
 @pytest.mark.parametrize("negatives", ["shared", "own"])
 def test_relation_scorer_step(compare, threads, negatives):
     """The loss of 512 triples of a graph of 200,000 entities by sampled negatives, and its sparse gradients.

@@ -8,6 +8,7 @@ import polyvec as pv
 torch = pytest.importorskip("torch")
 functional = torch.nn.functional
 pvt = pytest.importorskip("polyvec.torch")
+_modules = pytest.importorskip("polyvec.torch._modules")
 
 
 @pytest.fixture
@@ -300,6 +301,26 @@ def test_relation_scorer_agrees_with_the_link_predictor(rng, algebra, metric):
     torch.testing.assert_close(scorer.loss(heads, relations, tails, negatives=some), expected, rtol=1e-4, atol=1e-4)
     scorer.loss(heads, relations, tails, negatives=7).backward()
     assert all(p.grad is not None for p in scorer.parameters())
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_a_loss_over_many_entities_is_that_of_all_scores(rng, monkeypatch, metric, sparse):
+    calls = []
+    monkeypatch.setattr(_modules, "logsumexp", lambda *x, **y: calls.append(x) or pvt.logsumexp(*x, **y))
+    scorer = pvt.RelationScorer(1000, 3, 1, metric=metric, translate=True, bias=True, sparse=sparse)
+    heads, relations, tails = (torch.from_numpy(rng.integers(0, n, 40)) for n in (1000, 3, 1000))
+    loss, expected = scorer.loss(heads, relations, tails), functional.cross_entropy(scorer(heads, relations), tails)
+    assert len(calls) == 1
+    torch.testing.assert_close(loss, expected)
+    parameters = list(scorer.parameters())
+    gradients = [torch.autograd.grad(x, parameters) for x in (loss, expected)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        scorer.loss(heads, relations, tails)
+    scorer.loss(heads[:10], relations[:10], tails[:10])
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("metric", ["ip", "l2"])
