@@ -13,7 +13,9 @@ from polyvec.torch._tensors import in_float32, narrowed, require_tensors
 
 
 def _ragged(values: Tensor, offsets: Tensor) -> Ragged:
-    return (Ragged.on_device if values.is_cuda else Ragged)(values.detach(), offsets)
+    if values.is_cuda or (offsets.dtype == torch.int64 and offsets.dim() == 1 and len(offsets) > 0):
+        return Ragged.on_device(values.detach(), offsets.contiguous())  # a CPU kernel checks them
+    return Ragged(values.detach(), offsets)
 
 
 @custom_op(
@@ -108,7 +110,8 @@ def _token_sets(op: str, name: str, x: Any, mask: Any) -> tuple[Tensor, Tensor]:
             f"got shape {tuple(first.shape)}"
         )
     if second is None and mask is None:
-        offsets = torch.arange(first.shape[0] + 1, device=first.device) * first.shape[1]
+        n, t = first.shape[:2]
+        offsets = torch.arange(0, n * t + 1, t, device=first.device) if t else first.new_zeros(n + 1, dtype=torch.int64)
         return first.flatten(0, 1), offsets
     try:
         sets = Ragged.from_padded(first, second, mask=mask)  # indexes `first`, which torch differentiates
