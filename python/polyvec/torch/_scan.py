@@ -344,11 +344,14 @@ def logsumexp(
     Notes
     -----
     2 nq n d flops for a forward and 6 for a backward (4 for one side alone): the scores are computed anew, in blocks of
-    512 x 480, instead of stored. Beside results a forward needs about 20 MB, a backward 70 MB; a forward saves
-    its inputs and result. "l2" and "cosine" are "ip" of changed queries, items and bias, and take a copy of the items
-    for "cosine". Sums run in one order: gradients have the same bits for any number of threads. First derivatives only.
-    Runs in float32 under autocast. A NaN or Inf in an item makes the queries' gradients NaN. On a GPU a backward takes
-    blocks of 4096 x 4096 by torch's matmul.
+    512 x 480, instead of stored. Beside results a forward needs about 20 MB, a backward 70 MB; a forward saves its
+    inputs and result. "l2" and "cosine" are "ip" of changed queries, items and bias, and take a copy of the items for
+    "cosine". Sums run in one order: gradients have the same bits for any number of threads. First derivatives only.
+    Runs in float32 under autocast.
+
+    Few scores are better stored: below about 512 x 512 pairs, and for less than 32 queries, `torch.logsumexp(queries @
+    items.T, 1)` is faster. A NaN or Inf in an item makes the queries' gradients NaN. On a GPU a backward takes blocks
+    of 4096 x 4096 by torch's matmul.
 
     References
     ----------
