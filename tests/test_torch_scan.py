@@ -96,6 +96,23 @@ def test_logsumexp_and_its_gradients_equal_the_definition(rng, isa, nq, n, d, me
         assert_gradients(torch.autograd.grad(result, inputs, grad), inputs, grad, scale, metric)
 
 
+def test_gradients_of_logsumexp_of_more_queries_than_are_packed_at_a_time(rng, isa):
+    nq, n, d = 1100, 60, 8200
+    inputs = [x.detach().requires_grad_() for x in (sample(rng, nq, d) / 90, sample(rng, n, d), sample(rng, n))]
+    grad = torch.from_numpy(rng.standard_normal(nq, np.float32))
+    result = pvt.logsumexp(*inputs[:2], bias=inputs[2])
+    d_queries, d_items, d_bias = torch.autograd.grad(result, inputs, grad)
+    rows = slice(500, 530)  # of the first batch, and of the second
+    some = pvt.logsumexp(inputs[0][rows], inputs[1], bias=inputs[2])
+    torch.testing.assert_close(torch.autograd.grad(some, inputs[0], grad[rows])[0][rows], d_queries[rows])
+    halves = [
+        torch.autograd.grad(pvt.logsumexp(inputs[0][part], inputs[1], bias=inputs[2]), inputs[1:], grad[part])
+        for part in (slice(0, 512), slice(512, 1024), slice(1024, None))
+    ]
+    for whole, *parts in zip((d_items, d_bias), *halves, strict=True):
+        torch.testing.assert_close(whole, sum(parts), rtol=1e-4, atol=1e-4)
+
+
 def test_gradients_of_logsumexp_by_matmul(rng):
     """What a GPU does, in blocks that do not fit."""
     inputs = sample(rng, 33, 7), sample(rng, 65, 7), sample(rng, 65)
