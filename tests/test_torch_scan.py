@@ -264,6 +264,11 @@ def test_compile_keeps_the_op_in_one_graph(rng):
         torch.testing.assert_close(a, b)
 
 
+def gradient_of_logsumexp(queries, items, grad):
+    of = {"of_queries": True, "of_items": True, "of_bias": False}
+    return pv.scan.logsumexp_gradient(queries, items, None, torch.ones(3), grad, scale=1.0, **of)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
@@ -295,6 +300,10 @@ def test_compile_keeps_the_op_in_one_graph(rng):
          "torch.logsumexp: scale must not require grad, got a tensor that does; multiply the queries by it"),
         (lambda x, ids: pvt.logsumexp(x.double(), x.double()), TypeError,
          "scan.logsumexp: queries must be float32, got float64; cast it with .to(torch.float32)"),
+        (lambda x, ids: gradient_of_logsumexp(x.detach(), x.detach(), torch.ones(2)), ValueError,
+         "scan.logsumexp_gradient: grad must have one entry a query (3), got 2"),
+        (lambda x, ids: gradient_of_logsumexp(x.detach(), x.detach().half(), torch.ones(3)), TypeError,
+         "scan.logsumexp_gradient: items must be float32, got float16"),
         (lambda x, ids: pvt.logsumexp(x, x, bias=torch.ones(4)), ValueError,
          "torch.logsumexp: bias must have one entry an item (3), got 4"),
     ],
