@@ -461,6 +461,8 @@ def test_modules_compile_save_and_obey_autocast(tensor, name):
          "torch.MaxSimLoss: docs must have a document for each query (3), got 2"),
         (lambda: pvt.MaxSimLoss()(torch.ones(2, 1, 2), [torch.ones(2, 1, 2)] * 2, doc_mask=torch.ones(2, 1)),
          ValueError, "torch.MaxSimLoss: doc_mask must be a list of one mask for each of 2 docs, got Tensor"),
+        (lambda: pvt.MaxSimLoss()(torch.ones(2, 1, 2), []), ValueError,
+         "torch.MaxSimLoss: docs must not be an empty list"),
         (lambda: pvt.MaxSimLoss()(torch.ones(2, 1, 2), torch.ones(2, 1, 2), torch.ones(3, 1, 2)), ValueError,
          "torch.MaxSimLoss: negatives must have as many documents for each query (2), got 3"),
         (lambda: pvt.MaxSimDistillationLoss(temperature=-1), ValueError,

@@ -297,7 +297,8 @@ def gradient_of_logsumexp(queries, items, grad):
         (lambda x, ids: pvt.logsumexp(x, x, scale=0.0), ValueError,
          "scan.logsumexp: scale must be a positive finite number, got 0"),
         (lambda x, ids: pvt.logsumexp(x, x, scale=x.sum()), TypeError,
-         "torch.logsumexp: scale must not require grad, got a tensor that does; multiply the queries by it"),
+         "torch.logsumexp: scale must not require grad, got a tensor that does; "
+         "with metric='ip' multiply the queries by it"),
         (lambda x, ids: pvt.logsumexp(x.double(), x.double()), TypeError,
          "scan.logsumexp: queries must be float32, got float64; cast it with .to(torch.float32)"),
         (lambda x, ids: gradient_of_logsumexp(x.detach(), x.detach(), torch.ones(2)), ValueError,

@@ -394,6 +394,8 @@ class MaxSimLoss(nn.Module):
                 f"got {type(negative_mask).__name__} of shape {tuple(negative_mask.shape)}"
             )
         columns, masks = (docs, doc_mask) if isinstance(docs, list) else ([docs], [doc_mask])
+        if not columns:
+            raise ValueError(f"{op}: docs must not be an empty list")
         if masks is None:
             masks = [None] * len(columns)
         if not isinstance(masks, list) or len(masks) != len(columns):

@@ -323,7 +323,7 @@ def logsumexp(
     queries : tensor of shape (nq, d), float32
     items : tensor of shape (n, d), float32
     scale : float
-        1 / temperature: positive. It has no gradient: multiply the queries by one that is learned.
+        1 / temperature: positive. It has no gradient: with "ip", multiply the queries by one that is learned.
     metric : {"ip", "l2", "cosine"}
         "l2": the score is minus the squared distance, -(|q - x|^2 - bias).
     bias : tensor of shape (n,), float32, optional
@@ -371,7 +371,9 @@ def logsumexp(
     require_tensors(op, queries=queries, items=items, **({} if bias is None else {"bias": bias}))
     _require_metric(op, metric)
     if isinstance(scale, Tensor) and scale.requires_grad:
-        raise TypeError(f"{op}: scale must not require grad, got a tensor that does; multiply the queries by it")
+        raise TypeError(
+            f"{op}: scale must not require grad, got a tensor that does; with metric='ip' multiply the queries by it"
+        )
     for name, x in (("queries", queries), ("items", items)):
         if x.dim() != 2:
             raise ValueError(f"{op}: {name} must have 2 axes, got shape {tuple(x.shape)}")
