@@ -358,6 +358,22 @@ def soft_assign_case(n, m=64, k=256, d=768):
     )
 
 
+def logsumexp_case(n, m, d):
+    """The normaliser of InfoNCE, and both gradients."""
+    queries, items, grad = (torch.randn(s, device=DEVICE) for s in ((n, d), (m, d), (n,)))
+    queries *= d**-0.5
+    yield Case(
+        f"torch.logsumexp, forward and backward, {n:,} x {m:,}, d = {d}",
+        8 * n * m * d,
+        with_gradients(pvt.logsumexp, (queries, items), grad),
+        lambda queries, items: (queries @ items.T).logsumexp(1),
+        (queries, items),
+        grad=grad,
+        unit="TFLOP/s",
+        tolerance={"rtol": 1e-2, "atol": 1e-3},
+    )
+
+
 def packing_case(docs):
     """Documents of 180 tokens to int8."""
     padded = torch.randn(docs, 180, D, device=DEVICE)
@@ -553,6 +569,7 @@ def main():
         centroid_case(1_000_000),
         certified_case(20_000),
         soft_assign_case(4096),
+        logsumexp_case(8192, 50_000, 256),
     ):
         lines += [row(case, ceilings) for case in some]
     path = arguments.out / f"{gpu.replace(' ', '-')}.md"

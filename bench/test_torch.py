@@ -73,6 +73,30 @@ def test_soft_assign_and_gradients(compare, benchmark, peak_megabytes, normal, t
     compare(ours, {"torch bmm": lambda: step(in_bmm)}, check=check, flops=10 * n * k * d)
 
 
+def test_max_sim_distillation_step(compare, normal, threads):
+    """16 queries of 32 tokens and 8 documents of 180 for each, and both gradients, as einsum of these pairs alone."""
+    torch.set_num_threads(threads)
+    queries, docs, teacher = normal(16, 32, 128), normal(128, 180, 128), normal(16, 8).detach()
+    loss = pvt.MaxSimDistillationLoss()
+
+    def in_torch():
+        scores = torch.einsum("nid,nmtd->nmit", queries, docs.view(16, 8, 180, 128)).amax(3).sum(2)
+        least, most = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
+        student, target = ((scores - least) / (most - least)).log_softmax(1), teacher.log_softmax(1)
+        return functional.kl_div(student, target, reduction="batchmean", log_target=True)
+
+    def step(loss):
+        return torch.autograd.grad(loss(), (queries, docs))
+
+    expected = step(in_torch)
+
+    def check(result):
+        for gradient, same in zip(result, expected, strict=True):
+            torch.testing.assert_close(gradient, same, rtol=1e-3, atol=1e-5)
+
+    compare(lambda: step(lambda: loss(queries, docs, teacher)), {"torch einsum": lambda: step(in_torch)}, check=check)
+
+
 @pytest.mark.parametrize("metric", ["ip", "l2", "cosine"])
 def test_score_pairs_and_gradients(compare, normal, threads, metric):
     """Few of many items: 256 x 8 pairs of 100,000. Either time is that of filling the items' gradient with zeros."""
@@ -102,6 +126,63 @@ def test_score_pairs_and_gradients(compare, normal, threads, metric):
         {"torch": lambda: step(scores_in_torch)},
         check=check,
     )
+
+
+@pytest.mark.parametrize(
+    ("nq", "n", "d"),
+    [(1024, 40_943, 200), (1024, 40_943, 800), (4096, 4096, 128), (512, 512, 128)],
+)
+def test_logsumexp_and_gradients(compare, benchmark, peak_megabytes, normal, threads, nq, n, d):
+    """1-vs-all of WN18RR, and batches of InfoNCE: torch stores the scores and their softmax.
+
+    Ours makes four products to torch's three, and an exponential a score twice. Nine tenths of its time are tiles of
+    products, the rest exponentials. What torch takes beside products are passes over scores, most of them over fresh
+    pages where these do not fit the cache.
+    """
+    torch.set_num_threads(threads)
+    queries, items = normal(nq, d), normal(n, d)
+    queries = (queries.detach() * d**-0.5).requires_grad_()
+
+    def step(logsumexp):
+        return torch.autograd.grad(logsumexp().mean(), (queries, items))
+
+    def ours():
+        return step(lambda: pvt.logsumexp(queries, items))
+
+    def in_torch():
+        return step(lambda: torch.logsumexp(queries @ items.T, 1))
+
+    expected = in_torch()
+
+    def check(result):
+        for gradient, same in zip(result, expected, strict=True):
+            torch.testing.assert_close(gradient, same, rtol=1e-3, atol=1e-8)
+
+    benchmark.extra_info["megabytes"] = {"polyvec": peak_megabytes(ours), "torch": peak_megabytes(in_torch)}
+    compare(ours, {"torch": in_torch}, check=check, flops=8 * nq * n * d)
+
+
+@pytest.mark.parametrize(("n", "dim"), [(500, 50), (1000, 200)])
+def test_relation_scorer_loss_over_all(compare, threads, n, dim):
+    """The loss of n triples among the 40,943 entities of WN18RR, and its gradients: torch stores all scores."""
+    torch.set_num_threads(threads)
+    scorer = pvt.RelationScorer(40_943, 22, dim)
+    generator = torch.Generator().manual_seed(0)
+    heads, relations, tails = (torch.randint(size, (n,), generator=generator) for size in (40_943, 22, 40_943))
+
+    def step(loss):
+        return torch.autograd.grad(loss(), (scorer.entities, scorer.relations))
+
+    def in_torch():
+        return step(lambda: functional.cross_entropy(scorer(heads, relations), tails))
+
+    expected = in_torch()
+
+    def check(result):
+        for gradient, same in zip(result, expected, strict=True):
+            torch.testing.assert_close(gradient, same, rtol=1e-3, atol=1e-6)
+
+    compare(lambda: step(lambda: scorer.loss(heads, relations, tails)), {"torch": in_torch}, check=check)
 
 
 @pytest.mark.parametrize("negatives", ["shared", "own"])

@@ -89,7 +89,7 @@ def test_a_quantizer_multiplies_on_a_cpu(rng, on_device):
         pv.quantize.vq_linear(on_device(weights), on_device(codes), quantizer)
 
 
-@pytest.mark.parametrize("op", ["soft_assign", "vq_assign", "vq_linear", "score_pairs"])
+@pytest.mark.parametrize("op", ["soft_assign", "vq_assign", "vq_linear", "score_pairs", "logsumexp"])
 def test_gradients_there_are_those_of_the_cpu(rng, gpu, op):
     import polyvec.torch as pvt
 
@@ -100,6 +100,7 @@ def test_gradients_there_are_those_of_the_cpu(rng, gpu, op):
         "vq_assign": lambda x, c: pvt.vq_assign(x, c.reshape(16, 12)).quantized,
         "vq_linear": lambda x, c: pvt.vq_linear(x, codes.to(x.device), c),
         "score_pairs": lambda x, c: pvt.score_pairs(x, c.reshape(-1, 12).repeat(3, 1), ids.to(x.device)),
+        "logsumexp": lambda x, c: pvt.logsumexp(x, c.reshape(16, 12), metric="l2", bias=c.sum((0, 2))),
     }
     results = []
     for device in ("cpu", "cuda"):

@@ -239,11 +239,13 @@ PUBLIC = {
     "polyvec.torch": [
         "Assignment",
         "CodebookUsage",
+        "MaxSimDistillationLoss",
         "MaxSimLoss",
         "RelationScorer",
         "ResidualVectorQuantizer",
         "VectorQuantizer",
         "codebook_usage",
+        "logsumexp",
         "maxsim",
         "maxsim_pairs",
         "normalize",

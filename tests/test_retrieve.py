@@ -461,6 +461,16 @@ def test_an_interrupted_block_leaves_whole_blocks(rng, first_stage):
             "LinkPredictor.evaluate: triples must not be empty",
         ),
         (
+            lambda: predictor_of_zeros().ranks([[0, 0, 1]], ties="average"),
+            ValueError,
+            "LinkPredictor.ranks: ties must be one of 'realistic', 'optimistic', 'pessimistic', got 'average'",
+        ),
+        (
+            lambda: predictor_of_zeros().ranks([[0, 0, 3]]),
+            IndexError,
+            "LinkPredictor.ranks: triples must be in [0, 3), got 3 at position 0",
+        ),
+        (
             lambda: predictor_of_zeros().evaluate([[0, 0]]),
             ValueError,
             "LinkPredictor.evaluate: triples must have 3 columns (head, relation, tail), got 2",
@@ -526,7 +536,10 @@ def test_link_prediction_equals_the_definition(rng, algebra, variant):
     train, test = triples[::2], triples[1::2]
     for known in (None, triples):
         figures = predictor.evaluate(test, known=known)
-        expected = ref.link_figures(scores, test, known)
+        ranks = ref.link_ranks(scores, test, known)
+        for found, same in zip(predictor.ranks(test, known=known), ranks, strict=True):
+            assert_exact(found, same)
+        expected = ref.link_figures(ranks)
         assert figures.keys() == expected.keys()
         for name, value in expected.items():
             assert abs(figures[name] - value) <= KNOWN_SCORE
@@ -541,6 +554,14 @@ def test_link_prediction_equals_the_definition(rng, algebra, variant):
         order = np.argsort(-expected, axis=1, kind="stable")[:, :5]
         assert_exact(ids, order)
         np.testing.assert_allclose(found, np.take_along_axis(expected, order, 1), rtol=0, atol=2e-4)
+
+
+def test_ranks_of_ties_and_of_no_triples(rng):
+    predictor = predictor_of_zeros()
+    for ties, rank in (("realistic", 2), ("optimistic", 1), ("pessimistic", 3)):
+        for ranks in predictor.ranks([[0, 0, 1], [2, 0, 2]], ties=ties):
+            assert_exact(ranks, [rank, rank])
+    assert [x.shape for x in predictor.ranks(np.zeros((0, 3), np.int64))] == [(0,), (0,)]
 
 
 @pytest.mark.parametrize("algebra", ["complex", "quaternion", "octonion"])

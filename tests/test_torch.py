@@ -189,6 +189,7 @@ def test_forward_mode_is_refused_where_a_tangent_would_be_lost():
         "maxsim: queries": lambda x: pvt.maxsim(x, x),
         "maxsim_pairs: docs": lambda x: pvt.maxsim_pairs(x.detach(), x),
         "pool: docs": lambda x: pvt.pool(x, 2)[0],
+        "logsumexp: items": lambda x: pvt.logsumexp(x[0].detach(), x[1]),
         "score_pairs: items": lambda x: pvt.score_pairs(x[0].detach(), x[1], ids.view(1, 2).expand(4, 2)),
         "soft_assign: codebooks": lambda x: pvt.soft_assign(x[0].detach(), x[:1]).quantized,
         "vq_linear: x": lambda x: pvt.vq_linear(x[0], ids[:, None].byte(), torch.ones(1, 16, 8)),

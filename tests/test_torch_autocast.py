@@ -10,6 +10,7 @@ CALLS = {  # name -> a call of a (3, 4, 8) tensor
     "product": lambda x: pvt.product(x, x),
     "normalize": pvt.normalize,
     "relation_query": lambda x: pvt.relation_query(x, x, IDS, IDS),
+    "logsumexp": lambda x: pvt.logsumexp(x[0], x.flatten(0, 1), metric="l2", bias=x[:, :, 0].flatten()),
     "maxsim": lambda x: pvt.maxsim(x, x),
     "maxsim_pairs": lambda x: pvt.maxsim_pairs(x, x),
     "soft_assign": lambda x: pvt.soft_assign(x.flatten(0, 1), x.view(1, 12, 8), hard=False).quantized,

@@ -8,6 +8,7 @@ import polyvec as pv
 torch = pytest.importorskip("torch")
 functional = torch.nn.functional
 pvt = pytest.importorskip("polyvec.torch")
+_modules = pytest.importorskip("polyvec.torch._modules")
 
 
 @pytest.fixture
@@ -198,6 +199,79 @@ def test_max_sim_loss(tensor):
     torch.testing.assert_close(loss(queries, docs[2:], negatives), pairwise)
 
 
+def scores_in_torch(queries, docs, lengths):
+    """(n, m): each query of one length against documents of its own, all padded to one length."""
+    pairs = torch.einsum("nid,nmtd->nmit", queries, docs)
+    padding = torch.arange(docs.shape[2]) >= lengths[..., None]
+    return pairs.masked_fill(padding[:, :, None], -torch.inf).amax(3).sum(2)
+
+
+def test_max_sim_loss_of_columns_and_of_several_negatives(tensor):
+    queries, positives, negatives = tensor(3, 4, 8), tensor(3, 6, 8), tensor(3, 2, 5, 8)
+    lengths = torch.tensor([[5, 1], [2, 5], [4, 4]])
+    mask = torch.arange(5) < lengths[..., None]
+    right = scores_in_torch(queries, positives[:, None], torch.full((3, 1), 6))
+    wrong = scores_in_torch(queries, negatives, lengths)
+    loss, inputs = pvt.MaxSimLoss(temperature=0.5), (queries, positives, negatives)
+
+    def check(value, scores, targets):
+        expected = functional.cross_entropy(scores / 0.5, targets)
+        torch.testing.assert_close(value, expected)
+        for a, b in zip(torch.autograd.grad(value, inputs), torch.autograd.grad(expected, inputs), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+    own = loss(queries, positives, negatives.flatten(0, 1), negative_mask=mask.flatten(0, 1))
+    check(own, torch.cat([right, wrong], 1), torch.zeros(3, dtype=torch.int64))
+    columns = [positives, negatives[:, 0], negatives[:, 1]]
+    rows = [queries[i : i + 1].expand(3, -1, -1) for i in range(3)]
+    of_all = [
+        torch.stack([scores_in_torch(q, c[:, None], n[:, None])[:, 0] for q in rows])
+        for c, n in zip(columns, (torch.full((3,), 6), *lengths.T), strict=True)
+    ]
+    check(loss(queries, columns, doc_mask=[None, mask[:, 0], mask[:, 1]]), torch.cat(of_all, 1), torch.arange(3))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_max_sim_distillation_loss_is_the_divergence_from_the_teacher(rng, normalize):
+    queries, docs = (
+        torch.from_numpy(rng.standard_normal(shape)).requires_grad_() for shape in ((4, 3, 8), (4, 5, 6, 8))
+    )
+    teacher = torch.from_numpy(10 * rng.standard_normal((4, 5)))
+    lengths = torch.from_numpy(rng.integers(1, 7, (4, 5)))
+    lengths[1, 3], teacher[1, 3] = 0, -torch.inf  # the second query has four documents
+    scores = scores_in_torch(queries, docs, lengths)
+    expected = 0
+    for row, (student, logits) in enumerate(zip(scores, teacher, strict=True)):
+        kept = logits > -torch.inf
+        student, p = student[kept], torch.softmax(logits[kept] / 3, 0)
+        if normalize:
+            student = (student - student.min()) / (student.max() - student.min())
+        assert len(p) == (4 if row == 1 else 5)
+        expected = expected + (p * (p.log() - torch.log_softmax(student / 3, 0))).sum() / 4
+    mask = torch.arange(6) < lengths[..., None]
+    ragged = docs[mask], functional.pad(lengths.flatten().cumsum(0), (1, 0))
+    loss = pvt.MaxSimDistillationLoss(normalize=normalize, temperature=3)
+    for value in (
+        loss(queries, docs.flatten(0, 1), teacher, doc_mask=mask.flatten(0, 1)),
+        loss((queries.flatten(0, 1), torch.arange(5) * 3), ragged, teacher),
+    ):
+        torch.testing.assert_close(value, expected)
+        gradients = torch.autograd.grad(value, (queries, docs))
+        for a, b in zip(gradients, torch.autograd.grad(expected, (queries, docs), retain_graph=True), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_max_sim_distillation_loss_of_equal_scores_and_of_nothing(tensor):
+    loss, docs = pvt.MaxSimDistillationLoss(), tensor(2, 3, 8)
+    value = loss(docs[:1], docs[:1].expand(2, 3, 8), torch.tensor([[2.0, 2.0]]))
+    assert value.item() == pytest.approx(0)
+    assert torch.autograd.grad(value, docs)[0].isfinite().all()
+    absent = loss(docs[:1], docs, torch.full((1, 2), -torch.inf))
+    assert absent.item() == 0
+    assert not torch.autograd.grad(absent, docs)[0].any()
+    assert loss(docs[:0], docs[:0], torch.ones(0, 0)).item() == 0
+
+
 @pytest.mark.parametrize("algebra", ["quaternion", "dihedron"])
 @pytest.mark.parametrize("metric", ["ip", "l2"])
 def test_relation_scorer_agrees_with_the_link_predictor(rng, algebra, metric):
@@ -227,6 +301,26 @@ def test_relation_scorer_agrees_with_the_link_predictor(rng, algebra, metric):
     torch.testing.assert_close(scorer.loss(heads, relations, tails, negatives=some), expected, rtol=1e-4, atol=1e-4)
     scorer.loss(heads, relations, tails, negatives=7).backward()
     assert all(p.grad is not None for p in scorer.parameters())
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_a_loss_over_many_entities_is_that_of_all_scores(rng, monkeypatch, metric, sparse):
+    calls = []
+    monkeypatch.setattr(_modules, "logsumexp", lambda *x, **y: calls.append(x) or pvt.logsumexp(*x, **y))
+    scorer = pvt.RelationScorer(1000, 3, 1, metric=metric, translate=True, bias=True, sparse=sparse)
+    heads, relations, tails = (torch.from_numpy(rng.integers(0, n, 40)) for n in (1000, 3, 1000))
+    loss, expected = scorer.loss(heads, relations, tails), functional.cross_entropy(scorer(heads, relations), tails)
+    assert len(calls) == 1
+    torch.testing.assert_close(loss, expected)
+    parameters = list(scorer.parameters())
+    gradients = [torch.autograd.grad(x, parameters) for x in (loss, expected)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        scorer.loss(heads, relations, tails)
+    scorer.loss(heads[:10], relations[:10], tails[:10])
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("metric", ["ip", "l2"])
@@ -305,6 +399,7 @@ MODULES = {
     "simvq": lambda: pvt.VectorQuantizer(8, 16, update="simvq"),
     "residual": lambda: pvt.ResidualVectorQuantizer(8, 16, 3).eval(),
     "MaxSimLoss": pvt.MaxSimLoss,
+    "MaxSimDistillationLoss": pvt.MaxSimDistillationLoss,
     "RelationScorer": lambda: pvt.RelationScorer(20, 4, 8, dropout=0.5).eval(),
 }
 
@@ -312,6 +407,8 @@ MODULES = {
 def arguments_of(name, tensor):
     if name == "MaxSimLoss":
         return tensor(3, 4, 8), tensor(3, 5, 8)
+    if name == "MaxSimDistillationLoss":
+        return tensor(3, 4, 8), tensor(6, 5, 8), tensor(3, 2)
     ids = torch.arange(4)
     return (ids, ids) if name == "RelationScorer" else (tensor(5, 8),)
 
@@ -362,6 +459,18 @@ def test_modules_compile_save_and_obey_autocast(tensor, name):
          "torch.MaxSimLoss: temperature must be above 0, got 0"),
         (lambda: pvt.MaxSimLoss()(torch.ones(3, 1, 2), torch.ones(2, 1, 2)), ValueError,
          "torch.MaxSimLoss: docs must have a document for each query (3), got 2"),
+        (lambda: pvt.MaxSimLoss()(torch.ones(2, 1, 2), [torch.ones(2, 1, 2)] * 2, doc_mask=torch.ones(2, 1)),
+         ValueError, "torch.MaxSimLoss: doc_mask must be a list of one mask for each of 2 docs, got Tensor"),
+        (lambda: pvt.MaxSimLoss()(torch.ones(2, 1, 2), []), ValueError,
+         "torch.MaxSimLoss: docs must not be an empty list"),
+        (lambda: pvt.MaxSimLoss()(torch.ones(2, 1, 2), torch.ones(2, 1, 2), torch.ones(3, 1, 2)), ValueError,
+         "torch.MaxSimLoss: negatives must have as many documents for each query (2), got 3"),
+        (lambda: pvt.MaxSimDistillationLoss(temperature=-1), ValueError,
+         "torch.MaxSimDistillationLoss: temperature must be above 0, got -1"),
+        (lambda: pvt.MaxSimDistillationLoss()(torch.ones(2, 1, 2), torch.ones(4, 1, 2), torch.ones(2, 3)), ValueError,
+         "torch.MaxSimDistillationLoss: teacher must have shape (2, 2), got (2, 3)"),
+        (lambda: pvt.MaxSimDistillationLoss()(torch.ones(2, 1, 2), torch.ones(4, 1, 2), [[1, 2], [3, 4]]), TypeError,
+         "torch.MaxSimDistillationLoss: teacher must be a torch tensor, got list"),
         (lambda: pvt.RelationScorer(4, 2, 3, metric="cosine"), ValueError,
          "torch.RelationScorer: metric must be one of 'ip', 'l2', got 'cosine'"),
     ],

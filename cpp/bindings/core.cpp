@@ -76,6 +76,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
     bind_packed_tokens<Cpu>(m);
     bind_certified_topk<Cpu>(m);
     bind_scan<Cpu>(m);
+    bind_scan_gradient<Cpu>(m);
     bind_fde_matrices(m);
     bind_fde<Cpu>(m);
     bind_fde_blocks<Cpu>(m);

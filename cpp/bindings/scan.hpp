@@ -125,4 +125,24 @@ void bind_scan(py::module_& m) {
         py::arg("where"));
 }
 
+/// For which a GPU composes its own products.
+template <class Exec>
+void bind_scan_gradient(py::module_& m) {
+    m.def(
+        "scan_logsumexp_gradient",
+        [](const py::object& queries, const py::object& items, const py::object& bias, const py::object& result,
+           const py::object& grad, const py::object& d_queries, const py::object& d_items, const py::object& d_bias,
+           float scale, std::intptr_t where) {
+            Args args = args_for<Exec>(ScanLogSumExpGradient::op, where);
+            const Array a = args.in("queries", queries);
+            run_op<Exec>(
+                ScanLogSumExpGradient{a, args.in("items", items), args.in("bias", bias), args.in("result", result),
+                                      args.in("grad", grad), args.in("d_queries", d_queries),
+                                      args.in("d_items", d_items), args.in("d_bias", d_bias), scale},
+                where, a);
+        },
+        py::arg("queries"), py::arg("items"), py::arg("bias"), py::arg("result"), py::arg("grad"), py::arg("d_queries"),
+        py::arg("d_items"), py::arg("d_bias"), py::arg("scale"), py::arg("where"));
+}
+
 }  // namespace polyvec

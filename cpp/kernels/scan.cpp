@@ -319,6 +319,46 @@ void excesses(const float* values, size_t n, const float* threshold, float* sum)
     }
 }
 
+void probabilities(float* values, size_t n, float scale, const float* less, float* rows, size_t stride) noexcept {
+    for (size_t k = 0; k < n; ++k, values += width, rows += stride) {
+        Vec<float> x[R];
+        for (int r = 0; r < R; ++r) {
+            x[r] = fma(load(values + r * L), broadcast(scale), -load(less + r * L));
+            x[r] = max(x[r], broadcast(-__builtin_inff()));  // NaN: 0
+        }
+        exp<float>(x);
+        for (int r = 0; r < R; ++r) {
+            store(values + r * L, x[r]);
+            store(rows + r * L, x[r]);
+        }
+    }
+}
+
+void transpose_rows(const float* rows, size_t count, size_t stride, size_t d, size_t columns, float* out) noexcept {
+    pack_panel(out, rows, count, stride, d, columns);
+}
+
+/// A panel of C registers, the last of which may be used in part.
+template <int C>
+void add_products(const float* rows, size_t n, size_t stride, size_t k, const float* panel, size_t columns, float* out,
+                  size_t out_stride) noexcept {
+    if constexpr (C > 1) {
+        if (columns <= (C - 1) * L) return add_products<C - 1>(rows, n, stride, k, panel, columns, out, out_stride);
+    }
+    const size_t last = columns - (C - 1) * L;
+    for_each_tile<C>(panel, Rows<float>{rows, n, stride}, k,
+                     [&]<int J>(size_t first, const Vec<float>(&sum)[J][C]) __attribute__((always_inline)) {
+                         for (int j = 0; j < J; ++j) {
+                             float* row = out + (first + j) * out_stride;
+                             for (int c = 0; c < C - 1; ++c, row += L) store(row, load(row) + sum[j][c]);
+                             if (last == L)
+                                 store(row, load(row) + sum[j][C - 1]);
+                             else
+                                 store_first(row, load_first(row, last) + sum[j][C - 1], last);
+                         }
+                     });
+}
+
 template <class Format, class Elements>
 constexpr ScanKernel make(decltype(ScanKernel::round) round) {
     return {Format::align,      words<Format>,
@@ -333,8 +373,12 @@ constexpr ScanKernel make(decltype(ScanKernel::round) round) {
 
 extern const ScanKernels scan_kernels;
 const ScanKernels scan_kernels{width,
+                               L,
                                exponentials,
                                excesses,
+                               probabilities,
+                               transpose_rows,
+                               add_products<R>,
                                make<Float32, Float32Elements>(nullptr),
                                make<Bfloat16, Bfloat16Elements>(round<Bfloat16>),
                                make<Float16, Float16Elements>(nullptr),

@@ -304,11 +304,23 @@ constexpr std::size_t max_panel_width = 64;
 
 struct ScanKernels {
     std::size_t panel_width;  // queries in a panel, at most max_panel_width
+    std::size_t lanes;        // of a register: panel_width is a multiple
     /// Of values (n, panel_width), for each lane the largest and the sum of exp(scale * (value - largest)), for
     /// scale > 0; NaN values do not take part. A largest of +-inf comes with any sum.
     void (*exponentials)(const float* values, std::size_t n, float scale, float* largest, float* sum) noexcept;
     /// For each lane the sum of max(0, value - threshold[lane]); NaN values do not take part.
     void (*excesses)(const float* values, std::size_t n, const float* threshold, float* sum) noexcept;
+    /// Replaces values (n, panel_width) by exp(scale * value - less[lane]), and writes these to rows `stride` apart,
+    /// too; 0 for NaN.
+    void (*probabilities)(float* values, std::size_t n, float scale, const float* less, float* rows,
+                          std::size_t stride) noexcept;
+    /// out (d, width): the transpose of `count` rows; width is a multiple of `lanes`, and columns beyond count are 0.
+    void (*transpose)(const float* rows, std::size_t count, std::size_t stride, std::size_t d, std::size_t width,
+                      float* out) noexcept;
+    /// Adds the products of n rows of k elements with a panel (k, columns rounded up to a multiple of `lanes`), columns
+    /// at most panel_width, to out: n rows, `out_stride` apart.
+    void (*add_products)(const float* rows, std::size_t n, std::size_t stride, std::size_t k, const float* panel,
+                         std::size_t columns, float* out, std::size_t out_stride) noexcept;
     ScanKernel f32, bf16, f16, i8;
 };
 

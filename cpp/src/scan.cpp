@@ -221,6 +221,157 @@ void logsumexp(const ScanLogSumExp& op, const Batch& batch, int num_threads) {
     }
 }
 
+/// Gradients of log-sum-exp for a batch of queries. A block of them meets a block of items: their probabilities are
+/// computed once, in two layouts, for a sum over the block's queries and one over its items, while they lie in the
+/// cache. Threads share the outputs of each step, so that every sum has one order.
+class SoftmaxGradient {
+public:
+    static constexpr std::int64_t most_queries = 512, most_items = 480;  // of a block; whole panels and registers
+
+    SoftmaxGradient(const ScanLogSumExpGradient& op, std::int64_t first, std::int64_t n, int num_threads)
+        : op_(op),
+          first_(first),
+          n_(n),
+          d_(op.queries.dim(1)),
+          width_(scan_.panel_width),
+          panels_(ceil_div(n, width_)),
+          num_threads_(num_threads),
+          packed_(aligned<float>(panels_ * width_ * d_)),
+          less_(panels_ * width_, infinity),  // of a lane without a query: its probabilities are 0
+          weights_(aligned<float>(n * scan_.lanes)),
+          weighted_(aligned<float>(op.d_items ? n * ceil_div(d_, lanes()) * lanes() : 0)),
+          d_panels_(aligned<float>(op.d_queries ? panels_ * width_ * d_ : 0)),
+          transposed_(aligned<float>(op.d_queries ? most_items * d_ : 0)),
+          by_lane_(aligned<float>(most_queries * most_items)),
+          by_row_(aligned<float>(row_ * most_items)) {
+        const float* queries = op.queries.as<const float>() + first * d_;
+        parallel_for(panels_, 1, num_threads, [&](std::int64_t p, std::int64_t, int) {
+            const std::int64_t begin = p * width_, count = std::min(width_, n - begin);
+            scan_.f32.pack(queries + begin * d_, count, d_, d_, packed_.get() + p * width_ * d_);
+            if (op.d_queries) std::fill_n(d_panels_.get() + begin * d_, width_ * d_, 0.0f);
+            for (std::int64_t i = begin; i < begin + count; ++i) {
+                less_[i] = op.result.as<const float>()[first + i];
+                const float weight = op.scale * op.grad.as<const float>()[first + i];
+                std::fill_n(weights_.get() + i * lanes(), lanes(), 0.0f);
+                weights_[i * lanes()] = weight;
+                for (std::int64_t c = 0; op.d_items && c < d_; c += width_) {
+                    float* row = weighted_.get() + c * n + i * padded(c);
+                    for (std::int64_t k = 0; k < padded(c); ++k)
+                        row[k] = c + k < d_ ? weight * queries[i * d_ + c + k] : 0;
+                }
+            }
+        });
+    }
+
+    void run() {
+        const std::int64_t items = op_.items.dim(0);
+        for (std::int64_t item = 0; item < items; item += most_items) {
+            const std::int64_t count = std::min(most_items, items - item);
+            if (op_.d_queries) transpose(item, count);
+            for (std::int64_t query = 0; query < n_; query += most_queries) {
+                compute(item, count, query);
+                add(item, count, query);
+            }
+        }
+        if (op_.d_queries) write();
+    }
+
+private:
+    static constexpr std::int64_t row_ = most_queries + 16;  // floats between rows, which do not fall into one set
+    static constexpr std::int64_t some = 96;                 // dims or items of a task: whole tiles of any height
+    static constexpr std::int64_t terms = 128;               // of a sum at a time: a panel in the level-1 cache
+    static_assert(most_queries % max_panel_width == 0);
+
+    std::int64_t lanes() const { return scan_.lanes; }
+    /// Columns of the panel that begins with column c.
+    std::int64_t columns(std::int64_t c) const { return std::min(width_, d_ - c); }
+    std::int64_t padded(std::int64_t c) const { return ceil_div(columns(c), lanes()) * lanes(); }
+    std::int64_t panels_from(std::int64_t query) const { return ceil_div(std::min(most_queries, n_ - query), width_); }
+    float* of_panel(std::int64_t p) const { return by_lane_.get() + p * width_ * most_items; }
+    const float* item(std::int64_t i) const { return op_.items.as<const float>() + i * d_; }
+
+    void transpose(std::int64_t first, std::int64_t count) {
+        parallel_for(d_, some, num_threads_, [&](std::int64_t begin, std::int64_t end, int) {
+            scan_.transpose(item(first) + begin, count, d_, end - begin, most_items,
+                            transposed_.get() + begin * most_items);
+        });
+    }
+
+    void compute(std::int64_t first, std::int64_t count, std::int64_t query) {
+        const std::int64_t pieces = ceil_div(count, some);
+        parallel_for(panels_from(query) * pieces, 1, num_threads_, [&](std::int64_t task, std::int64_t, int) {
+            const std::int64_t p = task / pieces, begin = task % pieces * some, lane = query + p * width_;
+            const std::int64_t n = std::min(some, count - begin);
+            ScanBlock block{packed_.get() + lane * d_, item(first + begin), static_cast<std::size_t>(n),
+                            static_cast<std::size_t>(d_)};
+            if (op_.bias) block.offset = op_.bias.as<const float>() + first + begin;
+            float* const values = of_panel(p) + begin * width_;
+            scan_.f32.values(block, values);
+            scan_.probabilities(values, n, op_.scale, &less_[lane], by_row_.get() + begin * row_ + p * width_, row_);
+        });
+    }
+
+    void add(std::int64_t first, std::int64_t count, std::int64_t query) {
+        const std::int64_t columns = (op_.d_items ? ceil_div(d_, width_) : 0) + (op_.d_bias ? 1 : 0);
+        const std::int64_t pieces = op_.d_queries ? ceil_div(d_, some) : 0, of_items = ceil_div(count, some) * columns;
+        parallel_for(of_items + panels_from(query) * pieces, 1, num_threads_,
+                     [&](std::int64_t task, std::int64_t, int) {
+                         if (task < of_items) {
+                             add_to_items(first, task / columns * some, count, query, task % columns * width_);
+                         } else {
+                             task -= of_items;
+                             add_to_queries(query, task / pieces, task % pieces * some, count);
+                         }
+                     });
+    }
+
+    /// Of one panel of columns; behind the last of d_items lies that of d_bias.
+    void add_to_items(std::int64_t first, std::int64_t begin, std::int64_t count, std::int64_t query, std::int64_t c) {
+        const std::int64_t n = std::min(some, count - begin), queries = std::min(most_queries, n_ - query);
+        const bool of_bias = !op_.d_items || c >= d_;
+        const std::int64_t width = of_bias ? lanes() : padded(c), used = of_bias ? 1 : columns(c);
+        const std::int64_t stride = of_bias ? 1 : d_;
+        const float* const panel = of_bias ? weights_.get() : weighted_.get() + c * n_;
+        float* const out = (of_bias ? op_.d_bias.as<float>() : op_.d_items.as<float>() + c) + (first + begin) * stride;
+        if (first_ + query == 0) {
+            for (std::int64_t i = 0; i < n; ++i) std::fill_n(out + i * stride, used, 0.0f);
+        }
+        for (std::int64_t k = 0; k < queries; k += terms)
+            scan_.add_products(by_row_.get() + begin * row_ + k, n, row_, std::min(terms, queries - k),
+                               panel + (query + k) * width, used, out, stride);
+    }
+
+    void add_to_queries(std::int64_t query, std::int64_t p, std::int64_t dim, std::int64_t count) {
+        for (std::int64_t k = 0; k < count; k += terms)
+            scan_.add_products(transposed_.get() + dim * most_items + k, std::min(some, d_ - dim), most_items,
+                               std::min(terms, count - k), of_panel(p) + k * width_, width_,
+                               d_panels_.get() + (query + p * width_) * d_ + dim * width_, width_);
+    }
+
+    void write() {
+        parallel_for(n_, width_, num_threads_, [&](std::int64_t begin, std::int64_t end, int) {
+            for (std::int64_t i = begin; i < end; ++i) {
+                const float* const sums = d_panels_.get() + begin * d_ + (i - begin);
+                float* const out = op_.d_queries.as<float>() + (first_ + i) * d_;
+                for (std::int64_t k = 0; k < d_; ++k) out[k] = weights_[i * lanes()] * sums[k * width_];
+            }
+        });
+    }
+
+    const ScanKernels& scan_ = *kernels().scan;
+    const ScanLogSumExpGradient& op_;
+    const std::int64_t first_, n_, d_, width_, panels_;
+    const int num_threads_;
+    Aligned<float> packed_;
+    std::vector<float> less_;
+    Aligned<float> weights_;     // (n, lanes): one column of a panel
+    Aligned<float> weighted_;    // queries times their weights, in panels of columns
+    Aligned<float> d_panels_;    // panels as the queries', (d, width)
+    Aligned<float> transposed_;  // items of a block, (d, most_items)
+    Aligned<float> by_lane_;     // probabilities of a block: panels (most_items, width)
+    Aligned<float> by_row_;      // the same: (most_items, row_)
+};
+
 void hinge(const ScanHinge& op, const Batch& batch, int num_threads) {
     const Sweep sweep(batch, op.items, num_threads, Sweep::Ranges::fixed);
     const std::int64_t lanes = batch.panels * batch.width;
@@ -356,6 +507,19 @@ void run(const ScanLogSumExp& op, Cpu cpu) {
         logsumexp(op, batch, cpu.num_threads);
         first += batch.n;
     }
+}
+
+void run(const ScanLogSumExpGradient& op, Cpu cpu) {
+    constexpr std::int64_t block = SoftmaxGradient::most_queries;
+    const std::int64_t n = op.queries.dim(0), d = op.queries.dim(1);
+    const std::int64_t batch =
+        block * std::max<std::int64_t>(1, batch_bytes / (4 * block * std::max<std::int64_t>(d, 16)));
+    if (n == 0) {
+        if (op.d_items) std::fill_n(op.d_items.as<float>(), op.d_items.size(), 0.0f);
+        if (op.d_bias) std::fill_n(op.d_bias.as<float>(), op.d_bias.size(), 0.0f);
+    }
+    for (std::int64_t first = 0; first < n; first += batch)
+        SoftmaxGradient(op, first, std::min(batch, n - first), cpu.num_threads).run();
 }
 
 void run(const ScanHinge& op, Cpu cpu) {

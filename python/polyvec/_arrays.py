@@ -97,6 +97,7 @@ DIFFERENTIABLE = {
     "maxsim.score": "maxsim",
     "maxsim.score_pairs": "maxsim_pairs",
     "quantize.vq_linear": "vq_linear",
+    "scan.logsumexp": "logsumexp",
     "scan.nearest": "vq_assign",
     "scan.score_pairs": "score_pairs",
 }

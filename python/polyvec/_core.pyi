@@ -339,6 +339,18 @@ def scan_logsumexp(
     metric: str,
     where: int,
 ) -> None: ...
+def scan_logsumexp_gradient(
+    queries: typing.Any,
+    items: typing.Any,
+    bias: typing.Any,
+    result: typing.Any,
+    grad: typing.Any,
+    d_queries: typing.Any,
+    d_items: typing.Any,
+    d_bias: typing.Any,
+    scale: float,
+    where: int,
+) -> None: ...
 def scan_nearest(
     x: typing.Any,
     centroids: typing.Any,

@@ -682,8 +682,8 @@ class LinkPredictor:
         Returns
         -------
         dict
-            "mrr" (mean reciprocal rank), "hits@1", "hits@3", "hits@10": means over the 2 n queries, ties counted at
-            their mean rank ("realistic").
+            "mrr" (mean reciprocal rank), "hits@1", "hits@3", "hits@10", "mean_rank": means over the 2 n queries, ties
+            counted at their mean rank ("realistic").
 
         Raises
         ------
@@ -701,16 +701,60 @@ class LinkPredictor:
         triples = self._triples(op, "triples", triples)
         if not len(triples):
             raise ValueError(f"{op}: triples must not be empty")
-        known = None if known is None else self._triples(op, "known", known)
-        ranks = np.concatenate(
-            [
-                self._ranks(triples[start : start + _RANK_BLOCK], side, known, num_threads)
-                for side in ("tail", "head")
-                for start in range(0, len(triples), _RANK_BLOCK)
-            ]
-        )
+        ranks = np.concatenate(self._ranks_of_both(op, triples, known, "realistic", num_threads))
         hits = {f"hits@{n}": float(np.mean(ranks <= n)) for n in (1, 3, 10)}
-        return {"mrr": float(np.mean(1 / ranks)), **hits}
+        return {"mrr": float(np.mean(1 / ranks)), **hits, "mean_rank": float(np.mean(ranks))}
+
+    def ranks(
+        self, triples: Any, *, known: Any = None, ties: str = "realistic", num_threads: int | None = None
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Return the ranks of the true head and of the true tail of each triple among all entities; 1 is the best.
+
+        What `evaluate` averages: for figures by relation or side, or tests of significance.
+
+        Parameters
+        ----------
+        triples : integer array of shape (n, 3)
+            (head, relation, tail).
+        known : integer array of shape (m, 3), optional
+            All true triples: they do not count against the one that is ranked (filtered ranks).
+        ties : {"realistic", "optimistic", "pessimistic"}
+            What an entity that scores exactly as the true one counts, as in `scan.rank`.
+        num_threads : int, optional
+            CPU threads; the process setting when None.
+
+        Returns
+        -------
+        head_ranks, tail_ranks : numpy arrays of shape (n,), float64
+            Halves occur among realistic ranks.
+
+        Raises
+        ------
+        ValueError
+            Arrays of another shape, an unknown rule for ties.
+        IndexError
+            An entity or a relation that does not exist.
+
+        Notes
+        -----
+        Costs what `evaluate` does.
+
+        References
+        ----------
+        On the Ambiguity of Rank-Based Evaluation of Entity Alignment or Link Prediction Methods (Berrendorf et al.
+        2020), section 3: the three ranks.
+
+        Examples
+        --------
+        >>> import numpy as np, polyvec as pv
+        >>> entities = np.eye(4, dtype=np.float32).reshape(4, 4, 1)  # 1, i, j, k
+        >>> predictor = pv.retrieve.LinkPredictor(entities, entities[1:2])  # multiply by i
+        >>> predictor.ranks([[0, 0, 1], [0, 0, 2]])
+        (array([1., 3.]), array([1., 3.]))
+        """
+        op = "LinkPredictor.ranks"
+        choice(op, "ties", ties, ("realistic", "optimistic", "pessimistic"))
+        return self._ranks_of_both(op, self._triples(op, "triples", triples), known, ties, num_threads)
 
     def _pair(self, op: str, *named: tuple[str, Any]) -> list[npt.NDArray[np.int64]]:
         arrays = [np.asarray(as_ids(op, name, ids)) for name, ids in named]
@@ -822,8 +866,19 @@ class LinkPredictor:
             scores += scan.score_pairs(shifts[relations], self._items, anchors[:, None], num_threads=num_threads)
         return scores, ids
 
+    def _ranks_of_both(
+        self, op: str, triples: npt.NDArray[np.int64], known: Any, ties: str, num_threads: int | None
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        known = None if known is None else self._triples(op, "known", known)
+        heads, tails = np.empty(len(triples)), np.empty(len(triples))
+        for side, ranks in (("head", heads), ("tail", tails)):
+            for start in range(0, len(triples), _RANK_BLOCK):
+                block = slice(start, start + _RANK_BLOCK)
+                ranks[block] = self._ranks(triples[block], side, known, ties, num_threads)
+        return heads, tails
+
     def _ranks(
-        self, triples: npt.NDArray[np.int64], side: str, known: Any, num_threads: int | None
+        self, triples: npt.NDArray[np.int64], side: str, known: Any, ties: str, num_threads: int | None
     ) -> npt.NDArray[np.float64]:
         heads, relations, tails = np.ascontiguousarray(triples.T)
         anchors, targets = (heads, tails) if side == "tail" else (tails, heads)
@@ -838,6 +893,7 @@ class LinkPredictor:
                     metric=self._metric,
                     bias=self._bias,
                     known=_rows_of(exclude, rows),
+                    ties=ties,
                     num_threads=num_threads,
                 )
             )

@@ -51,6 +51,7 @@ from polyvec._arrays import (
     choice,
     device_name,
     dtype_name,
+    empty,
     output,
     outputs,
 )
@@ -558,3 +559,36 @@ def hinge(
     settings = out, margin, metric
     _backend.run(op, "scan_hinge", q, q, x, s, targets, _bias(op, bias), *lists, *settings, num_threads=num_threads)
     return out  # type: ignore[no-any-return]
+
+
+def logsumexp_gradient(
+    queries: Any,
+    items: Any,
+    bias: Any,
+    result: Any,
+    grad: Any,
+    *,
+    scale: float,
+    of_queries: bool,
+    of_items: bool,
+    of_bias: bool,
+    num_threads: int | None = None,
+) -> tuple[Any, Any, Any]:
+    """Return the gradients for queries, float32 items and bias, given that of the `result` of `logsumexp` by "ip".
+
+    None where it is not asked for.
+    """
+    op = "scan.logsumexp_gradient"
+    q, x, _ = _vectors(op, queries, items, None, ("queries", "items"))
+    b = _bias(op, bias)
+    of_each = (as_array(op, name, y, ndim=1) for name, y in (("result", result), ("grad", grad)))
+    d_queries, d_items, d_bias = (
+        empty(like, tuple(like.shape), "float32") if wanted else None
+        for like, wanted in ((q, of_queries), (x, of_items), (b, of_bias))
+    )
+    _backend.run(
+        op, "scan_logsumexp_gradient", q,
+        q, x, b, *of_each, d_queries, d_items, d_bias, as_number(op, "scale", scale),
+        num_threads=num_threads,
+    )  # fmt: skip
+    return d_queries, d_items, d_bias

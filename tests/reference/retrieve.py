@@ -49,15 +49,21 @@ def filtered(scores, side, anchors, relations, known, targets=None):
     return out
 
 
-def link_figures(scores, triples, known):
-    """Filtered MRR and hits over head and tail queries, ties at their mean rank."""
+def link_ranks(scores, triples, known):
+    """Filtered ranks of heads and of tails, ties at their mean rank."""
     ranks = []
-    for side, anchor, target in (("tail", 0, 2), ("head", 2, 0)):
+    for side, anchor, target in (("head", 2, 0), ("tail", 0, 2)):
         rows = filtered(scores, side, triples[:, anchor], triples[:, 1], known, triples[:, target])
         own = rows[np.arange(len(rows)), triples[:, target]][:, None]
         ranks.append(1 + (rows > own).sum(1) + ((rows == own).sum(1) - 1) / 2)
+    return ranks
+
+
+def link_figures(ranks):
+    """Means over the ranks of heads and tails."""
     ranks = np.concatenate(ranks)
-    return {"mrr": np.mean(1 / ranks), **{f"hits@{k}": np.mean(ranks <= k) for k in (1, 3, 10)}}
+    hits = {f"hits@{k}": np.mean(ranks <= k) for k in (1, 3, 10)}
+    return {"mrr": np.mean(1 / ranks), **hits, "mean_rank": np.mean(ranks)}
 
 
 def streamed_mrr(entities, relations, triples, known):

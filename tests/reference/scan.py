@@ -92,6 +92,21 @@ def logsumexp(queries, items, scale=1, metric="ip", bias=None, exclude=None):
     return np.logaddexp.reduce(value, axis=1)
 
 
+def logsumexp_gradients(queries, items, grad, scale=1, metric="ip", bias=None):
+    """Of queries, items and bias, for that of each result; cosines of no zero vector."""
+    q, x = np.asarray(queries, np.float64), np.asarray(items, np.float64)
+    value = scale * (-1 if metric == "l2" else 1) * scores(q, x, metric, bias)
+    p = scale * np.asarray(grad, np.float64)[:, None] * np.exp(value - np.logaddexp.reduce(value, axis=1)[:, None])
+    if metric == "l2":
+        return 2 * (p @ x - p.sum(1)[:, None] * q), 2 * (p.T @ q - p.sum(0)[:, None] * x), p.sum(0)
+    if metric == "cosine":
+        sizes = [np.linalg.norm(y, axis=1, keepdims=True) for y in (q, x)]
+        q, x = (y / size for y, size in zip((q, x), sizes, strict=True))
+        pairs = zip((p @ x, p.T @ q), (q, x), sizes, strict=True)
+        return *((g - (g * y).sum(1, keepdims=True) * y) / size for g, y, size in pairs), p.sum(0)
+    return p @ x, p.T @ q, p.sum(0)
+
+
 def hinge(queries, items, targets, margin=1, metric="ip", bias=None, known=None):
     """One number a query; the score of "l2" is minus the distance."""
     value = (-1 if metric == "l2" else 1) * scores(queries, items, metric, bias)

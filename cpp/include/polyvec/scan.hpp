@@ -225,6 +225,43 @@ struct ScanLogSumExp {
     }
 };
 
+/// The gradients of ScanLogSumExp for "ip", of float32 items: those of its result `grad`, and p_ij = exp(scale *
+/// score(i, j) - result_i),
+///     d_queries_i = scale grad_i sum_j p_ij x_j    d_items_j = sum_i scale grad_i p_ij q_i    d_bias_j = sum_i scale
+///     grad_i p_ij
+struct ScanLogSumExpGradient {
+    static constexpr const char* op = "scan.logsumexp_gradient";
+    Array queries, items;              // (nq, d), (n, d)
+    Array bias;                        // (n,), or absent
+    Array result, grad;                // (nq,)
+    Array d_queries, d_items, d_bias;  // like queries, items, bias; each may be absent
+    float scale = 1;
+
+    void validate() const {
+        require_scan(op, queries, {items, {}}, bias);
+        require_dtype(op, items, DType::f32);
+        for (const Array* of_queries : {&result, &grad}) {
+            require_dtype(op, *of_queries, DType::f32);
+            require_ndim(op, *of_queries, 1);
+            require_contiguous(op, *of_queries);
+            require_dim(op, *of_queries, 0, queries.dim(0), "one entry a query");
+        }
+        if (d_queries) require_like(d_queries, queries);
+        if (d_items) require_like(d_items, items);
+        if (!d_bias) return;
+        require_out(op, d_bias, DType::f32);
+        require_ndim(op, d_bias, 1);
+        require_dim(op, d_bias, 0, items.dim(0), "one entry an item");
+    }
+
+private:
+    static void require_like(const Array& out, const Array& x) {
+        require_out(op, out, DType::f32);
+        require(out.ndim == x.ndim && out.shape == x.shape, op, out.name, " must have shape ", x.shape_text(), ", got ",
+                out.shape_text());
+    }
+};
+
 /// out[i]: the sum over all items x but the target t and the `known` ones of max(0, margin - score(t) + score(x)), of
 /// which the l2 score is -(|q - x|^2 - bias).
 struct ScanHinge {
@@ -255,6 +292,7 @@ void run(const ScanNearest&, Cpu);
 void run(const ScanRank&, Cpu);
 void run(const ScanPairs&, Cpu);
 void run(const ScanLogSumExp&, Cpu);
+void run(const ScanLogSumExpGradient&, Cpu);
 void run(const ScanHinge&, Cpu);
 
 // On a GPU, where ids cannot be checked before: an excluded or known id outside the items names none, the rank of a

@@ -13,7 +13,9 @@ from polyvec.torch._tensors import in_float32, narrowed, require_tensors
 
 
 def _ragged(values: Tensor, offsets: Tensor) -> Ragged:
-    return (Ragged.on_device if values.is_cuda else Ragged)(values.detach(), offsets)
+    if values.is_cuda or (offsets.dtype == torch.int64 and offsets.dim() == 1 and len(offsets) > 0):
+        return Ragged.on_device(values.detach(), offsets.contiguous())  # a CPU kernel checks them
+    return Ragged(values.detach(), offsets)
 
 
 @custom_op(
@@ -108,7 +110,8 @@ def _token_sets(op: str, name: str, x: Any, mask: Any) -> tuple[Tensor, Tensor]:
             f"got shape {tuple(first.shape)}"
         )
     if second is None and mask is None:
-        offsets = torch.arange(first.shape[0] + 1, device=first.device) * first.shape[1]
+        n, t = first.shape[:2]
+        offsets = torch.arange(0, n * t + 1, t, device=first.device) if t else first.new_zeros(n + 1, dtype=torch.int64)
         return first.flatten(0, 1), offsets
     try:
         sets = Ragged.from_padded(first, second, mask=mask)  # indexes `first`, which torch differentiates
@@ -203,6 +206,31 @@ def maxsim_pairs(queries: Any, docs: Any, *, query_mask: Any = None, doc_mask: A
     op = "torch.maxsim_pairs"
     sets = *_narrowed_sets(op, "queries", queries, query_mask), *_narrowed_sets(op, "docs", docs, doc_mask)
     return _match(*sets, True)[0]
+
+
+def _repeated(values: Tensor, offsets: Tensor, times: int) -> tuple[Tensor, Tensor]:
+    """Return each token set `times` times in a row."""
+    if times == 1:
+        return values, offsets
+    total = times * values.shape[0]
+    begins, lengths = (x.repeat_interleave(times) for x in (offsets[:-1], offsets.diff()))
+    new = functional.pad(lengths.cumsum(0), (1, 0))
+    shifts = (begins - new[:-1]).repeat_interleave(lengths, output_size=total)
+    return values[torch.arange(total, device=values.device) + shifts], new
+
+
+def scores_of_own(
+    op: str, queries: Any, docs: Any, query_mask: Any, doc_mask: Any, names: tuple[str, str] = ("queries", "docs")
+) -> Tensor:
+    """Score each of n queries against m documents of its own, the m of a query one after the other: (n, m)."""
+    q, q_offsets = _narrowed_sets(op, names[0], queries, query_mask)
+    d, d_offsets = _narrowed_sets(op, names[1], docs, doc_mask)
+    nq, nd = q_offsets.shape[0] - 1, d_offsets.shape[0] - 1
+    if nq == 0 or nd % nq:
+        if nq != nd:
+            raise ValueError(f"{op}: {names[1]} must have as many documents for each query ({nq}), got {nd}")
+        return q.new_empty(0, 0)
+    return _match(*_repeated(q, q_offsets, nd // nq), d, d_offsets, True)[0].view(nq, nd // nq)
 
 
 @custom_op(

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from polyvec.hypercomplex import Algebra, sign_table
 from polyvec.torch._hypercomplex import relation_query
-from polyvec.torch._maxsim import maxsim, maxsim_pairs
+from polyvec.torch._maxsim import maxsim, maxsim_pairs, scores_of_own
 from polyvec.torch._quantize import vq_assign
-from polyvec.torch._scan import score_pairs
-from polyvec.torch._tensors import widened
+from polyvec.torch._scan import logsumexp, score_pairs
+from polyvec.torch._tensors import require_tensors, widened
 
 
 def _one_of(op: str, name: str, value: str, options: tuple[str, ...]) -> str:
@@ -313,6 +313,12 @@ class ResidualVectorQuantizer(nn.Module):
         return total
 
 
+def _check_temperature(op: str, temperature: float) -> float:
+    if not temperature > 0:
+        raise ValueError(f"{op}: temperature must be above 0, got {temperature}")
+    return temperature
+
+
 class MaxSimLoss(nn.Module):
     """Contrastive loss of late-interaction models: -log of the softmax of a query's MaxSim scores at its document.
 
@@ -326,6 +332,8 @@ class MaxSimLoss(nn.Module):
     Beside the tokens a step keeps the scores, and an int32 for each query token and document. A similarity that is NaN
     is never a maximum, so that the loss stays finite where a document token has NaN: check the tokens of an encoder
     that may diverge.
+
+    `MaxSimLoss()(queries, [positives, negatives_1, ...])` is PyLate's `losses.Contrastive` of these columns.
 
     References
     ----------
@@ -342,9 +350,7 @@ class MaxSimLoss(nn.Module):
 
     def __init__(self, *, temperature: float = 1.0) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"torch.MaxSimLoss: temperature must be above 0, got {temperature}")
-        self.temperature = temperature
+        self.temperature = _check_temperature("torch.MaxSimLoss", temperature)
 
     def forward(
         self,
@@ -362,31 +368,124 @@ class MaxSimLoss(nn.Module):
         ----------
         queries : n token sets
             As `polyvec.torch.maxsim` takes them: padded, alone or with lengths, or (values, offsets).
-        docs : at least n token sets
-            Document i is the right one for query i; all others are its negatives.
-        negatives : n token sets, optional
-            The pairwise loss instead: document i against negative i alone, for n documents.
+        docs : at least n token sets, or a list of such
+            Document i is the right one for query i; all others are its negatives, the hard negatives of all queries
+            among them. Sets of a list follow each other, each padded to a length of its own.
+        negatives : n m token sets, optional
+            No others are negatives then: document i, of n, competes with negatives i m, ..., i m + m - 1 alone. With
+            m = 1 the pairwise loss.
         query_mask, doc_mask, negative_mask : bool or integer tensor of shape (n, t), optional
+            Which tokens of padded sets count; integers are 0 and 1. For a list of documents a list.
+
+        Returns
+        -------
+        scalar tensor
+        """
+        op = "torch.MaxSimLoss"
+        if negatives is not None:
+            right = maxsim_pairs(queries, docs, query_mask=query_mask, doc_mask=doc_mask)
+            names = "queries", "negatives"
+            wrong = scores_of_own(op, queries, negatives, query_mask, negative_mask, names)
+            scores = torch.cat([right[:, None], wrong], 1)
+            return functional.cross_entropy(scores / self.temperature, torch.zeros_like(right, dtype=torch.int64))
+        if negative_mask is not None:
+            raise ValueError(
+                f"{op}: negative_mask must be None without negatives, "
+                f"got {type(negative_mask).__name__} of shape {tuple(negative_mask.shape)}"
+            )
+        columns, masks = (docs, doc_mask) if isinstance(docs, list) else ([docs], [doc_mask])
+        if not columns:
+            raise ValueError(f"{op}: docs must not be an empty list")
+        if masks is None:
+            masks = [None] * len(columns)
+        if not isinstance(masks, list) or len(masks) != len(columns):
+            got = f"{len(masks)}" if isinstance(masks, list) else type(masks).__name__
+            raise ValueError(f"{op}: doc_mask must be a list of one mask for each of {len(columns)} docs, got {got}")
+        scores = torch.cat(
+            [
+                maxsim(queries, some, query_mask=query_mask, doc_mask=mask)
+                for some, mask in zip(columns, masks, strict=True)
+            ],
+            1,
+        )
+        n, documents = scores.shape
+        if documents < n:
+            raise ValueError(f"{op}: docs must have a document for each query ({n}), got {documents}")
+        return functional.cross_entropy(scores / self.temperature, torch.arange(n, device=scores.device))
+
+
+class MaxSimDistillationLoss(nn.Module):
+    """Teach a late-interaction model the scores of another: the KL divergence of softmaxes over each query's documents.
+
+    Parameters
+    ----------
+    normalize : bool
+        Bring the MaxSim scores of a query's documents to [0, 1] first, the least to 0 and the greatest to 1.
+    temperature : float
+        The scores of both are divided by it.
+
+    Notes
+    -----
+    loss = mean over queries of sum_j p_j (log p_j - log s_j), p the softmax of the teacher's scores and s that of the
+    MaxSim scores, both over the m documents of the query. Only those n m pairs are scored. The teacher has no gradient.
+
+    With temperature 1 it is PyLate's `losses.Distillation`, for documents in the same order.
+
+    References
+    ----------
+    ColBERTv2 (Santhanam et al. 2022), section 3.2. Hinton, Vinyals and Dean (2015): Distilling the knowledge in a
+    neural network, section 2.
+
+    Examples
+    --------
+    >>> import torch, polyvec.torch as pvt
+    >>> queries, docs = torch.eye(2)[:, None], torch.eye(2)[[0, 1, 1, 0], None]  # two documents a query
+    >>> pvt.MaxSimDistillationLoss()(queries, docs, torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+    tensor(0.)
+    """
+
+    def __init__(self, *, normalize: bool = True, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.normalize = normalize
+        self.temperature = _check_temperature("torch.MaxSimDistillationLoss", temperature)
+
+    def forward(
+        self, queries: Any, docs: Any, teacher: Tensor, *, query_mask: Any = None, doc_mask: Any = None
+    ) -> Tensor:
+        """Return the mean loss of the queries.
+
+        Parameters
+        ----------
+        queries : n token sets
+            As `polyvec.torch.maxsim` takes them: padded, alone or with lengths, or (values, offsets).
+        docs : n m token sets
+            Documents i m, ..., i m + m - 1 are those of query i.
+        teacher : tensor of shape (n, m)
+            Scores, logits of a softmax; -inf leaves a document out, for queries of fewer than m.
+        query_mask, doc_mask : bool or integer tensor of shape (n, t), (n m, t), optional
             Which tokens of padded sets count; integers are 0 and 1.
 
         Returns
         -------
         scalar tensor
         """
-        if negatives is not None:
-            right = maxsim_pairs(queries, docs, query_mask=query_mask, doc_mask=doc_mask)
-            wrong = maxsim_pairs(queries, negatives, query_mask=query_mask, doc_mask=negative_mask)
-            return functional.softplus((wrong - right) / self.temperature).mean()
-        if negative_mask is not None:
-            raise ValueError(
-                "torch.MaxSimLoss: negative_mask must be None without negatives, "
-                f"got {type(negative_mask).__name__} of shape {tuple(negative_mask.shape)}"
-            )
-        scores = maxsim(queries, docs, query_mask=query_mask, doc_mask=doc_mask)
-        n, documents = scores.shape
-        if documents < n:
-            raise ValueError(f"torch.MaxSimLoss: docs must have a document for each query ({n}), got {documents}")
-        return functional.cross_entropy(scores / self.temperature, torch.arange(n, device=scores.device))
+        op = "torch.MaxSimDistillationLoss"
+        require_tensors(op, teacher=teacher)
+        scores = scores_of_own(op, queries, docs, query_mask, doc_mask)
+        if teacher.shape != scores.shape:
+            raise ValueError(f"{op}: teacher must have shape {tuple(scores.shape)}, got {tuple(teacher.shape)}")
+        teacher = teacher.detach().to(scores.dtype)
+        absent = teacher == -torch.inf
+        scores = scores.masked_fill(absent, 0)
+        if self.normalize and scores.numel():
+            least = scores.masked_fill(absent, torch.inf).amin(1, keepdim=True)
+            most = scores.masked_fill(absent, -torch.inf).amax(1, keepdim=True)
+            span = most - least
+            scores = (scores - least) / span.masked_fill(span == 0, 1)
+        student = functional.log_softmax((scores / self.temperature).masked_fill(absent, -torch.inf), 1)
+        target = functional.log_softmax(teacher / self.temperature, 1)
+        terms = target.exp() * (target - student)
+        return terms.masked_fill(absent, 0).sum() / max(len(scores), 1)
 
 
 class _Rows(torch.autograd.Function):
@@ -533,10 +632,17 @@ class RelationScorer(nn.Module):
         -----
         Negatives cost 2 n m C dim flops. Where they are the same for all triples that is one product, and m embeddings
         are fetched instead of n m: thousands of them take the time of dozens for each.
+
+        Among all entities, the n N scores are not stored where `polyvec.torch.logsumexp` is no slower: on a CPU without
+        autocast, with at least 2^13 C dim scores and C dim up to 1024. There it has first derivatives only.
         """
         tail_ids = tail_ids.long()  # cross_entropy takes no others
         if negatives is None:
-            return functional.cross_entropy(self(head_ids, relation_ids), tail_ids)
+            if not self._pays_to_store_no_scores(len(head_ids)):
+                return functional.cross_entropy(self(head_ids, relation_ids), tail_ids)
+            queries = self._queries(self.entities, head_ids, relation_ids)
+            right = self._scores(queries, self.entities, self.biases, tail_ids[:, None])[:, 0]
+            return (logsumexp(queries, self.entities.flatten(1), metric=self.metric, bias=self.biases) - right).mean()
         others: Tensor = (
             torch.randint(len(self.entities), (negatives,), device=tail_ids.device)
             if isinstance(negatives, int)
@@ -548,6 +654,12 @@ class RelationScorer(nn.Module):
             scores = self(head_ids, relation_ids, torch.cat([tail_ids[:, None], others], 1))
         right_ones = functional.pad(others == tail_ids[:, None], (1, 0))
         return functional.cross_entropy(scores.masked_fill(right_ones, -torch.inf), torch.zeros_like(tail_ids))
+
+    def _pays_to_store_no_scores(self, n: int) -> bool:
+        """Whether passes over the scores would take longer than one more product, as timed on a Zen 3 core."""
+        width = self.entities[0].numel()
+        slower = self.entities.is_cuda or torch.is_autocast_enabled("cpu")
+        return not slower and width <= 1024 and n * len(self.entities) >= width << 13
 
     def _scores_among(self, head_ids: Tensor, relation_ids: Tensor, tail_ids: Tensor, negatives: Tensor) -> Tensor:
         """Return the scores of the right tails, then those of negatives that all triples share, shape (n, 1 + m)."""
