@@ -242,6 +242,14 @@ def test_pickles(rng, lib, dtype):
         assert again.state().tensors[name].dtype == tensor.dtype
 
 
+@pytest.mark.parametrize("dtype", [*PACKED, "residual4", "residual2", "centroid"])
+def test_what_is_too_small_for_steps_counts_as_nothing(rng, isa, dtype):
+    (tokens,) = sample(rng, [9], 32)
+    for query, docs in ((tokens * 1e-42, tokens), (tokens, tokens * 1e-42)):
+        packed = pv.maxsim.pack([docs.astype(np.float32)], dtype)
+        assert abs(pv.maxsim.score([query.astype(np.float32)], packed)).max() < 1e-38
+
+
 def test_a_state_that_does_not_fit_together(rng):
     tensors, params = pv.maxsim.pack(sample(rng, [3, 4], 8), "residual4").state()
     for name, entries in (("scales", 7), ("centroid_ids", 7), ("bounds", 2), ("bucket_weights", 16)):
