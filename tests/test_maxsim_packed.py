@@ -410,6 +410,21 @@ def ones(*shape, dtype=np.float32):
             ValueError,
             "maxsim.from_residuals: codes must have one entry a token (2), got 1",
         ),
+        (
+            lambda: pv.maxsim.from_residuals([0], ones(1, 4, dtype=np.uint8), ones(5, 8), ones(16) * np.nan, [0, 1]),
+            ValueError,
+            "maxsim.from_residuals: bucket_weights must be finite, got NaN or Inf in row 0",
+        ),
+        (
+            lambda: pv.maxsim.from_residuals([0], ones(1, 4, dtype=np.uint8), ones(5, 8), ones(16), [0, 2]),
+            ValueError,
+            "maxsim.from_residuals: residuals: offsets must end at the number of rows of values (1), got 2",
+        ),
+        (
+            lambda: pv.maxsim.pack([ones(2, 3) * np.float32(3.4e38)], "bfloat16"),
+            ValueError,
+            "maxsim.pack: docs must be at most 3.38953e+38 in bfloat16, got 3.4e+38",
+        ),
     ],
 )
 def test_errors(call, error, text):
