@@ -148,7 +148,8 @@ struct ResidualTokens {
     static __device__ float unit_of(const float* weights) {
         float largest = 0;
         for (int code = 0; code < 1 << bits; ++code) largest = fmaxf(largest, fabsf(__ldg(weights + code)));
-        return largest > 0 ? largest / 127 : 1;
+        const float unit = largest / 127;
+        return unit > 0x1p-116f ? unit : 1;
     }
 
     static __device__ uint4 decode(const Table& table, Raw raw) {

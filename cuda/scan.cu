@@ -48,7 +48,7 @@ __global__ void prepare_kernel(const float* queries, std::int64_t stride, float*
     square = sum_of_warp(square);
     const float scale = !unit ? 1 : square > 0 ? 1 / sqrt(square) : 0;
     largest = largest_of_warp(largest) * scale;
-    const float step = largest / 127, steps = largest > 0 ? 127 / largest : 0;
+    const float step = largest / 127, steps = 127 / largest < HUGE_VALF ? 127 / largest : 0;
     for (std::int64_t c = lane; c < d; c += 32) {
         to[c] = from[c] * scale;
         if (rounding == Rounding::bfloat16) to[c] = rounded_to_bfloat16(to[c]);

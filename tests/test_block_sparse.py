@@ -53,6 +53,8 @@ VALUES = np.ones((3, 2), np.float32)
         ((VALUES[:, :0], [0, 1, 2], [0, 3], 6), ValueError,
          "BlockSparse: d must be a multiple of the width of values (0), got 6"),
         ((VALUES, [0, 1, 2], [0, 3], 0), ValueError, "BlockSparse: d must be at least 1, got 0"),
+        ((VALUES, [0, 1, 2**31], [0, 3], 2**33), ValueError,
+         "BlockSparse: d must be at most 2^31 times the width of values (2), got 8589934592"),
         ((VALUES, [0.0, 1, 2], [0, 3], 6), TypeError, "BlockSparse: blocks must be integers, got float64"),
         ((VALUES, [0, 1], [0, 3], 6), ValueError,
          "BlockSparse: blocks must have one entry a row of values (3), got 2"),

@@ -536,6 +536,11 @@ def codes_of(n):
             f"{RABITQ}: bits must be one of 1, 2, 3, 4, 5, 6, 7, 8, got 9",
         ),
         (
+            lambda: pv.quantize.RaBitQ(8, bits=4.0),
+            TypeError,
+            f"{RABITQ}: bits must be an integer, got float",
+        ),
+        (
             lambda: pv.quantize.RaBitQ(8, metric="dot"),
             ValueError,
             f"{RABITQ}: metric must be one of 'ip', 'l2', 'cosine', got 'dot'",

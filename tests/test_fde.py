@@ -120,6 +120,15 @@ def test_bucket_ids_of_tokens_of_any_size(rng, isa, on_device):
         assert_exact(encoder.partition(on_device(scaled)), ref.bucket_ids(scaled, encoder.hyperplanes))
 
 
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e30, 1e37])
+def test_bucket_ids_by_planes_of_any_size(rng, isa, on_device, scale):
+    planes = pv.fde.Encoder(19).hyperplanes * np.float32(scale)
+    encoder = pv.fde.Encoder(19, hyperplanes=planes)
+    tokens = rng.standard_normal((40, 19)) * 10.0 ** rng.integers(-12, 12, (40, 1))
+    tokens = tokens.astype(np.float32)
+    assert_exact(encoder.partition(on_device(tokens)), ref.bucket_ids(tokens, planes))
+
+
 def test_a_token_on_a_plane_is_not_above_it(isa, on_device):
     planes = np.ones((1, 2, 3), np.float32)
     encoder = pv.fde.Encoder(2, repetitions=1, simhash_bits=3, projection_dim=None, hyperplanes=planes)

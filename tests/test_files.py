@@ -55,6 +55,21 @@ def test_what_is_saved_is_loaded(path, state, mmap, lazy):
     assert not tensors["vectors"].flags.writeable
 
 
+@pytest.mark.parametrize(
+    "codec",
+    [
+        pv.quantize.ScalarQuantizer(8, bits=np.int64(4)),
+        pv.quantize.RaBitQ(8, bits=np.int64(4)),
+        pv.quantize.ProductQuantizer(8, 2, bits=np.int64(4)),
+        pv.quantize.ResidualQuantizer(8, 2, bits=np.int64(4)),
+    ],
+    ids=lambda codec: type(codec).__name__,
+)
+def test_parameters_given_as_numpy_integers_can_be_saved(rng, tmp_path, codec):
+    codec.fit(rng.standard_normal((50, 8), np.float32)).save(tmp_path / "codec")
+    assert type(codec).load(tmp_path / "codec").bits == 4
+
+
 def test_anyone_can_read_the_tensors(path, state):
     for name, tensor in load_file(path).items():
         assert_exact(tensor, state.tensors[name])

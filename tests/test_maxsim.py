@@ -177,7 +177,7 @@ def test_score_matrix(rng, isa, tq, td, dtype):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, "bfloat16", "int8"])
-@pytest.mark.parametrize("empty", [-np.inf, 0, -1e9])
+@pytest.mark.parametrize("empty", [-np.inf, 0, np.float32(-1e9)])
 @pytest.mark.parametrize("padding", ["exclude", "zero", "relu"])
 def test_what_takes_part_in_place_of_missing_tokens(rng, isa, padding, empty, dtype):
     packed = isinstance(dtype, str)
@@ -488,6 +488,11 @@ DOCS = [zeros(2, 3), zeros(4, 3)]
             lambda: pv.maxsim.topk(DOCS, DOCS, 1, empty=np.nan),
             ValueError,
             "maxsim.topk: empty must be a number, got nan",
+        ),
+        (
+            lambda: pv.maxsim.topk(DOCS, DOCS, 1, empty="none"),
+            TypeError,
+            "maxsim.topk: empty must be a number, got str",
         ),
         (
             lambda: pv.maxsim.score(DOCS, DOCS, query_mask=[[True]]),

@@ -242,6 +242,14 @@ def test_pickles(rng, lib, dtype):
         assert again.state().tensors[name].dtype == tensor.dtype
 
 
+@pytest.mark.parametrize("dtype", [*PACKED, "residual4", "residual2", "centroid"])
+def test_what_is_too_small_for_steps_counts_as_nothing(rng, isa, dtype):
+    (tokens,) = sample(rng, [9], 32)
+    for query, docs in ((tokens * 1e-42, tokens), (tokens, tokens * 1e-42)):
+        packed = pv.maxsim.pack([docs.astype(np.float32)], dtype)
+        assert abs(pv.maxsim.score([query.astype(np.float32)], packed)).max() < 1e-38
+
+
 def test_a_state_that_does_not_fit_together(rng):
     tensors, params = pv.maxsim.pack(sample(rng, [3, 4], 8), "residual4").state()
     for name, entries in (("scales", 7), ("centroid_ids", 7), ("bounds", 2), ("bucket_weights", 16)):
@@ -401,6 +409,21 @@ def ones(*shape, dtype=np.float32):
             lambda: pv.maxsim.from_residuals([0], ones(2, 4, dtype=np.uint8), ones(5, 8), ones(16), [0, 2]),
             ValueError,
             "maxsim.from_residuals: codes must have one entry a token (2), got 1",
+        ),
+        (
+            lambda: pv.maxsim.from_residuals([0], ones(1, 4, dtype=np.uint8), ones(5, 8), ones(16) * np.nan, [0, 1]),
+            ValueError,
+            "maxsim.from_residuals: bucket_weights must be finite, got NaN or Inf in row 0",
+        ),
+        (
+            lambda: pv.maxsim.from_residuals([0], ones(1, 4, dtype=np.uint8), ones(5, 8), ones(16), [0, 2]),
+            ValueError,
+            "maxsim.from_residuals: residuals: offsets must end at the number of rows of values (1), got 2",
+        ),
+        (
+            lambda: pv.maxsim.pack([ones(2, 3) * np.float32(3.4e38)], "bfloat16"),
+            ValueError,
+            "maxsim.pack: docs must be at most 3.38953e+38 in bfloat16, got 3.4e+38",
         ),
     ],
 )

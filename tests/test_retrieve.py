@@ -1,6 +1,8 @@
 """The pipelines: multi-vector retrieval and link prediction."""
 
+import copy
 import pathlib
+import pickle
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from safetensors.numpy import load_file
 import polyvec as pv
 import ranking
 from accuracy import assert_exact
+from polyvec._token_store import TokenStore
 from reference import hypercomplex as hc
 from reference import retrieve as ref
 
@@ -287,11 +290,12 @@ def test_a_saved_index_gives_the_same_results(rng, tmp_path, first_stage):
     index = build(first_stage, docs, ids=np.arange(300) * 3)
     index.save(tmp_path / "index.safetensors")
     loaded = pv.retrieve.MultiVectorIndex.load(tmp_path / "index.safetensors")
-    for again in (loaded, pv.retrieve.MultiVectorIndex.from_state(index.state())):
+    copies = pickle.loads(pickle.dumps(index)), copy.copy(index), copy.deepcopy(index)
+    for again in (loaded, pv.retrieve.MultiVectorIndex.from_state(index.state()), *copies):
         assert repr(again) == repr(index)
         assert_same_results(index, again, queries)
-    loaded.add(sample_docs(rng, 3))
-    assert len(loaded) == 303
+        again.add(sample_docs(rng, 3))
+        assert (len(again), len(index)) == (303, 300)
 
 
 @pytest.mark.parametrize("first_stage", STAGES)
@@ -361,7 +365,7 @@ def test_a_failed_add_changes_nothing(rng):
 
 
 @pytest.mark.parametrize("first_stage", ["centroids", "hnsw", "flat"])
-def test_an_interrupted_block_leaves_whole_blocks(rng, first_stage):
+def test_an_interrupted_block_leaves_whole_blocks(rng, tmp_path, first_stage):
     docs = sample_docs(rng, 600)
 
     def stop(done, total):
@@ -376,9 +380,33 @@ def test_an_interrupted_block_leaves_whole_blocks(rng, first_stage):
     index._stage.add(pv.Ragged(np.ones((5, 16), np.float32), np.arange(6)), None)  # as a block cut short leaves it
     _scores, ids = index.search(docs[:4], 3, candidates=100)
     assert (ids < kept).all()
+    index.save(tmp_path / "index")
+    assert len(pv.retrieve.MultiVectorIndex.load(tmp_path / "index")) == kept
     index.add(docs[kept:])
     assert len(index) == 600
     assert_exact(index.search(docs, 1, candidates=600)[1][:, 0], np.arange(600))
+
+
+@pytest.mark.parametrize("first_stage", STAGES)
+def test_an_interrupted_removal_leaves_the_parts_together(rng, monkeypatch, first_stage):
+    docs = sample_docs(rng, 300)
+    index = build(first_stage, docs)
+    keep = TokenStore.keep
+
+    def stop(store, numbers):
+        if store is not getattr(index._stage, "_tokens", None) and store._dtype == "float32":
+            raise KeyboardInterrupt
+        keep(store, numbers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenStore, "keep", stop)
+        with pytest.raises(KeyboardInterrupt):
+            index.remove(np.arange(100))
+    for first in (100, 101):
+        assert len(index) == 300 - first
+        assert_exact(index.search(docs[first:], 1, candidates=300)[1][:, 0], np.arange(first, 300))
+        if first == 100:
+            index.remove([100])
 
 
 @pytest.mark.parametrize(

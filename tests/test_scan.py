@@ -341,6 +341,14 @@ def narrow_items(rng, n, d, dtype):
     return stored(np.clip(x, -127, 127), dtype), {"scales": sample(rng, n) / 40} if dtype == np.int8 else {}
 
 
+@pytest.mark.parametrize("nq", [1, 9])
+def test_queries_too_small_for_steps_count_as_nothing(rng, isa, scan, nq):
+    q, items = sample(rng, nq, 20) * np.float32(1e-40), stored(sample(rng, 50, 20) * 40, np.int8)
+    assert_exact(scan.topk(q, items, 3)[0], np.zeros((nq, 3)))
+    assert_exact(scan.score_pairs(q, items, np.zeros((nq, 3), int)), np.zeros((nq, 3)))
+    assert_exact(scan.rank(q, items, np.zeros(nq, int)), np.full(nq, 25.5))
+
+
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("nq", [1, 6, 9, 33, 67])
 def test_narrow_items_are_exact_on_whole_numbers(rng, isa, scan, nq, dtype):

@@ -49,7 +49,8 @@ template <class Format>
 void round(float* rows, size_t n, size_t d) noexcept {
     for (float* row = rows; row != rows + n * d; row += d) {
         const float largest = Format::integer ? largest_magnitude(row, d) : 0;
-        const float step = largest / 127, steps = largest > 0 ? 127 / largest : 0;
+        // Steps of what is too small for them are infinite: it counts as 0, as in a panel.
+        const float step = largest / 127, steps = 127 / largest < __builtin_inff() ? 127 / largest : 0;
         for (size_t i = 0; i < d; i += L) {
             const size_t left = d - i < L ? d - i : L;
             Vec<float> x = load_first(row + i, left);

@@ -344,8 +344,10 @@ inline void pack_narrow_panel(Word* panel, const float* rows, size_t count, size
             Vec<float> scale = broadcast(unit);
             for (size_t j = 0; j < n; ++j) {
                 const float largest = k + j < count ? largest_magnitude(rows + (k + j) * stride, d) : 0;
-                steps[k + j] = largest > 0 ? 127 / largest : 0;
-                if (largest > 0) scale[j] = largest / 127 * unit;
+                const float step = largest / 127 * unit;
+                const bool some = step > 0 && 127 / largest < __builtin_inff();
+                steps[k + j] = some ? 127 / largest : 0;
+                if (some) scale[j] = step;
             }
             store(panel + (end + 1) * width + k, (Vec<Word>)scale);
         }

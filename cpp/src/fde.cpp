@@ -355,9 +355,16 @@ FdeMatrices::FdeMatrices(const Array& planes_in, const Array& projections_in, co
     slack = zeros(columns);
     for (std::int64_t c = 0; c < planes_n; ++c) {
         const float* plane = planes_in.as<const float>() + c / bits * d * bits + c % bits;
-        pack(planes.get(), planes_n, c, plane, bits, d);
+        float largest = 0;
+        for (std::int64_t i = 0; i < d; ++i) largest = std::max(largest, std::abs(plane[i * bits]));
+        int exponent;  // a power of two changes no sign, and entries of at most 1 keep products within float32
+        std::frexp(largest, &exponent);
         double size = 0;
-        for (std::int64_t i = 0; i < d; ++i) size += std::abs(plane[i * bits]);
+        for (std::int64_t i = 0; i < d; ++i) {
+            const float x = std::ldexp(plane[i * bits], -exponent);
+            planes[FdeMatrices::packed_at(planes_n, c, i, d)] = x;
+            size += std::abs(x);
+        }
         slack[c] = static_cast<float>((static_cast<double>(d) + 2) * 6e-8 * size);  // 6e-8 > 2^-24, the unit roundoff
     }
 

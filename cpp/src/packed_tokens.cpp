@@ -74,12 +74,13 @@ void run(const MaxsimPack& op, Cpu cpu) {
                 op.scales.as<float>()[t] = to_int8<128>(x, d, codes);
                 std::fill(codes + d, codes + width, static_cast<unsigned char>(128));
             } else {
-                if (op.codes.dtype == DType::f16)
-                    for (std::int64_t i = 0; i < d; ++i)
-                        require(std::fabs(x[i]) < 65520, MaxsimPack::op, "docs must be at most 65504 in float16, got ",
-                                x[i]);
+                const bool half = op.codes.dtype == DType::f16;
+                const float limit = half ? 65520.0f : 0x1.ffp127f;
+                for (std::int64_t i = 0; i < d; ++i)
+                    require(std::fabs(x[i]) < limit, MaxsimPack::op, "docs must be at most ",
+                            half ? "65504 in float16" : "3.38953e+38 in bfloat16", ", got ", x[i]);
                 auto* codes = op.codes.as<std::uint16_t>() + t * width;
-                std::transform(x, x + d, codes, op.codes.dtype == DType::f16 ? to_float16 : to_bfloat16);
+                std::transform(x, x + d, codes, half ? to_float16 : to_bfloat16);
                 std::fill(codes + d, codes + width, std::uint16_t{0});
             }
         }

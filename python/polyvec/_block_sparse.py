@@ -58,6 +58,8 @@ class BlockSparse:
         total, block = (int(size) for size in self.values.shape)
         if block == 0 or self.d % block:
             raise ValueError(f"{op}: d must be a multiple of the width of values ({block}), got {self.d}")
+        if self.d // block > 2**31:
+            raise ValueError(f"{op}: d must be at most 2^31 times the width of values ({block}), got {self.d}")
         ids = np.asarray(as_ids(op, "blocks", to_host(blocks)))
         bounds = np.asarray(as_ids(op, "offsets", to_host(offsets)))
         if len(ids) != total:

@@ -188,7 +188,7 @@ class IntegerCodec(Codec):
         self.dim = as_count(op, "dim", dim)
         if self.dim > _MAX_DIM:
             raise ValueError(f"{op}: dim must be at most {_MAX_DIM}, got {self.dim}")
-        self.bits = choice(op, "bits", bits, choices)
+        self.bits = choice(op, "bits", as_count(op, "bits", bits), choices)
         self.metric = choice(op, "metric", metric, ("ip", "l2", "cosine"))
         for name in self._shapes():
             setattr(self, name, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,7 +38,7 @@ class FirstStage(Protocol):
         """Take documents out, which keep their numbers and are not in `include` any more."""
 
     def keep(self, numbers: Numbers) -> None:
-        """Keep these documents, renumbered in their order."""
+        """Keep these documents, renumbered in their order; a copy made by `copy.copy` before has all still."""
 
     def search(self, queries: Ragged, k: int, include: Included, num_threads: int | None) -> Numbers:
         """Return (nq, k) documents, of those in `include`, some of which may be -1 or cut off."""
@@ -78,7 +79,9 @@ class CentroidStage:
         pass
 
     def keep(self, numbers: Numbers) -> None:
-        self._tokens.keep(numbers)
+        tokens = copy(self._tokens)
+        tokens.keep(numbers)
+        self._tokens = tokens
 
     def search(self, queries: Ragged, k: int, include: Included, num_threads: int | None) -> Numbers:
         return np.asarray(maxsim.topk(queries, self._tokens.packed(), k, include=include, num_threads=num_threads)[1])

@@ -415,7 +415,7 @@ def pack(docs: Any, dtype: str = "float32", *, centroids: Any = None, num_thread
     Raises
     ------
     ValueError
-        NaN or Inf in a token; an unknown dtype; an element that is infinite in float16; centroids without need, of
+        NaN or Inf in a token; an unknown dtype; an element that is infinite in 16 bits; centroids without need, of
         another width or too many, or none for residuals and "centroid" on a GPU.
     TypeError
         Tokens or centroids that are not float32.
@@ -580,7 +580,7 @@ def from_residuals(
     Raises
     ------
     ValueError
-        Shapes that do not fit together; NaN or Inf in centroids.
+        Shapes that do not fit together; NaN or Inf in centroids or weights; offsets that run backwards.
     IndexError
         A code that no centroid has.
 
@@ -606,6 +606,7 @@ def from_residuals(
     residuals = as_array(op, "residuals", residuals, dtypes=("uint8",), ndim=2)
     weights = as_array(op, "bucket_weights", bucket_weights, ndim=1)
     _backend.require_finite(op, "centroids", centroids, num_threads)
+    _backend.require_finite(op, "bucket_weights", weights, num_threads)
     dtype = {bits: name for name, bits in RESIDUAL_BITS.items()}.get(len(weights).bit_length() - 1, "")
     if not dtype or len(weights) not in (4, 16):
         raise ValueError(f"{op}: bucket_weights must have 4 or 16 entries, got {len(weights)}")
@@ -619,7 +620,7 @@ def from_residuals(
         raise ValueError(f"{op}: codes must have one entry a token ({n}), got {len(ids)}")
     _check_centroids(op, ids, centroids, dim)
     ids = ids.int() if is_torch(ids) else ids.astype(np.int32)
-    sets = Ragged(residuals, offsets)
+    sets = as_ragged(op, "residuals", (residuals, offsets), dtypes=("uint8",))
     scales = empty(residuals, (n,), "float32")
     scales[:] = 1
     if normalize:

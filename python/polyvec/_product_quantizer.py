@@ -214,7 +214,7 @@ class ProductQuantizer(CodebookCodec):
         self.m = as_count(op, "m", m)
         if self.dim % self.m:
             raise ValueError(f"{op}: m must divide dim ({self.dim}), got {self.m}")
-        self.bits: int = choice(op, "bits", bits, (8, 4))
+        self.bits: int = choice(op, "bits", as_count(op, "bits", bits), (8, 4))
         self.metric: str = choice(op, "metric", metric, ("ip", "l2"))
         self.rotation: str | None = choice(op, "rotation", rotation, (None, "random", "opq"))
         self.loss: str = choice(op, "loss", loss, ("squared", "anisotropic"))

@@ -90,7 +90,7 @@ class ResidualQuantizer(CodebookCodec):
         op = self._KIND
         self.dim = as_count(op, "dim", dim)
         self.levels = as_count(op, "levels", levels)
-        self.bits: int = choice(op, "bits", bits, (8, 4))
+        self.bits: int = choice(op, "bits", as_count(op, "bits", bits), (8, 4))
         self.metric: str = choice(op, "metric", metric, ("ip", "l2"))
         self.beam = as_count(op, "beam", beam)
         if self.beam > _MOST_BEAM:

@@ -33,6 +33,7 @@ from polyvec._arrays import (
     as_array,
     as_count,
     as_id_lists,
+    as_number,
     as_selection,
     choice,
     device_name,
@@ -110,8 +111,9 @@ def _queries_and_docs(
 def _missing(op: str, padding: str, empty: float, docs: Any, offsets: Any) -> tuple[int, float]:
     """Return the number of tokens under which a zero vector takes part in a document, and the score of an empty one."""
     choice(op, "padding", padding, ("exclude", "zero", "relu"))
-    if not isinstance(empty, (int, float)) or empty != empty:
-        raise ValueError(f"{op}: empty must be a number, got {empty!r}")
+    empty = as_number(op, "empty", empty)
+    if empty != empty:
+        raise ValueError(f"{op}: empty must be a number, got {empty}")
     if padding == "zero":
         padded = docs[0] if isinstance(docs, tuple) else docs
         return int(padded.shape[1] if is_padded(docs) else np.diff(offsets).max(initial=0)), empty

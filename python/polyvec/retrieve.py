@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -242,9 +243,11 @@ class MultiVectorIndex(_files.Saved):
         if len(self) <= 0.75 * len(self._ids):
             alive = self._alive()
             self._stage.truncate(len(self._ids))
-            self._stage.keep(alive)
-            self._tokens.keep(alive)
-            self._take_ids(names[alive])
+            stage, tokens, kept = copy(self._stage), copy(self._tokens), Rows.of(names[alive, None])
+            stage.keep(alive)
+            tokens.keep(alive)
+            # Nothing is called between these: Ctrl-C leaves the parts as they were, or all of them renewed
+            self._stage, self._tokens, self._ids, self._num_removed = stage, tokens, kept, 0
 
     def _take_ids(self, names: npt.NDArray[np.int64]) -> None:
         self._ids, self._num_removed = Rows.of(names[:, None]), int(np.count_nonzero(names < 0))
@@ -363,6 +366,8 @@ class MultiVectorIndex(_files.Saved):
         State
             Tokens, encoder (if any) and first stage, which share the index's memory, and the parameters.
         """
+        for part in (self._stage, self._tokens):
+            part.truncate(len(self._ids))  # what a call of add that was cut short may have left
         own = _files.State({"ids": self._names()}, {"dim": self.dim, "first_stage": self.first_stage})
         parts = {"documents": own, "tokens": self._tokens.packed().state(), "stage": self._stage.state()}
         if self.encoder is not None:
@@ -420,6 +425,9 @@ class MultiVectorIndex(_files.Saved):
             raise ValueError("ids, tokens and first stage must agree in length")
         index._take_ids(own.tensors["ids"])
         return index
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MultiVectorIndex.from_state, (self.state(),)
 
 
 def _candidate_lists(rows: npt.NDArray[np.int64], n: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

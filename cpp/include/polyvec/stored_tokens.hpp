@@ -104,11 +104,12 @@ private:
     }
 };
 
-/// What weights are rounded to multiples of: the largest has 127.
+/// What weights are rounded to multiples of: the largest has 127. Tiny ones count as 0: products are divided by this.
 inline float weight_unit(const float* weights, std::int64_t n) {
     float largest = 0;
     for (std::int64_t k = 0; k < n; ++k) largest = std::fmax(largest, std::fabs(weights[k]));
-    return largest > 0 ? largest / 127 : 1;
+    const float unit = largest / 127;
+    return unit > 0x1p-116f ? unit : 1;
 }
 
 }  // namespace polyvec

@@ -147,8 +147,9 @@ def maxsim(queries: Any, docs: Any, *, query_mask: Any = None, doc_mask: Any = N
     -----
     Each score is differentiated at its maxima, of equal ones at the first. A forward saves the tokens and an int32 for
     each query token and document, never a similarity. A backward costs 2 d flops for each of these for every side that
-    requires grad, in a fixed order: gradients have the same bits for any number of threads. Lengths and masks break the
-    graph of `torch.compile`, for it cannot know how many tokens they keep; the other forms do not.
+    requires grad, in a fixed order: gradients have the same bits for any number of threads. First derivatives only.
+    Lengths and masks break the graph of `torch.compile`, for it cannot know how many tokens they keep; the other forms
+    do not.
 
     A similarity that is NaN is never the maximum: a document token with NaN drops out, scores stay finite, and training
     does not notice.
