@@ -170,6 +170,22 @@ def test_vectors_that_equal_the_centroid(bits):
 # Search
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_packed_codes_are_words_side_by_side(rng, bits):
+    for n, d in ((0, 3), (1, 1), (16, 20), (33, 65), (40, 257)):
+        codec = pv.quantize.RaBitQ(d, bits=bits, metric="l2").fit(sample(rng, 9, d))
+        codes = codec.encode(sample(rng, n, d))
+        planes = [-(-d * w // 8) for w in (8, 4, 2, 1) if bits & w]
+        parts = np.split(codes[:, :-2], np.cumsum(planes), 1)  # the last one: the factors
+        words = [np.pad(part, ((0, -n % 16), (0, -part.shape[1] % 4))) for part in parts]
+        packed = codec.pack(codes)
+        columns = sum(part.shape[1] for part in words) // 4
+        expected = np.concatenate(words, 1).reshape(-1, 16, columns, 4).transpose(0, 2, 1, 3)
+        assert_exact(packed.blocks, expected)
+        assert len(packed) == n
+        assert repr(packed) == f"PackedCodes({n} codes, {n * 4 * packed.blocks.shape[1]} bytes)"
+
+
 @pytest.mark.parametrize("level", _core.available_isas())
 def test_nothing_behind_the_codes_is_read(python, level):
     code = """if True:
@@ -190,6 +206,12 @@ def test_nothing_behind_the_codes_is_read(python, level):
             last[:] = codes
             for found, expected in zip(codec.search(x[:1], last, 5), codec.search(x[:1], codes, 5), strict=True):
                 assert (found == expected).all()
+            blocks = codec.pack(codes).blocks
+            last = np.frombuffer(memory, np.uint8, blocks.size, page - blocks.size).reshape(blocks.shape)
+            last[:] = blocks
+            packed = pv.quantize.PackedCodes(last, n)
+            for found, expected in zip(codec.search(x[:1], packed, 5), codec.search(x[:1], codes, 5), strict=True):
+                assert (found == expected).all()
     """
     python("-c", code, POLYVEC_ISA=level)
 
@@ -204,20 +226,21 @@ def test_search_is_exact_on_whole_numbers(rng, isa, nq, bits, metric):
         items = rng.integers(0, 2**bits, (n, d)).astype(np.float32)
         queries = rng.integers(-126, 127, (nq, d)).astype(np.float32)
         queries[:, 0] = 127
-        codes = codec.encode(items)
-        for actual, exact in zip(
-            codec.search(queries, codes, k), ref_scan.topk(queries, items, k, metric), strict=True
-        ):
-            assert_exact(actual, exact)
+        rows = codec.encode(items)
         include = rng.random(n) < 0.4
-        scores, ids = codec.search(queries, codes, k, include=include)
-        expected, kept = ref_scan.topk(queries, items[include], k, metric)
-        assert_exact(scores, expected)
-        assert_exact(ids, np.where(kept >= 0, np.flatnonzero(include)[kept] if include.any() else -1, -1))
-        assert_exact(codec.search(queries, codes, k, include=[])[1], np.full((len(queries), k), -1))
-        again = codec.search(queries, codes, k, include=np.flatnonzero(include)[::-1])
-        assert_exact(again[0], scores)
-        assert_exact(again[1], ids)
+        for codes in (rows, codec.pack(rows)):
+            for actual, exact in zip(
+                codec.search(queries, codes, k), ref_scan.topk(queries, items, k, metric), strict=True
+            ):
+                assert_exact(actual, exact)
+            scores, ids = codec.search(queries, codes, k, include=include)
+            expected, kept = ref_scan.topk(queries, items[include], k, metric)
+            assert_exact(scores, expected)
+            assert_exact(ids, np.where(kept >= 0, np.flatnonzero(include)[kept] if include.any() else -1, -1))
+            assert_exact(codec.search(queries, codes, k, include=[])[1], np.full((len(queries), k), -1))
+            again = codec.search(queries, codes, k, include=np.flatnonzero(include)[::-1])
+            assert_exact(again[0], scores)
+            assert_exact(again[1], ids)
 
 
 @pytest.mark.parametrize(
@@ -287,9 +310,12 @@ def test_the_largest_products_do_not_overflow(isa, bits, nq):
     weights = np.full((nq, d), 127, np.float32)
     weights[::3] = -127
     weights[::4, ::2] = -127
+    blocks = np.empty((3, _core.code_columns(d, bits, ""), 16, 4), np.uint8)
+    _core.codes_pack(codes, blocks, d, bits, "", 1)
     zeros, scores, ids = np.zeros(nq, np.float32), np.empty((nq, 40), np.float32), np.empty((nq, 40), np.int64)
-    _core.codes_search(weights, zeros, zeros, codes, None, scores, ids, bits, "", False, 1)
-    assert_exact(scores, np.take_along_axis(np.float64(weights) @ (numbers - half).T, ids, 1))
+    for table in (codes, blocks):
+        _core.codes_search(weights, zeros, zeros, table, 40, None, scores, ids, bits, "", False, 1)
+        assert_exact(scores, np.take_along_axis(np.float64(weights) @ (numbers - half).T, ids, 1))
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -301,9 +327,11 @@ def test_codes_and_results_are_the_same_at_every_level(rng, name, metric):
         _core.force_isa(isa)
         codec = make(name, 75, metric=metric).fit(x)
         codes = codec.encode(x)
-        results.append(
-            (codes, codec.decode(codes), *codec.search(queries, codes, 9), *codec.search(queries[:2], codes, 9))
-        )
+        packed = codec.pack(codes)
+        of_two = codec.search(queries[:2], codes, 9)
+        results.append((codes, packed.blocks, codec.decode(codes), *codec.search(queries, codes, 9), *of_two))
+        assert_exact(codec.search(queries, packed, 9), codec.search(queries, codes, 9))
+        assert_exact(codec.search(queries[:2], packed, 9), of_two)
     _core.force_isa(before)
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
@@ -321,6 +349,7 @@ def test_result_does_not_depend_on_thread_count(rng, name):
         results.append([
             codes, codec.decode(codes, num_threads=n),
             *codec.search(x[:2], many, 70, num_threads=n), *codec.search(x[:600], codes, 5, num_threads=n),
+            *codec.search(x[:2], codec.pack(many, num_threads=n), 70, num_threads=n),
         ])  # fmt: skip
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
@@ -333,9 +362,10 @@ def test_a_query_scores_alone_as_it_does_in_a_batch(rng, isa, name):
     queries, codes = sample(rng, 70, 95), codec.encode(sample(rng, 3000, 95))
     scores, ids = codec.search(queries, codes, 9)
     for q in range(0, 70, 7):
-        alone = codec.search(queries[q : q + 1], codes, 9)
-        assert_exact(alone[0], scores[q : q + 1])
-        assert_exact(alone[1], ids[q : q + 1])
+        for table in (codes, codec.pack(codes)):
+            alone = codec.search(queries[q : q + 1], table, 9)
+            assert_exact(alone[0], scores[q : q + 1])
+            assert_exact(alone[1], ids[q : q + 1])
 
 
 @pytest.mark.parametrize("name", ["scalar-8-dimension", "rabitq-1", "rabitq-4"])
@@ -353,8 +383,8 @@ def test_the_best_lie_side_by_side(rng, isa, name, k):
         scores = np.concatenate([s for s, _ in parts], 1)
         ids = np.concatenate([i + 500 * b for b, (_, i) in enumerate(parts)], 1)
         order = np.array([np.lexsort((i, -s))[:k] for s, i in zip(scores, ids, strict=True)])
-        for num_threads in (1, 2):
-            found = codec.search(queries, codes, k, num_threads=num_threads)
+        for num_threads, table in ((1, codes), (2, codes), (2, codec.pack(codes))):
+            found = codec.search(queries, table, k, num_threads=num_threads)
             assert_exact(found[0], np.take_along_axis(scores, order, 1))
             assert_exact(found[1], np.take_along_axis(ids, order, 1))
 
@@ -517,6 +547,11 @@ def codes_of(n):
     return zeros(n, fitted().code_size, dtype=np.uint8)
 
 
+def packed_of(bits):
+    codec = pv.quantize.RaBitQ(8, bits=bits).fit(np.eye(8, dtype=np.float32))
+    return codec.pack(zeros(3, codec.code_size, dtype=np.uint8))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
@@ -554,6 +589,21 @@ def codes_of(n):
             lambda: pv.quantize.RaBitQ(8).encode(zeros(1, 8)),
             RuntimeError,
             f"{RABITQ}.encode: the quantizer must be fitted before; call fit(x)",
+        ),
+        (
+            lambda: fitted().search(zeros(1, 8), packed_of(8), 1),
+            ValueError,
+            f"{RABITQ}.search: codes must have blocks of shape (2, 16, 4), got (3, 16, 4)",
+        ),
+        (
+            lambda: fitted().pack(zeros(3, 5, dtype=np.uint8)),
+            ValueError,
+            f"{RABITQ}.pack: codes must have 10 bytes a row, got 5",
+        ),
+        (
+            lambda: pv.quantize.PackedCodes(zeros(3, 64, dtype=np.uint8), 3),
+            ValueError,
+            "quantize.PackedCodes: blocks must have 3 or 4 axes, got 2",
         ),
         (
             lambda: pv.quantize.ScalarQuantizer(8).fit(zeros(0, 8)),

@@ -46,7 +46,12 @@ def test_certified_results_are_the_exact_ones(rng, isa, name, metric):
 def test_eight_bits_certify_with_few(rng, metric):
     x, queries = sample(rng, 4000, 32), sample(rng, 20, 32)
     codec = pv.quantize.Refined(pv.quantize.ScalarQuantizer(32, metric=metric), factor=2).fit(x)
-    assert codec.search(queries, codec.encode(x), 10, certified=True).rescored.mean() < 400
+    encoded = codec.encode(x)
+    result = codec.search(queries, encoded, 10, certified=True)
+    assert result.rescored.mean() < 400
+    packed = encoded._replace(codes=codec.codec.pack(encoded.codes))
+    for found, expected in zip(codec.search(queries, packed, 10, certified=True), result, strict=True):
+        assert_exact(found, expected)
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -18,6 +18,10 @@ void bind_codes(py::module_& m) {
         [](std::int64_t d, int bits, const std::string& parts) { return code_form(bits, parts).code_size(d); },
         py::arg("d"), py::arg("bits"), py::arg("parts"));
     m.def(
+        "code_columns",
+        [](std::int64_t d, int bits, const std::string& parts) { return code_form(bits, parts).columns(d); },
+        py::arg("d"), py::arg("bits"), py::arg("parts"));
+    m.def(
         "codes_scalar_encode",
         [](const py::object& x, const py::object& mid, const py::object& step, const py::object& codes, int bits,
            const std::string& parts, std::intptr_t where) {
@@ -50,18 +54,27 @@ void bind_codes(py::module_& m) {
         py::arg("codes"), py::arg("mid"), py::arg("step"), py::arg("out"), py::arg("bits"), py::arg("parts"),
         py::arg("where"));
     m.def(
+        "codes_pack",
+        [](const py::object& codes, const py::object& blocks, std::int64_t d, int bits, const std::string& parts,
+           std::intptr_t where) {
+            Args args = args_for<Exec>(CodesPack::op, where);
+            const Array a = args.in("codes", codes);
+            run_op<Exec>(CodesPack{a, args.out("blocks", blocks), d, code_form(bits, parts)}, where, a);
+        },
+        py::arg("codes"), py::arg("blocks"), py::arg("d"), py::arg("bits"), py::arg("parts"), py::arg("where"));
+    m.def(
         "codes_search",
         [](const py::object& weights, const py::object& means, const py::object& constants, const py::object& codes,
-           const py::object& include, const py::object& scores, const py::object& ids, int bits,
+           std::int64_t n, const py::object& include, const py::object& scores, const py::object& ids, int bits,
            const std::string& parts, bool squared, std::intptr_t where) {
             Args args = args_for<Exec>(CodesSearch::op, where);
             const Array a = args.in("queries", weights);
             run_op<Exec>(CodesSearch{a, args.in("means", means), args.in("constants", constants),
-                                     args.in("codes", codes), args.in("include", include), args.out("scores", scores),
-                                     args.out("ids", ids), code_form(bits, parts), squared},
+                                     args.in("codes", codes), n, args.in("include", include),
+                                     args.out("scores", scores), args.out("ids", ids), code_form(bits, parts), squared},
                          where, a);
         },
-        py::arg("weights"), py::arg("means"), py::arg("constants"), py::arg("codes"), py::arg("include"),
+        py::arg("weights"), py::arg("means"), py::arg("constants"), py::arg("codes"), py::arg("n"), py::arg("include"),
         py::arg("scores"), py::arg("ids"), py::arg("bits"), py::arg("parts"), py::arg("squared"), py::arg("where"));
     m.def(
         "codes_rotate",

@@ -4,7 +4,8 @@
 // A batch takes a register tile: a block of rows is unpacked once, to bytes or to pairs of 16 bits, for all panels of
 // queries. One query meets the codes as they are stored: a mask selects one field of every byte, and the byte product
 // multiplies it with the elements of the query that the field's numbers belong to. The order of numbers within a plane
-// (tables.hpp) makes these consecutive elements. What the products are:
+// (tables.hpp) makes these consecutive elements. Of packed codes a register holds the same word of several, so that one
+// query needs no sum across lanes. What the products are:
 //
 //     avx512_bf16    four of bytes, added to a sum of 32 bits
 //     avx2, avx512   two of bytes, added to a sum of 16 bits, where numbers have up to 4 bits. Sums start from what
@@ -20,6 +21,7 @@ constexpr int R = panel_registers;
 constexpr size_t L = lanes<float>;
 constexpr size_t width = panel_width<float>;
 constexpr size_t chunk_bytes = 64;
+constexpr size_t register_bytes = sizeof(Vec<Word>);
 
 size_t plane_bytes(size_t d, int w) noexcept {
     return (d * static_cast<size_t>(w) + 7) / 8;
@@ -406,13 +408,13 @@ constexpr size_t plane_registers(size_t bytes, int w) noexcept {
     return w == 1 ? (bytes + 7) / 8 : (bytes + chunk_bytes - 1) / chunk_bytes * (8 / static_cast<size_t>(w));
 }
 
-size_t query_words(size_t d, int bits) noexcept {
+size_t row_query_words(size_t d, int bits) noexcept {
     size_t registers = 0;
     for (int w = 8; w >= 1; w /= 2) registers += bits & w ? plane_registers(plane_bytes(d, w), w) : 0;
     return 1 + registers * L;
 }
 
-void pack_one(const int8_t* query, size_t d, int bits, Word* out) noexcept {
+void pack_for_rows(const int8_t* query, size_t d, int bits, Word* out) noexcept {
     int32_t sum = 0;
     for (size_t i = 0; i < d; ++i) sum += query[i];
     *out++ = static_cast<Word>(-(sum << (bits - 1)));
@@ -494,8 +496,6 @@ POLYVEC_INLINE Vec<int32_t> dots(RowGroup group, const CodeRows& rows, const Wor
 // field of a byte first; zeros where a register reaches beyond the row. What the sums of 16 bits start from lies ahead
 // of the registers that they take, what the dot product starts from ahead of all.
 
-constexpr size_t register_bytes = sizeof(Vec<Word>);
-
 constexpr size_t registers_of(size_t bytes) noexcept {
     return (bytes + register_bytes - 1) / register_bytes;
 }
@@ -505,7 +505,7 @@ constexpr size_t registers_at_once(int w) noexcept {
     return (size_t{256} >> w) * static_cast<size_t>(w) / 8;
 }
 
-size_t query_words(size_t d, int bits) noexcept {
+size_t row_query_words(size_t d, int bits) noexcept {
     size_t registers = 1;
     for (int w = 8; w >= 1; w /= 2) {
         const size_t n = bits & w ? registers_of(plane_bytes(d, w)) : 0;
@@ -515,7 +515,7 @@ size_t query_words(size_t d, int bits) noexcept {
     return registers * L;
 }
 
-void pack_one(const int8_t* query, size_t d, int bits, Word* out) noexcept {
+void pack_for_rows(const int8_t* query, size_t d, int bits, Word* out) noexcept {
     int32_t start = 0;
     Word* const first = out;
     out += L;
@@ -636,13 +636,13 @@ POLYVEC_INLINE Vec<int32_t> dots(RowGroup group, const CodeRows& rows, const Wor
 
 #else
 
-size_t query_words(size_t d, int) noexcept {
+size_t row_query_words(size_t d, int) noexcept {
     return (words_of<AsPairs>(d) + L - 1) / L * L;
 }
 
-void pack_one(const int8_t* query, size_t d, int, Word* out) noexcept {
+void pack_for_rows(const int8_t* query, size_t d, int, Word* out) noexcept {
     auto* to = reinterpret_cast<int16_t*>(out);
-    for (size_t i = 0; i < 2 * query_words(d, 0); ++i) to[i] = i < d ? query[i] : int16_t{0};
+    for (size_t i = 0; i < 2 * row_query_words(d, 0); ++i) to[i] = i < d ? query[i] : int16_t{0};
 }
 
 POLYVEC_INLINE Vec<int32_t> dots(RowGroup group, const CodeRows& rows, const Word* query, Word* words) noexcept {
@@ -684,7 +684,7 @@ POLYVEC_INLINE void for_each_group(const CodeRows& rows, const CodeQueries& quer
     }
 }
 
-size_t select_one(const CodeRows& rows, const CodeQueries& query, Word* words, float floor, ScanHit* hits) noexcept {
+size_t select_rows(const CodeRows& rows, const CodeQueries& query, Word* words, float floor, ScanHit* hits) noexcept {
     ScanHit* hit = hits;
     for_each_group(rows, query, words,
                    [&](size_t first, size_t again, Vec<float> value) __attribute__((always_inline)) {
@@ -702,8 +702,223 @@ size_t select_one(const CodeRows& rows, const CodeQueries& query, Word* words, f
     return static_cast<size_t>(hit - hits);
 }
 
-void values_one(const CodeRows& rows, const CodeQueries& query, Word* words, float* out) noexcept {
+void values_of_rows(const CodeRows& rows, const CodeQueries& query, Word* words, float* out) noexcept {
     for_each_group(rows, query, words, [&](size_t first, size_t, Vec<float> value) __attribute__((always_inline)) {
+        store(out + first, value);
+    });
+}
+
+// ---- one query against blocks of interleaved codes
+
+// A register holds a word of L codes: all of them meet the same bytes of the query, and no sum crosses lanes. The query
+// lies as the words do, plane by plane, of each word the lowest field first, behind what a sum starts from. Zeros stand
+// for what pads a plane.
+
+constexpr size_t code_block = 16, column_bytes = code_block * sizeof(Word);
+constexpr size_t registers = column_bytes / register_bytes;           // of a column of a block
+constexpr size_t blocks_at_once = registers < 4 ? 4 / registers : 1;  // whose sums stay in registers
+
+size_t plane_words(size_t d, int w) noexcept {
+    return (plane_bytes(d, w) + sizeof(Word) - 1) / sizeof(Word);
+}
+
+/// Words of the query for a field of a word.
+template <int W>
+#if defined(POLYVEC_NARROW_PRODUCTS)
+constexpr size_t field_words = 1;
+#elif defined(POLYVEC_BYTE_PAIRS)
+constexpr size_t field_words = W == 8 ? 2 : 1;
+#else
+constexpr size_t field_words = 2;
+#endif
+
+template <int W>
+constexpr size_t plane_query_words = 8 / W * field_words<W>;
+
+template <class Visit>
+POLYVEC_INLINE void for_each_plane(int bits, Visit visit) noexcept {
+    if (bits & 8) visit(Lanes<8>{});
+    if (bits & 4) visit(Lanes<4>{});
+    if (bits & 2) visit(Lanes<2>{});
+    if (bits & 1) visit(Lanes<1>{});
+}
+
+size_t block_query_words(size_t d, int bits) noexcept {
+    size_t words = 1;
+    for_each_plane(bits, [&]<int W>(Lanes<W>) { words += plane_words(d, W) * plane_query_words<W>; });
+    return words;
+}
+
+void pack_for_blocks(const int8_t* query, size_t d, int bits, Word* out) noexcept {
+    int32_t sum = 0;
+    for (size_t i = 0; i < d; ++i) sum += query[i];
+    *out++ = static_cast<Word>(-(sum << (bits - 1)));
+    for_each_plane(bits, [&]<int W>(Lanes<W>) {
+        const size_t bytes = plane_bytes(d, W);
+        for (size_t t = 0; t < plane_words(d, W) * sizeof(Word); t += sizeof(Word)) {
+            for (size_t k = 0; k < 8 / W; ++k, out += field_words<W>) {
+                auto* to = reinterpret_cast<int8_t*>(out);
+                auto* pairs = reinterpret_cast<int16_t*>(out);
+                for (size_t i = 0; i < sizeof(Word); ++i) {
+                    const size_t c = (t + i) / chunk_bytes * chunk_bytes;
+                    const size_t count = bytes - c < chunk_bytes ? bytes - c : chunk_bytes;
+                    const size_t at = c * 8 / W + k * count + (t + i - c);
+                    const int8_t value = t + i < bytes && at < d ? query[at] : int8_t{0};
+                    if constexpr (field_words<W> == 1) {
+                        to[i] = value;
+                    } else {
+                        pairs[i % 2 * 2 + i / 2] = value;
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// Some blocks: register j of a column belongs to block j / registers.
+struct BlockGroup {
+    const uint8_t* first;
+    size_t stride;
+
+    POLYVEC_INLINE const Word* column(size_t j, size_t byte) const noexcept {
+        return reinterpret_cast<const Word*>(first + j / registers * stride + j % registers * register_bytes + byte);
+    }
+};
+
+/// Adds the plane of W bits that begins at byte `plane` to 2^W times the totals.
+template <int W, int... J>
+POLYVEC_INLINE void add_plane(BlockGroup blocks, size_t plane, size_t words, const Word* query, Vec<int32_t>* totals,
+                              Lanes<J...>) noexcept {
+    constexpr Word field = 0x01010101u * static_cast<Word>((1 << W) - 1);
+    const size_t ahead = sizeof...(J) / registers * blocks.stride;
+    const auto fetch = [&](size_t j, size_t w) __attribute__((always_inline)) {
+        const Word* const column = blocks.column(j, plane + w * column_bytes);
+        if (j % registers == 0) prefetch(column + ahead / sizeof(Word));
+        return load(column);
+    };
+#if defined(POLYVEC_NARROW_PRODUCTS)
+    constexpr int places = W == 8 ? 1 : W == 1 ? 4 : 2;  // sums of fields that lie higher are shifted in the end
+    Vec<int32_t> sum[places][sizeof...(J)] = {};
+    const auto add = [](Vec<int32_t>& s, Vec<Word> x, Vec<Word> q) __attribute__((always_inline)) {
+        s = add_byte_quads(s, x, q);
+        keep_in_register(s);
+    };
+#pragma GCC unroll 1
+    for (size_t w = 0; w < words; ++w, query += plane_query_words<W>) {
+        const Vec<Word> x[] = {fetch(J, w)...};
+#pragma GCC unroll 8
+        for (int k = 0; k < 8 / W; ++k) {
+            const int place = k % places;
+            const Vec<Word> q = broadcast(query[k]), mask = broadcast(field << place * W);
+            (add(sum[place][J], W == 8 ? x[J] : x[J] >> (k - place) * W & mask, q), ...);
+        }
+    }
+    for (int place = 1; place < places; ++place) ((sum[0][J] += sum[place][J] >> place * W), ...);
+    ((totals[J] = (totals[J] << W) + sum[0][J]), ...);
+#else
+    Vec<int32_t> total[] = {(totals[J] << W)...};
+#if defined(POLYVEC_BYTE_PAIRS)
+    if constexpr (field_words<W> == 1) {
+        // |a sum of 16 bits| <= 2 * 127 * (2^W - 1) a field
+        constexpr size_t at_once = 32767 / (254 * ((1 << W) - 1)) / (8 / W);
+        const Vec<Word> ones = broadcast<Word>(0x00010001);
+        for (size_t w = 0; w < words;) {
+            Vec<int16_t> sum[sizeof...(J)] = {};
+#pragma GCC unroll 1
+            for (const size_t stop = words - w < at_once ? words : w + at_once; w < stop; ++w) {
+                const Vec<Word> x[] = {fetch(J, w)...};
+#pragma GCC unroll 8
+                for (int k = 0; k < 8 / W; ++k) {
+                    const Vec<Word> q = broadcast(*query++);
+                    const auto add = [&](Vec<int16_t>& s, Vec<Word> y) __attribute__((always_inline)) {
+                        s += multiply_byte_pairs(y >> k * W & field, q);
+                        keep_in_register(s);
+                    };
+                    (add(sum[J], x[J]), ...);
+                }
+            }
+            ((total[J] += multiply_pairs((Vec<Word>)sum[J], ones)), ...);
+        }
+        ((totals[J] = total[J]), ...);
+        return;
+    }
+#endif
+    const auto add = [](Vec<int32_t>& s, Vec<Word> y, Vec<Word> even, Vec<Word> odd) __attribute__((always_inline)) {
+        s += multiply_pairs(y & 0x00ff00ff, even);
+        s += multiply_pairs((Vec<Word>)((Vec<uint16_t>)y >> 8), odd);
+        keep_in_register(s);
+    };
+#pragma GCC unroll 1
+    for (size_t w = 0; w < words; ++w) {
+        const Vec<Word> x[] = {fetch(J, w)...};
+#pragma GCC unroll 8
+        for (int k = 0; k < 8 / W; ++k, query += 2) {
+            const Vec<Word> even = broadcast(query[0]), odd = broadcast(query[1]);
+            (add(total[J], W == 8 ? x[J] : x[J] >> k * W & field, even, odd), ...);
+        }
+    }
+    ((totals[J] = total[J]), ...);
+#endif
+}
+
+/// Calls sink(j, values) for the registers of some blocks.
+template <class Sink, int... J>
+POLYVEC_INLINE void meet_blocks(BlockGroup group, const CodeRows& rows, const CodeQueries& query, Lanes<J...>,
+                                Sink sink) noexcept {
+    Vec<int32_t> totals[sizeof...(J)] = {};
+    const Word* q = query.packed;
+    const auto start = static_cast<int32_t>(*q++);
+    size_t plane = 0;
+    for_each_plane(rows.bits, [&]<int W>(Lanes<W>) __attribute__((always_inline)) {
+        const size_t words = plane_words(rows.d, W);
+        add_plane<W>(group, plane, words, q, totals, Lanes<J...>{});
+        q += words * plane_query_words<W>;
+        plane += words * column_bytes;
+    });
+    const Vec<float> scale = broadcast(*query.scale), shift = broadcast(*query.shift), mean = broadcast(*query.mean);
+    const auto value = [&](size_t j) __attribute__((always_inline)) {
+        const auto factor = [&](int k) __attribute__((always_inline)) {
+            return (Vec<float>)load(group.column(j, plane + static_cast<size_t>(k) * column_bytes));
+        };
+        return to_value(totals[j] + start, rows, scale, shift, mean, factor);
+    };
+    (sink(J, value(J)), ...);
+}
+
+/// Calls sink(first, values) for L codes at a time.
+template <class Sink>
+POLYVEC_INLINE void for_each_register(const CodeRows& blocks, const CodeQueries& query, Sink sink) noexcept {
+    size_t b = 0;
+    for (; b + blocks_at_once <= blocks.n; b += blocks_at_once) {
+        meet_blocks({blocks.first + b * blocks.stride, blocks.stride}, blocks, query,
+                    typename LaneRange<0, blocks_at_once * registers>::type{},
+                    [&](size_t j, Vec<float> value)
+                        __attribute__((always_inline)) { sink(b * code_block + j * L, value); });
+    }
+    for (; b < blocks.n; ++b) {
+        meet_blocks(
+            {blocks.first + b * blocks.stride, blocks.stride}, blocks, query, typename LaneRange<0, registers>::type{},
+            [&](size_t j, Vec<float> value) __attribute__((always_inline)) { sink(b * code_block + j * L, value); });
+    }
+}
+
+size_t select_blocks(const CodeRows& blocks, const CodeQueries& query, Word*, float floor, ScanHit* hits) noexcept {
+    ScanHit* hit = hits;
+    for_each_register(blocks, query, [&](size_t first, Vec<float> value) __attribute__((always_inline)) {
+        uint32_t set = bits(value >= broadcast(floor));
+        if (!set) return;
+        float values[L];
+        store(values, value);
+        for (; set; set &= set - 1) {
+            const auto at = static_cast<uint32_t>(__builtin_ctz(set));
+            *hit++ = {values[at], static_cast<uint32_t>(first) + at};
+        }
+    });
+    return static_cast<size_t>(hit - hits);
+}
+
+void values_of_blocks(const CodeRows& blocks, const CodeQueries& query, Word*, float* out) noexcept {
+    for_each_register(blocks, query, [&](size_t first, Vec<float> value) __attribute__((always_inline)) {
         store(out + first, value);
     });
 }
@@ -862,8 +1077,19 @@ void rotate(float* rows, size_t n, size_t d, const float* signs, bool inverse) n
 }  // namespace
 
 extern const CodesKernels codes_kernels;
-const CodesKernels codes_kernels{width,      width / 2 + 4, row_words,      panel_words, unpack,   pack,
-                                 select,     values,        values_of_rank, query_words, pack_one, select_one,
-                                 values_one, value_of_rank, fit_levels,     rotate};
+const CodesKernels codes_kernels{width,
+                                 width / 2 + 4,
+                                 row_words,
+                                 panel_words,
+                                 unpack,
+                                 pack,
+                                 select,
+                                 values,
+                                 values_of_rank,
+                                 {row_query_words, pack_for_rows, select_rows, values_of_rows},
+                                 {block_query_words, pack_for_blocks, select_blocks, values_of_blocks},
+                                 value_of_rank,
+                                 fit_levels,
+                                 rotate};
 
 }  // namespace polyvec::POLYVEC_ISA

@@ -543,6 +543,21 @@ struct CodeQueries {
 
 constexpr std::size_t code_margin = 64;
 
+/// One query against codes. Rows: memory of panel_width of them and code_margin bytes behind the last must be readable.
+/// Blocks, of which CodeRows tells n, `stride` bytes apart: a block holds 16 codes word by word, 4 bytes, and in a
+/// column of 64 bytes the same word of all of them. The words are those of the planes, each padded, and then the
+/// factors.
+struct CodesOneKernels {
+    std::size_t (*query_words)(std::size_t d, int bits);
+    void (*pack)(const std::int8_t* query, std::size_t d, int bits, std::uint32_t* out) noexcept;
+    /// Writes the codes whose value is at least `floor` to `hits`, which has room for all, and returns their number.
+    /// `words` is scratch for one unpacked row.
+    std::size_t (*select)(const CodeRows&, const CodeQueries& query, std::uint32_t* words, float floor,
+                          ScanHit* hits) noexcept;
+    /// All values; rows are a multiple of panel_width.
+    void (*values)(const CodeRows&, const CodeQueries& query, std::uint32_t* words, float* out) noexcept;
+};
+
 struct CodesKernels {
     std::size_t panel_width;                            // queries in a panel
     std::size_t one_at_a_time;                          // as many queries, or fewer, are faster one by one
@@ -560,14 +575,7 @@ struct CodesKernels {
     /// out[lane] = what at least `rank` of the values (n, panel_width) of the lane reach, and few more; NaN if there
     /// are fewer. Overwrites them.
     void (*values_of_rank)(float* values, std::size_t n, std::size_t rank, float* out) noexcept;
-    std::size_t (*query_words)(std::size_t d, int bits);  // of one query
-    void (*pack_one)(const std::int8_t* query, std::size_t d, int bits, std::uint32_t* out) noexcept;
-    /// The same for one query. Memory of panel_width rows and code_margin bytes behind the last row must be readable,
-    /// and `words` scratch for one unpacked row.
-    std::size_t (*select_one)(const CodeRows&, const CodeQueries& query, std::uint32_t* words, float floor,
-                              ScanHit* hits) noexcept;
-    /// The same two for one query; n is a multiple of panel_width.
-    void (*values_one)(const CodeRows&, const CodeQueries& query, std::uint32_t* words, float* out) noexcept;
+    CodesOneKernels of_rows, of_blocks;
     void (*value_of_rank)(float* values, std::size_t n, std::size_t rank, float* out) noexcept;
     /// levels[i] = min(floor(t * magnitudes[i]), top), for the t that brings levels + 1/2 closest in angle to the
     /// magnitudes (each below 2^12). Integers only: the same at every level.

@@ -192,6 +192,21 @@ void run(const CodesDecode& op, Cpu cpu) {
 
 namespace {
 
+/// Calls visit(bytes) for the words of a code in a block: 4, or what the last word of a plane holds.
+template <class Visit>
+void for_each_word(const CodeForm& form, std::int64_t d, const Visit& visit) {
+    form.for_each_plane(d, [&](std::int64_t bytes) {
+        for (; bytes >= code_word; bytes -= code_word) visit(code_word);
+        if (bytes > 0) visit(bytes);
+    });
+    for (int k = 0; k < form.factors(); ++k) visit(code_word);
+}
+
+/// What compares one query with the codes of a search.
+const CodesOneKernels& kernel_of_one_for(const CodesSearch& op) {
+    return op.packed() ? kernels().codes->of_blocks : kernels().codes->of_rows;
+}
+
 /// The queries of a search as kernels take them. A group is a panel, or one query.
 class PackedQueries {
 public:
@@ -201,8 +216,10 @@ public:
     };
 
     explicit PackedQueries(const CodesSearch& op)
-        : n_(op.weights.dim(0)), d_(op.weights.dim(1)), scale_(n_), shift_(n_), mean_(n_), kernel_(*kernels().codes) {
-        const std::int64_t width = kernel_.panel_width, few = kernel_.one_at_a_time;
+        : n_(op.weights.dim(0)), d_(op.weights.dim(1)), scale_(n_), shift_(n_), mean_(n_) {
+        const CodesKernels& kernel = *kernels().codes;
+        const CodesOneKernels& kernel_of_one = kernel_of_one_for(op);
+        const std::int64_t width = kernel.panel_width, few = kernel.one_at_a_time;
         for (std::int64_t first = 0; first < n_;) {
             const bool one = n_ - first <= few;
             const std::int64_t count = one ? 1 : std::min(width, n_ - first);
@@ -212,15 +229,15 @@ public:
         const auto* weights = op.weights.as<const float>();
         std::vector<std::int8_t> bytes(width * d_);
         const std::size_t words =
-            std::max(kernel_.panel_words(d_, op.form.bits), kernel_.query_words(d_, op.form.bits));
+            std::max(kernel.panel_words(d_, op.form.bits), kernel_of_one.query_words(d_, op.form.bits));
         for (const Group& group : groups_) {
             for (std::int64_t q = 0; q < group.count; ++q)
                 round(weights + (group.first + q) * d_, bytes.data() + q * d_, group.first + q);
             packed_.push_back(aligned<std::uint32_t>(words));
             if (group.one) {
-                kernel_.pack_one(bytes.data(), d_, op.form.bits, packed_.back().get());
+                kernel_of_one.pack(bytes.data(), d_, op.form.bits, packed_.back().get());
             } else {
-                kernel_.pack(bytes.data(), group.count, d_, op.form.bits, packed_.back().get());
+                kernel.pack(bytes.data(), group.count, d_, op.form.bits, packed_.back().get());
             }
         }
         std::copy_n(op.means.as<const float>(), n_, mean_.begin());
@@ -260,10 +277,9 @@ private:
     std::vector<float> scale_, shift_, mean_;
     std::vector<Group> groups_;
     std::vector<Aligned<std::uint32_t>> packed_;
-    const CodesKernels& kernel_;
 };
 
-constexpr std::int64_t block_rows = 128;  // whose unpacked numbers stay in the level-2 cache
+constexpr std::int64_t piece_codes = 128;  // whose unpacked numbers stay in the level-2 cache
 
 /// A sample of the codes: one of every `step`.
 struct CodesSample {
@@ -274,8 +290,8 @@ struct CodesSample {
     CodesSample(std::int64_t codes, std::int64_t k) {
         constexpr std::int64_t least_step = 32, most = 8192, least = 256;
         step = std::max(least_step, codes / most);
-        n = (codes - static_cast<std::int64_t>(code_margin)) / step / block_rows *
-            block_rows;  // memory may be read behind
+        n = (codes - static_cast<std::int64_t>(code_margin)) / step / piece_codes *
+            piece_codes;  // memory may be read behind
         if (n < least || k > n) {
             n = 0;
             return;
@@ -285,59 +301,67 @@ struct CodesSample {
     }
 };
 
-/// One thread's part of a search.
-class CodesScan {
+/// Some codes of a search, in the forms that kernels take: each is made when it is first asked for.
+class CodesPiece {
 public:
-    CodesScan(const CodesSearch& op, const PackedQueries& queries)
+    explicit CodesPiece(const CodesSearch& op)
         : op_(op),
-          queries_(queries),
           kernel_(*kernels().codes),
-          words_(aligned<std::uint32_t>(std::max<std::int64_t>(block_rows, kernel_.panel_width) *
-                                        static_cast<std::int64_t>(kernel_.row_words(op.weights.dim(1), op.form.bits)))),
-          hits_(block_rows * kernel_.panel_width),
-          floor_(kernel_.panel_width) {}
+          words_(aligned<std::uint32_t>(
+              piece_codes * static_cast<std::int64_t>(kernel_.row_words(op.weights.dim(1), op.form.bits)))) {}
 
-    /// Codes [begin, end) against groups [from, to). For each query, from the first group's on, `best` has a collector
-    /// and `least` what a value must be at least.
-    void operator()(std::int64_t begin, std::int64_t end, std::int64_t from, std::int64_t to, TopK* best,
-                    const float* least) {
-        for (std::int64_t i = begin; i < end; i += block_rows) {
-            const std::int64_t n = std::min(block_rows, end - i);
-            CodeRows rows = rows_from(i, n, 1);
-            if (op_.include) {
-                gather(i, rows);
-            } else if (rows.n < kernel_.panel_width || (op_.codes.dim(0) - i - n) * rows.stride < code_margin) {
-                copy(rows);
-            }
-            if (rows.n > 0) meet(rows, i, from, to, best, least);
-        }
+    /// Turns to the codes first, first + step, ...: `count` of them, or, packed, of blocks of them.
+    void look_at(std::int64_t first, std::int64_t count, std::int64_t step) {
+        first_ = first;
+        count_ = count;
+        step_ = step;
+        has_rows_ = has_words_ = false;
+        if (!op_.include) return;
+        included_.clear();
+        for (std::int64_t i = 0; i < count; ++i)
+            if (op_.include.as<const bool>()[first + i]) included_.push_back(i);
     }
 
-    /// The values of block `b` of the sample, a row each: for group `from` and those up to `to`, (n, count) each.
-    void sample(const CodesSample& sample, std::int64_t b, std::int64_t from, std::int64_t to, float* out) {
-        const CodeRows rows = rows_from(b * block_rows * sample.step, block_rows, sample.step);
-        bool unpacked = false;
-        for (std::int64_t g = from; g < to; ++g) {
-            const std::int64_t width = queries_.group(g).one ? 1 : kernel_.panel_width;
-            float* values = out + b * block_rows * width;
-            if (width == 1) {
-                kernel_.values_one(rows, queries_[g], words_.get(), values);
-            } else {
-                if (!unpacked) kernel_.unpack(rows, words_.get());
-                unpacked = true;
-                kernel_.values(rows, words_.get(), queries_[g], values);
-            }
-            out += sample.n * width;
-        }
+    /// How many take part.
+    std::int64_t size() const { return op_.include ? static_cast<std::int64_t>(included_.size()) : count_; }
+
+    /// Those that take part, a row each.
+    const CodeRows& rows() {
+        if (!has_rows_) make_rows();
+        has_rows_ = true;
+        return rows_;
     }
+
+    /// The rows as panels take them.
+    std::uint32_t* unpacked() {
+        if (!has_words_) kernel_.unpack(rows(), words_.get());
+        has_words_ = true;
+        return words_.get();
+    }
+
+    /// For one query, over what panels take: they have had their turn.
+    std::uint32_t* scratch() { return words_.get(); }
+
+    /// What meets one query: blocks, of all codes, where they are packed, else rows.
+    CodeRows rows_or_blocks() {
+        if (!op_.packed()) return rows();
+        return rows_from(block(0), (count_ + code_block - 1) / code_block, step_ * op_.block_bytes());
+    }
+
+    /// The code in this place of rows_or_blocks(), or -1.
+    std::int64_t id_at(std::int64_t at) const {
+        if (!op_.packed()) return id_of_row(at);
+        const std::int64_t id = first_ + at;
+        return at < count_ && (!op_.include || op_.include.as<const bool>()[id]) ? id : -1;
+    }
+
+    std::int64_t id_of_row(std::int64_t row) const { return first_ + (op_.include ? included_[row] : row); }
 
 private:
-    /// n codes from code i on, one of every `step`.
-    CodeRows rows_from(std::int64_t i, std::int64_t n, std::int64_t step) const {
-        const std::int64_t code_size = op_.codes.dim(1);
-        return {op_.codes.as<const std::uint8_t>() + i * code_size,
+    CodeRows rows_from(const std::uint8_t* first, std::int64_t n, std::int64_t stride) const {
+        return {first,
                 static_cast<std::size_t>(n),
-                static_cast<std::size_t>(step * code_size),
+                static_cast<std::size_t>(stride),
                 static_cast<std::size_t>(op_.weights.dim(1)),
                 op_.form.bits,
                 op_.form.has_scale,
@@ -345,63 +369,121 @@ private:
                 op_.form.has_offset};
     }
 
-    /// Moves codes to where as many as a panel's width can be read, and the margin behind them.
-    void copy(CodeRows& rows) {
-        gathered_.resize(block_rows * rows.stride + code_margin);
-        std::memcpy(gathered_.data(), rows.first, rows.n * rows.stride);
-        rows.first = gathered_.data();
-    }
-
-    /// Leaves the codes that take part, one after the other.
-    void gather(std::int64_t first, CodeRows& rows) {
-        const bool* include = op_.include.as<const bool>() + first;
-        const std::uint8_t* codes = rows.first;
-        ids_.clear();
-        for (std::size_t r = 0; r < rows.n; ++r)
-            if (include[r]) ids_.push_back(first + static_cast<std::int64_t>(r));
-        gathered_.resize(block_rows * rows.stride + code_margin);
-        for (std::size_t k = 0; k < ids_.size(); ++k)
-            std::memcpy(gathered_.data() + k * rows.stride,
-                        codes + static_cast<std::size_t>(ids_[k] - first) * rows.stride, rows.stride);
-        rows.first = gathered_.data();
-        rows.n = ids_.size();
-    }
-
-    void meet(const CodeRows& rows, std::int64_t first, std::int64_t from, std::int64_t to, TopK* best,
-              const float* least) {
-        const std::int64_t first_query = queries_.group(from).first;
-        bool unpacked = false;
-        for (std::int64_t g = from; g < to; ++g) {
-            const PackedQueries::Group& group = queries_.group(g);
-            TopK* own = best + (group.first - first_query);
-            const float* floor = least + (group.first - first_query);
-            const std::int64_t width = group.one ? 1 : kernel_.panel_width;
-            std::size_t found;
-            if (group.one) {
-                found = kernel_.select_one(rows, queries_[g], words_.get(), std::max(own->threshold(), *floor),
-                                           hits_.data());
-            } else {
-                if (!unpacked) kernel_.unpack(rows, words_.get());
-                unpacked = true;
-                std::fill(floor_.begin(), floor_.end(), std::numeric_limits<float>::quiet_NaN());
-                for (std::int64_t q = 0; q < group.count; ++q) floor_[q] = std::max(own[q].threshold(), floor[q]);
-                found = kernel_.select(rows, words_.get(), queries_[g], floor_.data(), hits_.data());
+    void make_rows() {
+        const std::int64_t n = size(), d = op_.weights.dim(1);
+        const std::int64_t code_size = op_.packed() ? op_.form.searched_bytes(d) : op_.codes.dim(1);
+        const auto* codes = op_.codes.as<const std::uint8_t>();
+        const std::int64_t behind = (op_.n - 1 - first_ - (n - 1) * step_) * code_size;
+        const bool enough =
+            n >= static_cast<std::int64_t>(kernel_.panel_width) && behind >= static_cast<std::int64_t>(code_margin);
+        if (!op_.packed() && !op_.include && enough) {
+            rows_ = rows_from(codes + first_ * code_size, n, step_ * code_size);
+            return;
+        }
+        gathered_.resize(piece_codes * code_size + code_margin);
+        rows_ = rows_from(gathered_.data(), n, code_size);
+        for (std::int64_t i = 0; i < n; ++i) {
+            const std::int64_t at = op_.include ? included_[i] : i;
+            std::uint8_t* row = gathered_.data() + i * code_size;
+            if (!op_.packed()) {
+                std::memcpy(row, codes + (first_ + at * step_) * code_size, static_cast<std::size_t>(code_size));
+                continue;
             }
-            for (std::size_t h = 0; h < found; ++h) {
-                const std::int64_t row = hits_[h].at / width;
-                own[hits_[h].at % width].push(hits_[h].value, op_.include ? ids_[row] : first + row);
+            const std::uint8_t* word = block(at / code_block) + at % code_block * code_word;
+            for_each_word(op_.form, d, [&](std::int64_t bytes) {
+                std::memcpy(row, word, static_cast<std::size_t>(bytes));
+                row += bytes;
+                word += code_column;
+            });
+        }
+    }
+
+    /// Block i of a packed piece.
+    const std::uint8_t* block(std::int64_t i) const {
+        return op_.codes.as<const std::uint8_t>() + (first_ / code_block + i * step_) * op_.block_bytes();
+    }
+
+    const CodesSearch& op_;
+    const CodesKernels& kernel_;
+    std::int64_t first_ = 0, count_ = 0, step_ = 1;
+    bool has_rows_ = false, has_words_ = false;
+    CodeRows rows_{};
+    std::vector<std::int64_t> included_;
+    std::vector<std::uint8_t> gathered_;
+    Aligned<std::uint32_t> words_;
+};
+
+/// One thread's part of a search.
+class CodesScan {
+public:
+    CodesScan(const CodesSearch& op, const PackedQueries& queries)
+        : queries_(queries),
+          kernel_(*kernels().codes),
+          kernel_of_one_(kernel_of_one_for(op)),
+          piece_(op),
+          hits_(piece_codes * kernel_.panel_width),
+          floor_(kernel_.panel_width) {}
+
+    /// Codes [begin, end) against groups [from, to). For each query, from the first group's on, `best` has a collector
+    /// and `least` what a value must be at least.
+    void operator()(std::int64_t begin, std::int64_t end, std::int64_t from, std::int64_t to, TopK* best,
+                    const float* least) {
+        for (std::int64_t i = begin; i < end; i += piece_codes) {
+            piece_.look_at(i, std::min(piece_codes, end - i), 1);
+            if (piece_.size() == 0) continue;
+            for (std::int64_t g = from; g < to; ++g) {
+                const std::int64_t query = queries_.group(g).first - queries_.group(from).first;
+                if (queries_.group(g).one) {
+                    meet_one(g, best + query, least + query);
+                } else {
+                    meet_panel(g, best + query, least + query);
+                }
             }
         }
     }
 
-    const CodesSearch& op_;
+    /// The values of piece `p` of the sample, a row each: for group `from` and those up to `to`, (n, count) each.
+    void sample(const CodesSample& sample, std::int64_t p, std::int64_t from, std::int64_t to, float* out) {
+        piece_.look_at(p * piece_codes * sample.step, piece_codes, sample.step);
+        for (std::int64_t g = from; g < to; ++g) {
+            const std::int64_t width = queries_.group(g).one ? 1 : kernel_.panel_width;
+            float* values = out + p * piece_codes * width;
+            if (queries_.group(g).one) {
+                kernel_of_one_.values(piece_.rows_or_blocks(), queries_[g], piece_.scratch(), values);
+            } else {
+                const std::uint32_t* words = piece_.unpacked();
+                kernel_.values(piece_.rows(), words, queries_[g], values);
+            }
+            out += sample.n * width;
+        }
+    }
+
+private:
+    void meet_one(std::int64_t g, TopK* best, const float* least) {
+        const std::size_t found = kernel_of_one_.select(piece_.rows_or_blocks(), queries_[g], piece_.scratch(),
+                                                        std::max(best->threshold(), *least), hits_.data());
+        for (std::size_t h = 0; h < found; ++h) {
+            const std::int64_t id = piece_.id_at(hits_[h].at);
+            if (id >= 0) best->push(hits_[h].value, id);
+        }
+    }
+
+    void meet_panel(std::int64_t g, TopK* best, const float* least) {
+        std::fill(floor_.begin(), floor_.end(), std::numeric_limits<float>::quiet_NaN());
+        for (std::int64_t q = 0; q < queries_.group(g).count; ++q) floor_[q] = std::max(best[q].threshold(), least[q]);
+        const std::uint32_t* words = piece_.unpacked();
+        const std::size_t found = kernel_.select(piece_.rows(), words, queries_[g], floor_.data(), hits_.data());
+        const std::int64_t width = kernel_.panel_width;
+        for (std::size_t h = 0; h < found; ++h)
+            best[hits_[h].at % width].push(hits_[h].value, piece_.id_of_row(hits_[h].at / width));
+    }
+
     const PackedQueries& queries_;
     const CodesKernels& kernel_;
-    Aligned<std::uint32_t> words_;
+    const CodesOneKernels& kernel_of_one_;
+    CodesPiece piece_;
     std::vector<ScanHit> hits_;
     std::vector<float> floor_;
-    std::vector<std::int64_t> ids_;  // of the codes that take part
-    std::vector<std::uint8_t> gathered_;
 };
 
 /// What the best of each query from group `from` up to `to` should reach at least, by a sample; NaN without one.
@@ -414,8 +496,8 @@ std::vector<float> guesses(const CodesSample& sample, const PackedQueries& queri
     for (std::int64_t g = from; g < to; ++g)
         begin[g - from + 1] = begin[g - from] + sample.n * (queries.group(g).one ? 1 : panel);
     const Aligned<float> values = aligned<float>(begin.back());
-    parallel_for(sample.n / block_rows, 1, num_threads, [&](std::int64_t b, std::int64_t, int worker) {
-        scans[worker].sample(sample, b, from, to, values.get());
+    parallel_for(sample.n / piece_codes, 1, num_threads, [&](std::int64_t p, std::int64_t, int worker) {
+        scans[worker].sample(sample, p, from, to, values.get());
     });
     const std::int64_t first = queries.group(from).first;
     parallel_for(to - from, 1, num_threads, [&](std::int64_t g, std::int64_t, int) {
@@ -430,13 +512,13 @@ std::vector<float> guesses(const CodesSample& sample, const PackedQueries& queri
 std::vector<std::int64_t> search(const CodesSearch& op, bool guess, int num_threads) {
     constexpr std::int64_t products_per_piece = std::int64_t{1} << 32;  // tens of milliseconds
     constexpr std::int64_t group_queries = 512, least = 8192;
-    const std::int64_t n = op.codes.dim(0), k = op.scores.dim(1), nq = op.weights.dim(0), d = op.weights.dim(1);
+    const std::int64_t n = op.n, k = op.scores.dim(1), nq = op.weights.dim(0), d = op.weights.dim(1);
     const PackedQueries queries(op);
     const std::int64_t together = std::clamp<std::int64_t>(
         queries.size(), 1, group_queries / static_cast<std::int64_t>(kernels().codes->panel_width));
     const std::int64_t batches = (queries.size() + together - 1) / together;
     const std::int64_t in_batch = std::max<std::int64_t>(1, std::min(nq, group_queries));
-    const std::int64_t range = std::max(least, products_per_piece / (in_batch * d)) / block_rows * block_rows;
+    const std::int64_t range = std::max(least, products_per_piece / (in_batch * d)) / piece_codes * piece_codes;
     const std::int64_t ranges = (n + range - 1) / range;
     const CodesSample sample(op.include || !guess ? 0 : n, k);
 
@@ -444,7 +526,7 @@ std::vector<std::int64_t> search(const CodesSearch& op, bool guess, int num_thre
     std::vector<float> reach(nq, -infinity);
     std::mutex merging;
     std::vector<CodesScan> scans;
-    for (int i = 0; i < workers_for(std::max(batches * ranges, sample.n / block_rows), 1, num_threads); ++i)
+    for (int i = 0; i < workers_for(std::max(batches * ranges, sample.n / piece_codes), 1, num_threads); ++i)
         scans.emplace_back(op, queries);
     for (std::int64_t from = 0; sample.n > 0 && from < queries.size(); from += together) {
         const std::int64_t to = std::min(queries.size(), from + together), first = queries.group(from).first;
@@ -495,6 +577,24 @@ Array take(const Array& array, const std::vector<std::int64_t>& rows, std::vecto
 }
 
 }  // namespace
+
+void run(const CodesPack& op, Cpu cpu) {
+    const std::int64_t code_size = op.codes.dim(1), bytes = op.form.block_bytes(op.d);
+    parallel_for(op.blocks.dim(0), rows_per_piece(bytes), cpu.num_threads,
+                 [&](std::int64_t begin, std::int64_t end, int) {
+                     auto* const blocks = op.blocks.as<std::uint8_t>();
+                     std::fill(blocks + begin * bytes, blocks + end * bytes, std::uint8_t{0});
+                     for (std::int64_t i = begin * code_block; i < std::min(end * code_block, op.codes.dim(0)); ++i) {
+                         const std::uint8_t* code = op.codes.as<const std::uint8_t>() + i * code_size;
+                         std::uint8_t* word = blocks + i / code_block * bytes + i % code_block * code_word;
+                         for_each_word(op.form, op.d, [&](std::int64_t n) {
+                             std::memcpy(word, code, static_cast<std::size_t>(n));
+                             code += n;
+                             word += code_column;
+                         });
+                     }
+                 });
+}
 
 void run(const CodesSearch& op, Cpu cpu) {
     const std::vector<std::int64_t> missed = search(op, true, cpu.num_threads);

@@ -1,18 +1,30 @@
 """What the codecs have in common.
 
-A codec turns vectors into rows of uint8. It has `fit`, `encode`, `decode`, `search`, `code_size`, `nbytes`, `save`,
-`load`, `state` and `from_state`; `Refined` builds on these.
+A codec turns vectors into rows of uint8. It has `fit`, `encode`, `decode`, `pack`, `search`, `code_size`, `nbytes`,
+`save`, `load`, `state` and `from_state`; `Refined` builds on these.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from polyvec import _backend
-from polyvec._arrays import ArrayT, as_array, as_count, as_float32, as_selection, is_array, output, outputs, require_cpu
+from polyvec._arrays import (
+    ArrayT,
+    aligned_bytes,
+    as_array,
+    as_count,
+    as_float32,
+    as_selection,
+    is_array,
+    output,
+    outputs,
+    require_cpu,
+)
 from polyvec._files import Saved, State
 from polyvec._progress import Progress, reporting
 
@@ -21,6 +33,62 @@ Floats = npt.NDArray[np.float32]
 _FLOATS = ("float32", "float16", "bfloat16")
 _BLOCK_ELEMENTS = 1 << 24  # of vectors that are converted, checked, rotated and encoded at a time: 64 MB
 _CodecT = TypeVar("_CodecT", bound="Codec")
+
+
+class PackedCodes:
+    """Codes in the order in which a scan reads them: what the `pack` of a codec returns.
+
+    Parameters
+    ----------
+    blocks : numpy array of shape (ceil(n / B), columns, B) or (ceil(n / 16), columns, 16, 4), uint8
+        Of codewords (ProductQuantizer, ResidualQuantizer) byte j of code i is `blocks[i // B, j, i % B]`. B is 16 for
+        codes of 4 bits, whose bytes are padded to a multiple of 4 columns, and 64 for codes of 8 bits. Of integers
+        (ScalarQuantizer, RaBitQ) `blocks[i // 16, j, i % 16]` are 4 bytes of code i; the error of RaBitQ, which a
+        search does not read, is left out. The same on every machine.
+    n : int
+        Number of codes.
+
+    Examples
+    --------
+    >>> import numpy as np, polyvec as pv
+    >>> x = np.random.default_rng(0).standard_normal((1000, 32), np.float32)
+    >>> pq = pv.quantize.ProductQuantizer(32, 8, bits=4).fit(x)
+    >>> packed = pq.pack(pq.encode(x))
+    >>> packed, packed.blocks.shape
+    (PackedCodes(1000 codes, 4000 bytes), (63, 4, 16))
+    >>> pq.search(x[:2], packed, 10)[1].shape
+    (2, 10)
+    """
+
+    __slots__ = ("blocks", "n")
+
+    def __init__(self, blocks: npt.NDArray[np.uint8], n: int) -> None:
+        op = "quantize.PackedCodes"
+        blocks = as_array(op, "blocks", blocks, dtypes=("uint8",))
+        if blocks.ndim not in (3, 4):
+            raise ValueError(f"{op}: blocks must have 3 or 4 axes, got {blocks.ndim}")
+        require_cpu(op, "blocks", blocks)
+        self.blocks: npt.NDArray[np.uint8] = np.asarray(blocks)
+        self.n = as_count(op, "n", n, least=0)
+        width = self.blocks.shape[2]
+        if width not in (16, 64):
+            raise ValueError(f"{op}: blocks must hold 16 or 64 codes each, got {width}")
+        if len(self.blocks) != -(-self.n // width):
+            raise ValueError(
+                f"{op}: blocks must have {-(-self.n // width)} rows for {self.n} codes, got {len(self.blocks)}"
+            )
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __repr__(self) -> str:
+        of_a_code = math.prod(self.blocks.shape[1:]) // self.blocks.shape[2]
+        return f"PackedCodes({self.n} codes, {self.n * of_a_code} bytes)"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the blocks."""
+        return self.blocks.nbytes
 
 
 class Codec(Saved):
@@ -55,9 +123,13 @@ class Codec(Saved):
         _backend.require_finite(op, "x", block, num_threads, first_row=begin)
         return block
 
-    def _searched(self, op: str, codes: Any) -> npt.NDArray[np.uint8]:
-        """Check the codes that `search` gets."""
-        return codes_of(op, codes, self.code_size)
+    @property
+    def _block_shape(self) -> tuple[int, ...]:
+        """Shape of a block of packed codes."""
+        raise NotImplementedError
+
+    def _pack(self, op: str, codes: npt.NDArray[np.uint8], blocks: Any, num_threads: int | None) -> None:
+        raise NotImplementedError
 
     # ---- what follows from it
 
@@ -117,6 +189,38 @@ class Codec(Saved):
     def _require_fitted(self, op: str) -> None:
         if not self._is_fitted():
             raise RuntimeError(f"{op}: the quantizer must be fitted before; call fit(x)")
+
+    def pack(self, codes: Any, *, num_threads: int | None = None) -> PackedCodes:
+        """Return a copy of codes in the order in which `search` reads them: for codes that are searched often.
+
+        Parameters
+        ----------
+        codes : array of shape (n, code_size), uint8
+        num_threads : int, optional
+
+        Returns
+        -------
+        PackedCodes
+
+        Raises
+        ------
+        ValueError
+            Codes of another size.
+        """
+        op = f"{self._KIND}.pack"
+        table = codes_of(op, codes, self.code_size)
+        shape = (-(-len(table) // self._block_shape[1]), *self._block_shape)
+        blocks = aligned_bytes(math.prod(shape)).reshape(shape)  # registers of a scan never lie over two cache lines
+        self._pack(op, table, blocks, num_threads)
+        return PackedCodes(blocks, len(table))
+
+    def _searched(self, op: str, codes: Any) -> npt.NDArray[np.uint8]:
+        """Check the codes that `search` gets, packed or not, and return their rows or blocks."""
+        if not isinstance(codes, PackedCodes):
+            return codes_of(op, codes, self.code_size)
+        if codes.blocks.shape[1:] != self._block_shape:
+            raise ValueError(f"{op}: codes must have blocks of shape {self._block_shape}, got {codes.blocks.shape[1:]}")
+        return codes.blocks
 
     def _encode_blocks(
         self, op: str, x: ArrayT, out: ArrayT | None, progress: Progress, num_threads: int | None

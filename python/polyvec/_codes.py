@@ -134,8 +134,8 @@ class IntegerCodec(Codec):
         Parameters
         ----------
         queries : array of shape (nq, dim), float32 | float16 | bfloat16
-        codes : array of shape (n, code_size), uint8
-            A memory map is read once for 512 queries.
+        codes : array of shape (n, code_size), uint8, or PackedCodes
+            One query searches packed codes up to twice as fast. A memory map is read once for 512 queries.
         k : int
         include : bool array of shape (n,) or integer array of shape (m,), optional
             Which codes take part: a mask, or their rows. All when None.
@@ -163,23 +163,31 @@ class IntegerCodec(Codec):
         -----
         A query is rounded to 127 steps of its largest element (in the codec's scale); its products with the numbers of
         a code are exact integers. dim multiply-adds of bytes a pair of query and code; for one query the scan reads
-        code_size bytes a code. A query's result does not depend on the other queries, the instruction-set level or
-        num_threads, and one with NaN or Inf finds nothing. Reads its arguments only; several threads may call it at
-        once.
+        code_size bytes a code. A query's result does not depend on the other queries, on packing, the instruction-set
+        level or num_threads, and one with NaN or Inf finds nothing. Reads its arguments only; several threads may call
+        it at once.
         """
         op = f"{self._KIND}.search"
         rows, table, taking_part, out = self._search_arguments(op, queries, codes, k, include, out)
-        mask = _mask(op, taking_part, len(table))
+        mask = _mask(op, taking_part, len(codes))
         prepared = as_float32(rows, copy=True)
         if self.metric == "cosine":
             _backend.run(op, "codes_unit_rows", prepared, prepared, num_threads=num_threads)
         weights = self._weights(op, prepared, num_threads)
         _backend.run(
             op, "codes_search", prepared,
-            *weights, table, mask, *out, self.bits, self._parts(), self.metric == "l2",
+            *weights, table, len(codes), mask, *out, self.bits, self._parts(), self.metric == "l2",
             num_threads=num_threads,
         )  # fmt: skip
         return out
+
+    @property
+    def _block_shape(self) -> tuple[int, ...]:
+        return int(_core.code_columns(self.dim, self.bits, self._parts())), 16, 4
+
+    def _pack(self, op: str, codes: npt.NDArray[np.uint8], blocks: Any, num_threads: int | None) -> None:
+        _backend.run(op, "codes_pack", codes, codes, blocks, self.dim, self.bits, self._parts(),
+                     num_threads=num_threads)  # fmt: skip
 
     # ---- arguments
 

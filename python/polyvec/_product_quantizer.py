@@ -2,72 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from polyvec import _backend
-from polyvec._arrays import ArrayT, aligned_bytes, as_array, as_count, as_float32, as_number, choice, require_cpu
+from polyvec._arrays import ArrayT, as_count, as_float32, as_number, choice
 from polyvec._block_sparse import BlockSparse
-from polyvec._codec import Codec, Floats, codes_of, vectors_of
+from polyvec._codec import Codec, Floats, vectors_of
 from polyvec._kmeans import lloyd, seed_centroids, step
 from polyvec._progress import Progress, reporting
 
 _OPQ_ROUNDS = 10
 _LOSS_ROUNDS = 10
-
-
-class PackedCodes:
-    """Codes of a product quantizer in the order in which a scan reads them: what `ProductQuantizer.pack` returns.
-
-    Parameters
-    ----------
-    blocks : numpy array of shape (ceil(n / B), columns, B), uint8
-        Byte j of code i is `blocks[i // B, j, i % B]`. B is 16 for codes of 4 bits, whose bytes are padded to a
-        multiple of 4 columns, and 64 for codes of 8 bits. The same on every machine.
-    n : int
-        Number of codes.
-
-    Examples
-    --------
-    >>> import numpy as np, polyvec as pv
-    >>> x = np.random.default_rng(0).standard_normal((1000, 32), np.float32)
-    >>> pq = pv.quantize.ProductQuantizer(32, 8, bits=4).fit(x)
-    >>> packed = pq.pack(pq.encode(x))
-    >>> packed, packed.blocks.shape
-    (PackedCodes(1000 codes, 4000 bytes), (63, 4, 16))
-    >>> pq.search(x[:2], packed, 10)[1].shape
-    (2, 10)
-    """
-
-    __slots__ = ("blocks", "n")
-
-    def __init__(self, blocks: npt.NDArray[np.uint8], n: int) -> None:
-        op = "quantize.PackedCodes"
-        blocks = as_array(op, "blocks", blocks, dtypes=("uint8",), ndim=3)
-        require_cpu(op, "blocks", blocks)
-        self.blocks: npt.NDArray[np.uint8] = np.asarray(blocks)
-        self.n = as_count(op, "n", n, least=0)
-        width = self.blocks.shape[2]
-        if width not in (16, 64):
-            raise ValueError(f"{op}: blocks must hold 16 or 64 codes each, got {width}")
-        if len(self.blocks) != -(-self.n // width):
-            raise ValueError(
-                f"{op}: blocks must have {-(-self.n // width)} rows for {self.n} codes, got {len(self.blocks)}"
-            )
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __repr__(self) -> str:
-        return f"PackedCodes({self.n} codes, {self.n * self.blocks.shape[1]} bytes)"
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the blocks."""
-        return self.blocks.nbytes
 
 
 class CodebookCodec(Codec):
@@ -76,43 +24,12 @@ class CodebookCodec(Codec):
     bits: int
     codebooks: Any  # float32 or, before `fit`, None
 
-    def pack(self, codes: Any, *, num_threads: int | None = None) -> PackedCodes:
-        """Return a copy of codes in the order in which `search` reads them: for codes that are searched often.
-
-        Parameters
-        ----------
-        codes : array of shape (n, code_size), uint8
-        num_threads : int, optional
-
-        Returns
-        -------
-        PackedCodes
-
-        Raises
-        ------
-        ValueError
-            Codes of another size.
-        """
-        op = f"{self._KIND}.pack"
-        table = codes_of(op, codes, self.code_size)
-        columns, width = self._block_shape
-        shape = (-(-len(table) // width), columns, width)
-        blocks = aligned_bytes(math.prod(shape)).reshape(shape)  # registers of a scan never lie over two cache lines
-        _backend.run(op, "quantize_pq_pack", table, table, blocks, num_threads=num_threads)
-        return PackedCodes(blocks, len(table))
-
     @property
-    def _block_shape(self) -> tuple[int, int]:
-        """Columns and codes of a block, as the scan reads them."""
+    def _block_shape(self) -> tuple[int, ...]:
         return (self.code_size, 64) if self.bits == 8 else (-(-self.code_size // 4) * 4, 16)
 
-    def _searched(self, op: str, codes: Any) -> npt.NDArray[np.uint8]:
-        """Check the codes that `search` gets, packed or not, and return their rows or blocks."""
-        if not isinstance(codes, PackedCodes):
-            return super()._searched(op, codes)
-        if codes.blocks.shape[1:] != self._block_shape:
-            raise ValueError(f"{op}: codes must have blocks of shape {self._block_shape}, got {codes.blocks.shape[1:]}")
-        return codes.blocks
+    def _pack(self, op: str, codes: npt.NDArray[np.uint8], blocks: Any, num_threads: int | None) -> None:
+        _backend.run(op, "quantize_pq_pack", codes, codes, blocks, num_threads=num_threads)
 
     def _training_rows(
         self, op: str, x: Any, train_size: int | None, rng: np.random.Generator, num_threads: int | None

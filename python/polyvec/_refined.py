@@ -28,7 +28,7 @@ class RefinedCodes(NamedTuple):
     Parameters
     ----------
     codes : array of shape (n, code_size), uint8
-        The codec's.
+        The codec's; `search` takes them packed as well.
     vectors : array of shape (n, dim), float32 | float16 | int8
         What decides.
     scales : array of shape (n,), float32, or None
@@ -273,32 +273,31 @@ class Refined(Saved):
         if certified:
             _backend.require_finite(op, "queries", rows, num_threads)
             largest = _largest(encoded.bounds)
-        scanned = False
+        by_code, may_add_far = True, n > 2 * _FAR
+        coarse, found = self.codec.search(rows, encoded.codes, wanted, include=chosen, num_threads=num_threads)
         while len(todo):
-            few = rows[todo]
-            if scanned:
-                coarse, found = self._nearest(op, few, encoded, wanted, chosen, num_threads)
-            else:
-                coarse, found = self.codec.search(few, encoded.codes, wanted, include=chosen, num_threads=num_threads)
             candidates = _with(found, far)
             self._rescore(op, rows, encoded, todo, candidates, (scores, ids), num_threads)
-            rescored[todo] = taking_part if scanned else (candidates >= 0).sum(1)
+            rescored[todo] = (candidates >= 0).sum(1) if by_code else taking_part
             if not certified or wanted >= n:
                 break
-            lacks = self._may_lack(few, coarse, found, scores[todo], (0.0, 0.0) if scanned else largest)
-            if lacks.any() and not scanned and not len(far) and n > 2 * _FAR:
-                far = np.argpartition(encoded.bounds[:, 0], n - _FAR)[n - _FAR :]
-                largest = _largest(np.delete(encoded.bounds, far, 0))
-                if chosen is not None:
-                    far = far[chosen[far] if chosen.dtype == bool else np.isin(far, chosen)]
-                some, candidates = todo[lacks], _with(found[lacks], far)
-                self._rescore(op, rows, encoded, some, candidates, (scores, ids), num_threads)
-                rescored[some] = (candidates >= 0).sum(1)
-                lacks[lacks] = self._may_lack(few[lacks], coarse[lacks], found[lacks], scores[some], largest)
-            todo, wanted = todo[lacks], 4 * wanted
-            if not scanned and wanted > n * _MOST_BY_CODE:
-                scanned, wanted = True, 2 * k + 16
+            lacks = self._may_lack(rows[todo], coarse, found, scores[todo], largest)
+            todo, coarse, found = todo[lacks], coarse[lacks], found[lacks]
+            if not len(todo):
+                break
+            if may_add_far:
+                may_add_far = False
+                far, largest = _farthest(encoded.bounds, chosen)
+                continue
+            wanted *= 4
+            if by_code and wanted > n * _MOST_BY_CODE:
+                by_code, wanted, largest = False, 2 * k + 16, (0.0, 0.0)
             wanted = min(wanted, n)
+            few = rows[todo]
+            if by_code:
+                coarse, found = self.codec.search(few, encoded.codes, wanted, include=chosen, num_threads=num_threads)
+            else:
+                coarse, found = self._nearest(op, few, encoded, wanted, chosen, num_threads)
         return CertifiedResult(*out, rescored) if certified else out
 
     def state(self) -> State:
@@ -447,6 +446,17 @@ def _require_float(op: str, name: str, x: Any) -> None:
 def _largest(bounds: npt.NDArray[np.float32]) -> tuple[float, float]:
     lost, kept = bounds.max(0, initial=0)
     return float(lost), float(kept)
+
+
+def _farthest(
+    bounds: npt.NDArray[np.float32], chosen: npt.NDArray[Any] | None
+) -> tuple[npt.NDArray[np.int64], tuple[float, float]]:
+    """Return the vectors of which codes lost most, those that take part, and the largest bounds of all others."""
+    far = np.argpartition(bounds[:, 0], len(bounds) - _FAR)[-_FAR:]
+    largest = _largest(np.delete(bounds, far, 0))
+    if chosen is not None:
+        far = far[chosen[far] if chosen.dtype == bool else np.isin(far, chosen)]
+    return far, largest
 
 
 def _with(candidates: npt.NDArray[np.int64], more: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

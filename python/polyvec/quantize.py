@@ -2,15 +2,16 @@
 
 A codec is fitted to a sample of vectors, encodes vectors into uint8 codes, decodes them, and searches codes without
 decoding them. Codes belong to the codec that made them; they are plain arrays and are kept, sliced and saved as such.
-All have `fit`, `encode`, `decode`, `search`, `code_size`, `nbytes`, `save`, `load`, `state` and `from_state`.
+All have `fit`, `encode`, `decode`, `pack`, `search`, `code_size`, `nbytes`, `save`, `load`, `state` and `from_state`.
 """
 
 from __future__ import annotations
 
 from polyvec._clusters import KMeansSetsResult, kmeans_sets
+from polyvec._codec import PackedCodes
 from polyvec._codes import RaBitQ, ScalarQuantizer
 from polyvec._kmeans import KMeansResult, KMeansSelection, kmeans, kmeans_select
-from polyvec._product_quantizer import PackedCodes, ProductQuantizer
+from polyvec._product_quantizer import ProductQuantizer
 from polyvec._refined import CertifiedResult, Refined, RefinedCodes
 from polyvec._residual_quantizer import ResidualQuantizer
 from polyvec._soft_assign import soft_assign as soft_assign
