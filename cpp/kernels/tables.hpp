@@ -417,9 +417,9 @@ struct PqLoss {
 };
 
 struct PqLossKernels {
-    /// One pass of coordinate descent: replaces each label in turn by the one that is best beside the others, the first
-    /// of equals. Returns whether one changed.
-    bool (*improve)(const PqLoss&, std::uint8_t* labels) noexcept;
+    /// Coordinate descent: replaces each label in turn by the one that is best beside the others, the first of equals,
+    /// until none changes or a number of passes is over.
+    void (*improve)(const PqLoss&, std::size_t most_passes, std::uint8_t* labels) noexcept;
 };
 
 /// One vector's beam of sums of codewords, at the level to be added: k codewords, 16 or 256.
