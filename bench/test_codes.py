@@ -31,10 +31,10 @@ def run(compare, benchmark, glosses, nq, codec, name, search, slack, pack=False)
     assert ours >= theirs - slack, (ours, theirs)
     benchmark.extra_info.update(recall={"polyvec": ours, name: theirs}, code_size=codec.code_size)
     few, scanned = queries[:nq].copy(), codec.pack(codes) if pack else codes
-    ours_unpacked = {"unpacked": lambda: codec.search(few, codes, 100)} if pack else {}
+    not_packed = {"codes not packed": lambda: codec.search(few, codes, 100)} if pack else {}
     compare(
         lambda: codec.search(few, scanned, 100),
-        {name: lambda: search(few), **ours_unpacked},
+        {name: lambda: search(few), **not_packed},
         check=lambda result: len(result[1]) == nq or pytest.fail("too few results"),
         bytes=codes.nbytes * nq,
     )

@@ -107,6 +107,32 @@ def test_train_for_inner_products(compare, benchmark, glosses, m, bits):
     )
 
 
+@pytest.mark.parametrize("n", [1, 8, 64])
+@pytest.mark.parametrize(("m", "bits"), [(48, 8), (96, 4)])
+def test_encode_few(compare, glosses, m, bits, n):
+    """A call reads all codewords, for their norms and to compare: numpy keeps the norms."""
+    quantizer = pv.quantize.ProductQuantizer(384, m, bits=bits).fit(glosses, train_size=4096, max_iter=2)
+    x, codebooks = glosses[:n].copy(), np.ascontiguousarray(quantizer.codebooks.transpose(0, 2, 1))
+    half_squares = np.square(codebooks).sum(1)[:, None] / 2
+
+    def by_numpy():
+        pieces = x.reshape(n, m, -1).transpose(1, 0, 2)
+        labels = (half_squares - pieces @ codebooks).argmin(2).T
+        return labels if bits == 8 else labels[:, ::2] | labels[:, 1::2] << 4
+
+    def often(call):
+        for _ in range(20):
+            codes = call()
+        return codes
+
+    expected = by_numpy()
+    compare(
+        lambda: often(lambda: quantizer.encode(x)),
+        {"numpy": lambda: often(by_numpy)},
+        check=lambda codes: (codes == expected).mean() > 0.99 or pytest.fail("other codes"),
+    )
+
+
 @pytest.fixture(scope="module", params=[(48, 8), (96, 4)], ids=["48x8", "96x4"])
 def codec(request, faiss, glosses):
     """The codes of all glosses in both libraries: the same codewords, the same codes."""

@@ -115,9 +115,9 @@ int32_t nearest_fused(const ShortRows& rows, const float* row) noexcept {
     return id;
 }
 
-template <size_t D>
-void nearest_of_width(const ShortRows& rows, int32_t* ids) noexcept {
-    constexpr size_t R = few_registers || (L == 16 && D <= 8) ? 2 : 1, J = L == 16 && R == 1 ? 8 : 4;
+template <size_t D, size_t R>
+void nearest_in_registers(const ShortRows& rows, int32_t* ids) noexcept {
+    constexpr size_t J = L == 16 && R == 1 ? 8 : 4;
     float largest = 0;  // |c|^2 / 2
     for (size_t c = 0; !fused && c < rows.k; ++c) largest = -rows.offsets[c] > largest ? -rows.offsets[c] : largest;
     for (size_t first = 0; first < rows.n; first += R * L) {
@@ -155,6 +155,16 @@ void nearest_of_width(const ShortRows& rows, int32_t* ids) noexcept {
     }
 }
 
+template <size_t D>
+void nearest_of_width(const ShortRows& rows, int32_t* ids) noexcept {
+    constexpr size_t R = few_registers || (L == 16 && D <= 8) ? 2 : 1;
+    if (rows.n > L) {
+        nearest_in_registers<D, R>(rows, ids);
+    } else {
+        nearest_in_registers<D, 1>(rows, ids);
+    }
+}
+
 void nearest_short(const ShortRows& rows, int32_t* ids) noexcept {
     if (rows.width == 4) {
         nearest_of_width<4>(rows, ids);
@@ -162,6 +172,18 @@ void nearest_short(const ShortRows& rows, int32_t* ids) noexcept {
         nearest_of_width<8>(rows, ids);
     } else {
         nearest_of_width<16>(rows, ids);
+    }
+}
+
+void half_squares(const float* rows, size_t n, size_t width, float* out) noexcept {
+    using Four = VecOf<double, 32>::type;
+    for (size_t c = 0; c < n; ++c) {
+        Four sum{};
+        for (const float* row = rows + c * width; row < rows + (c + 1) * width; row += 4) {
+            const auto x = __builtin_convertvector(*reinterpret_cast<const VecOf<float, 16>::unaligned*>(row), Four);
+            sum += x * x;
+        }
+        out[c] = static_cast<float>(-0.5 * ((sum[0] + sum[2]) + (sum[1] + sum[3])));
     }
 }
 
@@ -409,7 +431,7 @@ constexpr std::nullptr_t coarse_words = nullptr, pack_coarse = nullptr, candidat
 }  // namespace
 
 extern const QuantizeKernels quantize_kernels;
-const QuantizeKernels quantize_kernels{sum_rows,  nearest_short, nearest_two, loss_short,
-                                       sum_short, coarse_words,  pack_coarse, candidates};
+const QuantizeKernels quantize_kernels{sum_rows,     nearest_short, nearest_two, loss_short,  sum_short,
+                                       coarse_words, pack_coarse,   candidates,  half_squares};
 
 }  // namespace polyvec::POLYVEC_ISA

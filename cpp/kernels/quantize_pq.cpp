@@ -33,8 +33,24 @@ constexpr size_t L = lanes<float>;
 
 // ---- tables
 
-/// Lanes are codewords; each is summed over its elements in order.
-void entries(const PqTables& t, float* out) noexcept {
+/// `columns` elements of L codewords, transposed, against those of a query.
+template <bool Squared, size_t N>
+POLYVEC_INLINE Vec<float> add_entries(Vec<float> sum, const float* query, const Vec<float> (&block)[N],
+                                      size_t columns) noexcept {
+#pragma GCC unroll 16
+    for (size_t u = 0; u < columns; ++u) {
+        if constexpr (Squared) {
+            const Vec<float> x = broadcast(query[u]) - block[u];
+            sum -= x * x;
+        } else {
+            sum += broadcast(query[u]) * block[u];
+        }
+    }
+    return sum;
+}
+
+template <bool Squared>
+POLYVEC_INLINE void entries_by(const PqTables& t, float* out) noexcept {
     const size_t d = t.m * t.dsub;
     for (size_t k = 0; k < t.n_subspaces; ++k) {
         const size_t s = static_cast<size_t>(t.subspaces[k]);
@@ -43,25 +59,25 @@ void entries(const PqTables& t, float* out) noexcept {
             for (size_t i = 0; i < t.dsub; i += L) {
                 const size_t columns = t.dsub - i < L ? t.dsub - i : L;
                 Vec<float> block[L];
-                for (size_t j = 0; j < L; ++j) block[j] = load_first(codewords + j * t.dsub + i, columns);
+                for (size_t j = 0; j < L; ++j)
+                    block[j] = columns == L ? load(codewords + j * t.dsub + i)
+                                            : load_first(codewords + j * t.dsub + i, columns);
                 transpose(block, typename LaneRange<0, L>::type{});
                 for (size_t q = 0; q < t.count; ++q) {
                     const float* query = t.queries + q * d + s * t.dsub + i;
                     float* at = out + q * t.stride + s * t.ksub + c;
-                    Vec<float> sum = i == 0 ? Vec<float>{} : load(at);
-                    for (size_t u = 0; u < columns; ++u) {
-                        if (t.squared) {
-                            const Vec<float> x = broadcast(query[u]) - block[u];
-                            sum -= x * x;
-                        } else {
-                            sum += broadcast(query[u]) * block[u];
-                        }
-                    }
-                    store(at, sum);
+                    const Vec<float> sum = i == 0 ? Vec<float>{} : load(at);
+                    store(at, columns == L ? add_entries<Squared>(sum, query, block, L)
+                                           : add_entries<Squared>(sum, query, block, columns));
                 }
             }
         }
     }
+}
+
+/// Lanes are codewords; each is summed over its elements in order.
+void entries(const PqTables& t, float* out) noexcept {
+    t.squared ? entries_by<true>(t, out) : entries_by<false>(t, out);
 }
 
 /// Where the byte of entry c of subspace s lies: for nibbles the tables of 4 bytes side by side, the low ones first.

@@ -437,9 +437,9 @@ struct PqLoss {
 };
 
 struct PqLossKernels {
-    /// One pass of coordinate descent: replaces each label in turn by the one that is best beside the others, the first
-    /// of equals. Returns whether one changed.
-    bool (*improve)(const PqLoss&, std::uint8_t* labels) noexcept;
+    /// Coordinate descent: replaces each label in turn by the one that is best beside the others, the first of equals,
+    /// until none changes or a number of passes is over.
+    void (*improve)(const PqLoss&, std::size_t most_passes, std::uint8_t* labels) noexcept;
 };
 
 /// One vector's beam of sums of codewords, at the level to be added: k codewords, 16 or 256.
@@ -516,6 +516,8 @@ struct QuantizeKernels {
     /// order of the means, and returns their number. ScanHit::at is mean * panel_width + lane. floor[lane] rises to a
     /// lower bound of the greatest: pairs that were written before it rose and lie below are for the caller to leave.
     std::size_t (*candidates)(const CoarseMeans&, const void* panel, float* floor, ScanHit* hits) noexcept;
+    /// out[c] = -|row c|^2 / 2 of rows of `width` elements, a multiple of 4: sums in float64, the same at every level.
+    void (*half_squares)(const float* rows, std::size_t n, std::size_t width, float* out) noexcept;
 };
 
 /// Numbers that the sum of short rows takes: half a register of float32 is widened at a time.

@@ -12,8 +12,8 @@
 #include "polyvec/parallel.hpp"
 #include "polyvec/random.hpp"
 #include "polyvec/scan.hpp"
-#include "polyvec/short_codebook.hpp"
 #include "polyvec/topk.hpp"
+#include "short_codebook.hpp"
 #include "tables.hpp"
 
 namespace polyvec {
@@ -471,7 +471,7 @@ private:
                              static_cast<std::size_t>(count),
                              static_cast<std::size_t>(d()),
                              static_cast<std::size_t>(d()),
-                             codebook.codewords.data(),
+                             codebook.codewords,
                              codebook.offsets.data(),
                              codebook.offsets.size(),
                              static_cast<std::size_t>(codebook.width)};

@@ -12,8 +12,8 @@
 
 #include "polyvec/aligned.hpp"
 #include "polyvec/parallel.hpp"
-#include "polyvec/short_codebook.hpp"
 #include "polyvec/topk.hpp"
+#include "short_codebook.hpp"
 #include "tables.hpp"
 
 namespace polyvec {
@@ -44,6 +44,7 @@ void encode_short(const PqEncode& op, int num_threads) {
     const std::int64_t m = op.codebooks.dim(0), ksub = op.codebooks.dim(1), dsub = op.codebooks.dim(2), d = m * dsub;
     const std::int64_t n = op.x.dim(0), code_size = op.codes.dim(1);
     std::vector<ShortCodebook> codebooks;
+    codebooks.reserve(m);
     for (std::int64_t s = 0; s < m; ++s)
         codebooks.emplace_back(op.codebooks.as<const float>() + s * ksub * dsub, ksub, dsub);
     parallel_for(n, rows_at_once, num_threads, [&](std::int64_t begin, std::int64_t end, int) {
@@ -51,7 +52,7 @@ void encode_short(const PqEncode& op, int num_threads) {
         for (std::int64_t s = 0; s < m; ++s) {
             kernels().quantize->nearest_short(
                 {op.x.as<const float>() + begin * d + s * dsub, static_cast<std::size_t>(end - begin),
-                 static_cast<std::size_t>(d), static_cast<std::size_t>(dsub), codebooks[s].codewords.data(),
+                 static_cast<std::size_t>(d), static_cast<std::size_t>(dsub), codebooks[s].codewords,
                  codebooks[s].offsets.data(), static_cast<std::size_t>(ksub),
                  static_cast<std::size_t>(codebooks[s].width)},
                 ids);

@@ -248,14 +248,11 @@ class ProductQuantizer(CodebookCodec):
     def _reduce_loss(self, op: str, pieces: Floats, codebooks: Floats, report: Any, threads: Any) -> None:
         """Alternate between codes and codebooks, each the better for the other (Guo et al. 2020, section 4.2)."""
         rows = np.ascontiguousarray(pieces.transpose(1, 0, 2).reshape(pieces.shape[1], -1))
-        squares = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
-        weights = np.divide(self._weight, squares, out=np.zeros_like(squares), where=squares > 0)
         codes = np.empty((len(rows), self.code_size), np.uint8)
         _backend.run(op, "quantize_pq_encode", rows, rows, codebooks, codes, num_threads=threads)
         for _ in range(_LOSS_ROUNDS):
             _backend.run(op, "quantize_pq_improve", rows, rows, codebooks, codes, self._weight, num_threads=threads)
-            labels = codes if self.bits == 8 else np.stack([codes & 15, codes >> 4], 2).reshape(len(codes), -1)
-            move_codebooks(pieces, labels[:, : self.m], weights, codebooks)
+            _backend.run(op, "quantize_pq_move", pieces, pieces, codes, codebooks, self._weight, num_threads=threads)
             report(1)
 
     @property
@@ -415,37 +412,6 @@ class ProductQuantizer(CodebookCodec):
         if rotation is not None:
             x = x @ rotation.T
         return np.ascontiguousarray(x.reshape(len(x), self.m, -1).transpose(1, 0, 2))
-
-
-def move_codebooks(
-    pieces: Floats,
-    labels: npt.NDArray[np.uint8],
-    weights: npt.NDArray[np.float64],
-    codebooks: Floats,
-) -> None:
-    """Move the codebooks (m, k, dsub), one after the other, to where the loss of labels (n, m) is least.
-
-    With w the weights, the codewords of the other subspaces fixed and a = |x|^2 - sum over them of <u, c>, a codeword
-    minimises the sum over its pieces of |u - c|^2 + w (a - <u, c>)^2.
-    """
-    k, dsub = codebooks.shape[1:]
-    products = [np.einsum("ij,ij->i", u, book[label], dtype=np.float64) for u, book, label in
-                zip(pieces, codebooks, labels.T, strict=True)]  # fmt: skip
-    along = np.einsum("sij,sij->i", pieces, pieces, dtype=np.float64) - sum(products)
-    for u, book, label, product in zip(pieces, codebooks, labels.T, products, strict=True):
-        along += product
-        order, counts = np.argsort(label, kind="stable"), np.bincount(label, minlength=k)
-        sorted_u, sorted_weights = u[order].astype(np.float64), weights[order]
-        pull = 1 + sorted_weights * along[order]
-        ends = np.cumsum(counts)
-        left, right = np.zeros((k, dsub, dsub)), np.zeros((k, dsub, 1))
-        for c in np.flatnonzero(counts):
-            rows = slice(ends[c] - counts[c], ends[c])
-            left[c] = counts[c] * np.eye(dsub) + (sorted_u[rows].T * sorted_weights[rows]) @ sorted_u[rows]
-            right[c, :, 0] = pull[rows] @ sorted_u[rows]
-        used = counts > 0
-        book[used] = np.linalg.solve(left[used], right[used])[:, :, 0]
-        along -= np.einsum("ij,ij->i", u, book[label], dtype=np.float64)
 
 
 def _spread_principal_directions(x: Floats, m: int) -> Floats:

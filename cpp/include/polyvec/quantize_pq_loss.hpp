@@ -27,6 +27,34 @@ struct PqImprove {
     }
 };
 
+/// Moves the codebooks, one after the other, to where the same loss of the codes is least. With w = weight / |x|^2, the
+/// codewords of the other subspaces as they are and a = |x|^2 - the sum of their <u, c>, a codeword minimises the sum
+/// over its pieces u of |u - c|^2 + w (a - <u, c>)^2. A codeword without pieces stays. Sums in float64, in the order of
+/// the rows.
+struct PqMove {
+    static constexpr const char* op = "quantize.ProductQuantizer.fit";
+    Array pieces;  // (m, n, dsub): those of a subspace lie together
+    Array codes, codebooks;
+    double weight = 0;
+
+    void validate() const {
+        require_pq_codebooks(op, codebooks);
+        require_out(op, codebooks, DType::f32);
+        require_ndim(op, pieces, 3);
+        require_dtype(op, pieces, DType::f32);
+        require_contiguous(op, pieces);
+        require_dim(op, pieces, 0, codebooks.dim(0), "the m of the codebooks");
+        require_dim(op, pieces, 2, codebooks.dim(2), "the dsub of the codebooks");
+        require_ndim(op, codes, 2);
+        require_dtype(op, codes, DType::u8);
+        require_contiguous(op, codes);
+        require_dim(op, codes, 0, pieces.dim(1), "one row a vector");
+        require_dim(op, codes, 1, pq_code_size(codebooks), "the code size");
+        require(weight >= 0, op, "weight must be at least 0, got ", weight);
+    }
+};
+
 void run(const PqImprove&, Cpu);
+void run(const PqMove&, Cpu);
 
 }  // namespace polyvec
