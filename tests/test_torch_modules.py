@@ -353,6 +353,9 @@ def test_ids_of_a_loss_are_any_integers(negatives, sparse):
 
     loss(torch.int32).backward()
     assert torch.equal(loss(torch.int32), loss(torch.int64))
+    ids[0][1] = -1
+    with pytest.raises(IndexError):
+        loss(torch.int64)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")  # by torch's own Adagrad
@@ -473,6 +476,10 @@ def test_modules_compile_save_and_obey_autocast(tensor, name):
          "torch.MaxSimDistillationLoss: teacher must be a torch tensor, got list"),
         (lambda: pvt.RelationScorer(4, 2, 3, metric="cosine"), ValueError,
          "torch.RelationScorer: metric must be one of 'ip', 'l2', got 'cosine'"),
+        (lambda: pvt.RelationScorer(4, 2, 3).loss(*torch.zeros(3, 2, dtype=torch.int64), negatives=0), ValueError,
+         "torch.RelationScorer.loss: negatives must be at least 1, got 0"),
+        (lambda: pvt.RelationScorer(4, 2, 3).loss(*torch.zeros(3, 2, dtype=torch.int64), negatives=2.5), TypeError,
+         "torch.RelationScorer.loss: negatives must be an integer or a tensor, got float"),
     ],
 )  # fmt: skip
 def test_errors(call, error, text):

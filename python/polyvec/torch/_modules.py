@@ -628,6 +628,13 @@ class RelationScorer(nn.Module):
         -------
         scalar tensor
 
+        Raises
+        ------
+        ValueError
+            Fewer than one negative to draw.
+        IndexError
+            On a CPU, an id outside the entities or the relations.
+
         Notes
         -----
         Negatives cost 2 n m C dim flops. Where they are the same for all triples that is one product, and m embeddings
@@ -643,16 +650,18 @@ class RelationScorer(nn.Module):
             queries = self._queries(self.entities, head_ids, relation_ids)
             right = self._scores(queries, self.entities, self.biases, tail_ids[:, None])[:, 0]
             return (logsumexp(queries, self.entities.flatten(1), metric=self.metric, bias=self.biases) - right).mean()
-        others: Tensor = (
-            torch.randint(len(self.entities), (negatives,), device=tail_ids.device)
-            if isinstance(negatives, int)
-            else negatives
-        )
-        if others.ndim == 1:
-            scores = self._scores_among(head_ids, relation_ids, tail_ids, others)
+        if not isinstance(negatives, Tensor):
+            op = "torch.RelationScorer.loss"
+            if isinstance(negatives, bool) or not hasattr(negatives, "__index__"):
+                raise TypeError(f"{op}: negatives must be an integer or a tensor, got {type(negatives).__name__}")
+            if negatives < 1:
+                raise ValueError(f"{op}: negatives must be at least 1, got {negatives}")
+            negatives = torch.randint(len(self.entities), (int(negatives),), device=tail_ids.device)
+        if negatives.ndim == 1:
+            scores = self._scores_among(head_ids, relation_ids, tail_ids, negatives)
         else:
-            scores = self(head_ids, relation_ids, torch.cat([tail_ids[:, None], others], 1))
-        right_ones = functional.pad(others == tail_ids[:, None], (1, 0))
+            scores = self(head_ids, relation_ids, torch.cat([tail_ids[:, None], negatives], 1))
+        right_ones = functional.pad(negatives == tail_ids[:, None], (1, 0))
         return functional.cross_entropy(scores.masked_fill(right_ones, -torch.inf), torch.zeros_like(tail_ids))
 
     def _pays_to_store_no_scores(self, n: int) -> bool:
@@ -672,9 +681,8 @@ class RelationScorer(nn.Module):
         return torch.cat([right, self._scores_of_all(queries, others, self._biases_of(negatives))], 1)
 
     def _rows(self, table: Tensor, ids: Tensor) -> Tensor:
-        if not self.sparse:
-            return table[ids]
-        rows: Tensor = _Rows.apply(table, ids.flatten())
+        flat = ids.flatten().long()  # indexing would take -1 for the last row
+        rows: Tensor = _Rows.apply(table, flat) if self.sparse else table.index_select(0, flat)
         return rows.view(*ids.shape, *table.shape[1:])
 
     def _biases_of(self, ids: Tensor) -> Tensor | None:
