@@ -650,18 +650,19 @@ class RelationScorer(nn.Module):
             queries = self._queries(self.entities, head_ids, relation_ids)
             right = self._scores(queries, self.entities, self.biases, tail_ids[:, None])[:, 0]
             return (logsumexp(queries, self.entities.flatten(1), metric=self.metric, bias=self.biases) - right).mean()
-        if not isinstance(negatives, Tensor):
+        others: Any = negatives
+        if not isinstance(others, Tensor):
             op = "torch.RelationScorer.loss"
-            if isinstance(negatives, bool) or not hasattr(negatives, "__index__"):
-                raise TypeError(f"{op}: negatives must be an integer or a tensor, got {type(negatives).__name__}")
-            if negatives < 1:
-                raise ValueError(f"{op}: negatives must be at least 1, got {negatives}")
-            negatives = torch.randint(len(self.entities), (int(negatives),), device=tail_ids.device)
-        if negatives.ndim == 1:
-            scores = self._scores_among(head_ids, relation_ids, tail_ids, negatives)
+            if isinstance(others, bool) or not hasattr(others, "__index__"):
+                raise TypeError(f"{op}: negatives must be an integer or a tensor, got {type(others).__name__}")
+            if others < 1:
+                raise ValueError(f"{op}: negatives must be at least 1, got {others}")
+            others = torch.randint(len(self.entities), (int(others),), device=tail_ids.device)
+        if others.ndim == 1:
+            scores = self._scores_among(head_ids, relation_ids, tail_ids, others)
         else:
-            scores = self(head_ids, relation_ids, torch.cat([tail_ids[:, None], negatives], 1))
-        right_ones = functional.pad(negatives == tail_ids[:, None], (1, 0))
+            scores = self(head_ids, relation_ids, torch.cat([tail_ids[:, None], others], 1))
+        right_ones = functional.pad(others == tail_ids[:, None], (1, 0))
         return functional.cross_entropy(scores.masked_fill(right_ones, -torch.inf), torch.zeros_like(tail_ids))
 
     def _pays_to_store_no_scores(self, n: int) -> bool:
