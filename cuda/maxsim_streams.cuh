@@ -149,7 +149,7 @@ struct ResidualTokens {
         float largest = 0;
         for (int code = 0; code < 1 << bits; ++code) largest = fmaxf(largest, fabsf(__ldg(weights + code)));
         const float unit = largest / 127;
-        return unit > 0x1p-116f ? unit : 1;
+        return unit > least_weight_unit ? unit : 1;
     }
 
     static __device__ uint4 decode(const Table& table, Raw raw) {

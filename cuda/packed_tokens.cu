@@ -97,7 +97,7 @@ struct Weights {
         if (code < stored.count()) {
             float largest = 0;
             for (int k = 0; k < stored.count(); ++k) largest = fmaxf(largest, fabsf(stored.weights[k]));
-            const float unit = largest / 127 > 0x1p-116f ? largest / 127 : 1;
+            const float unit = largest / 127 > least_weight_unit ? largest / 127 : 1;
             at[reversed(code, stored.bits)] =
                 static_cast<double>(unit) * static_cast<double>(rintf(stored.weights[code] / unit));
         }

@@ -104,12 +104,15 @@ private:
     }
 };
 
-/// What weights are rounded to multiples of: the largest has 127. Tiny ones count as 0: products are divided by this.
+/// Products are divided by a unit: weights that would need a smaller one count as 0.
+constexpr float least_weight_unit = 0x1p-116f;
+
+/// What weights are rounded to multiples of: the largest has 127.
 inline float weight_unit(const float* weights, std::int64_t n) {
     float largest = 0;
     for (std::int64_t k = 0; k < n; ++k) largest = std::fmax(largest, std::fabs(weights[k]));
     const float unit = largest / 127;
-    return unit > 0x1p-116f ? unit : 1;
+    return unit > least_weight_unit ? unit : 1;
 }
 
 }  // namespace polyvec
