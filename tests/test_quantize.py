@@ -603,7 +603,7 @@ def test_anisotropic_codes_of_glosses_find_as_many(data):
             pq = pv.quantize.ProductQuantizer(384, m, bits=4, loss=loss).fit(x)
             _, ids = pq.search(queries, pq.encode(x), 10)
             recalls[m, loss] = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(ids, best, strict=True)])
-        assert recalls[m, "anisotropic"] >= recalls[m, "squared"] - 0.003, recalls  # a few neighbours of 2,460
+        assert recalls[m, "anisotropic"] >= recalls[m, "squared"], recalls
     assert recalls[48, "anisotropic"] >= recalls[48, "squared"] + 0.01, recalls
 
 

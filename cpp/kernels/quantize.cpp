@@ -176,14 +176,30 @@ void nearest_short(const ShortRows& rows, int32_t* ids) noexcept {
 }
 
 void half_squares(const float* rows, size_t n, size_t width, float* out) noexcept {
-    using Four = VecOf<double, 32>::type;
-    for (size_t c = 0; c < n; ++c) {
-        Four sum{};
-        for (const float* row = rows + c * width; row < rows + (c + 1) * width; row += 4) {
-            const auto x = __builtin_convertvector(*reinterpret_cast<const VecOf<float, 16>::unaligned*>(row), Four);
-            sum += x * x;
+    using Four = VecOf<float, 16>::type;
+    using Unaligned = VecOf<float, 16>::unaligned;
+    using Sums = VecOf<double, 32>::type;
+    size_t c = 0;
+    for (; c + 4 <= n; c += 4) {
+        Sums sum{};
+        for (size_t i = 0; i < width; i += 4) {
+            Four block[4];
+            for (size_t j = 0; j < 4; ++j) {
+                block[j] = *reinterpret_cast<const Unaligned*>(rows + (c + j) * width + i);
+                block[j] *= block[j];
+            }
+            transpose(block, LaneRange<0, 4>::type{});
+            for (const Four& column : block) sum += __builtin_convertvector(column, Sums);
         }
-        out[c] = static_cast<float>(-0.5 * ((sum[0] + sum[2]) + (sum[1] + sum[3])));
+        *reinterpret_cast<Unaligned*>(out + c) = __builtin_convertvector(-0.5 * sum, Four);
+    }
+    for (; c < n; ++c) {
+        double sum = 0;
+        for (size_t i = 0; i < width; ++i) {
+            const float square = rows[c * width + i] * rows[c * width + i];
+            sum += square;
+        }
+        out[c] = static_cast<float>(-0.5 * sum);
     }
 }
 

@@ -516,7 +516,8 @@ struct QuantizeKernels {
     /// order of the means, and returns their number. ScanHit::at is mean * panel_width + lane. floor[lane] rises to a
     /// lower bound of the greatest: pairs that were written before it rose and lie below are for the caller to leave.
     std::size_t (*candidates)(const CoarseMeans&, const void* panel, float* floor, ScanHit* hits) noexcept;
-    /// out[c] = -|row c|^2 / 2 of rows of `width` elements, a multiple of 4: sums in float64, the same at every level.
+    /// out[c] = -|row c|^2 / 2 of rows of `width` elements, a multiple of 4: squares in float32, added in their order
+    /// in float64, the same at every level.
     void (*half_squares)(const float* rows, std::size_t n, std::size_t width, float* out) noexcept;
 };
 
