@@ -16,27 +16,17 @@ constexpr size_t line = 64, most_fetched = 4 * line;
 // third of the time that the form below takes, which made up for half of a walk.
 constexpr size_t together = 16;  // planes
 constexpr size_t column = 16;    // bytes of a plane, and of a table
-constexpr size_t header = 32;    // of a query: what its tables count from
+constexpr size_t header = 32;    // of a query: the sum of its negative values, which tables count from
 
 using Bytes = Vec<uint8_t>;
 
-struct Tables {
-    const uint8_t *low, *high;  // for each byte of a plane, of its low and its high half
-    int32_t least;              // the sum of the negative values, which tables count as 0
-};
-
+// Of the tables for the low halves of a plane's bytes; those for the high ones follow.
 size_t table_bytes(size_t plane) noexcept {
     return (plane + column - 1) / column * column * column;
 }
 
 size_t query_bytes(size_t plane) noexcept {
     return header + 2 * table_bytes(plane);
-}
-
-POLYVEC_INLINE Tables tables_of(const uint8_t* query, size_t plane) noexcept {
-    int32_t least;
-    __builtin_memcpy(&least, query, sizeof least);
-    return {query + header, query + header + table_bytes(plane), least};
 }
 
 // Of each register half: so many times that Count rows of bytes become their columns, one behind the other.
@@ -82,8 +72,10 @@ void prepare(const uint8_t* values, size_t plane, uint8_t* query) noexcept {
 /// The sums of the values where a plane has a bit, of `together` planes.
 void add_values(const uint8_t* query, const uint8_t* const* planes, size_t bytes, int32_t* sums) noexcept {
     constexpr size_t most = 256;  // bytes whose sums fit into 16 bits: 8 values of up to 31 each
-    const Tables tables = tables_of(query, bytes);
-    Vec<int32_t> sum[2] = {broadcast(tables.least), broadcast(tables.least)};
+    int32_t least;
+    __builtin_memcpy(&least, query, sizeof least);
+    const uint8_t *const lows = query + header, *const highs = lows + table_bytes(bytes);
+    Vec<int32_t> sum[2] = {broadcast(least), broadcast(least)};
     for (size_t first = 0; first < bytes; first += most) {
         const size_t end = bytes - first < most ? bytes : first + most;
         Vec<uint16_t> all{}, odd{};  // a byte of an odd row is the higher one of 16 bits
@@ -96,8 +88,8 @@ void add_values(const uint8_t* query, const uint8_t* const* planes, size_t bytes
                 const auto codes = (Bytes)shuffle(pairs, pairs, Lanes<0, 2, 1, 3>{});  // a byte of all rows, the next
                 const size_t table = (at + 2 * i) * column;
                 const auto half = broadcast(uint8_t{15});
-                const Bytes low = shuffle_bytes(load(tables.low + table), codes & half);
-                const Bytes high = shuffle_bytes(load(tables.high + table), (Bytes)((Vec<uint16_t>)codes >> 4) & half);
+                const Bytes low = shuffle_bytes(load(lows + table), codes & half);
+                const Bytes high = shuffle_bytes(load(highs + table), (Bytes)((Vec<uint16_t>)codes >> 4) & half);
                 const auto added = (Vec<uint16_t>)(low + high);
                 all += added;
                 odd += added >> 8;
@@ -171,7 +163,7 @@ void prepare(const uint8_t* values, size_t plane, uint8_t* query) noexcept {
 }
 
 /// The sums of the values where a plane has a bit, of `together` planes.
-POLYVEC_INLINE void add_values(const uint8_t* query, const uint8_t* const* plane, size_t bytes,
+POLYVEC_INLINE void add_values(const uint8_t* query, const uint8_t* const* planes, size_t bytes,
                                int32_t* sums) noexcept {
     constexpr size_t width = POLYVEC_VECTOR_BYTES, word = sizeof(Word), J = together;
     const Vec<Word> lowest = broadcast<Word>(0x01010101);
@@ -184,7 +176,7 @@ POLYVEC_INLINE void add_values(const uint8_t* query, const uint8_t* const* plane
             const auto* const q = reinterpret_cast<const Word*>(query + 8 * first + at);
             Vec<Word> x[J];
             for (size_t j = 0; j < J; ++j) {
-                const auto* const p = reinterpret_cast<const Word*>(plane[j] + first + at);
+                const auto* const p = reinterpret_cast<const Word*>(planes[j] + first + at);
                 x[j] = left - at >= width ? load(p) : load_first(p, (left - at) / word);
             }
             for (size_t bit = 0; bit < 8; ++bit) {

@@ -116,6 +116,13 @@ inline void require_out(const char* op, const Array& out, DType dtype) {
     require(out.writable, op, out.name, " must be writable");
 }
 
+/// An output of the shape and dtype of x.
+inline void require_like(const char* op, const Array& out, const Array& x) {
+    require_out(op, out, x.dtype);
+    require(out.ndim == x.ndim && out.shape == x.shape, op, out.name, " must have shape ", x.shape_text(), ", got ",
+            out.shape_text());
+}
+
 /// `offsets` (n + 1,) of a ragged array with `total` rows: starts at 0, never runs backwards, ends at total. Offsets
 /// and ids on a GPU are not readable here: there, kernels pass over what lies outside, as each op says.
 inline void require_offsets(const char* op, const Array& offsets, std::int64_t total) {

@@ -246,19 +246,12 @@ struct ScanLogSumExpGradient {
             require_contiguous(op, *of_queries);
             require_dim(op, *of_queries, 0, queries.dim(0), "one entry a query");
         }
-        if (d_queries) require_like(d_queries, queries);
-        if (d_items) require_like(d_items, items);
+        if (d_queries) require_like(op, d_queries, queries);
+        if (d_items) require_like(op, d_items, items);
         if (!d_bias) return;
         require_out(op, d_bias, DType::f32);
         require_ndim(op, d_bias, 1);
         require_dim(op, d_bias, 0, items.dim(0), "one entry an item");
-    }
-
-private:
-    static void require_like(const Array& out, const Array& x) {
-        require_out(op, out, DType::f32);
-        require(out.ndim == x.ndim && out.shape == x.shape, op, out.name, " must have shape ", x.shape_text(), ", got ",
-                out.shape_text());
     }
 };
 

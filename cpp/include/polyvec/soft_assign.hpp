@@ -31,12 +31,6 @@ struct SoftAssign {
         require(temperature > 0, op, "temperature must be above 0, got ", temperature);
     }
 
-    static void require_like(const char* op, const Array& out, const Array& x) {
-        require_out(op, out, x.dtype);
-        require(out.ndim == x.ndim && out.shape == x.shape, op, out.name, " must have shape ", x.shape_text(), ", got ",
-                out.shape_text());
-    }
-
     void validate() const {
         require_inputs(op, x, codebooks, temperature);
         require_like(op, out, x);
@@ -64,8 +58,8 @@ struct SoftAssignGradient {
         require_contiguous(op, grad);
         require(grad.ndim == 2 && grad.shape == x.shape, op, "grad must have the shape of x ", x.shape_text(), ", got ",
                 grad.shape_text());
-        if (dx) SoftAssign::require_like(op, dx, x);
-        if (dcodebooks) SoftAssign::require_like(op, dcodebooks, codebooks);
+        if (dx) require_like(op, dx, x);
+        if (dcodebooks) require_like(op, dcodebooks, codebooks);
     }
 };
 

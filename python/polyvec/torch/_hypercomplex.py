@@ -9,7 +9,7 @@ from torch.library import custom_op
 
 from polyvec import hypercomplex
 from polyvec.hypercomplex import Algebra
-from polyvec.torch._tensors import in_float32, require_tensors
+from polyvec.torch._tensors import in_float32, one_of, require_tensors
 
 _flat_table = torch.compiler.assume_constant_result(hypercomplex.flat_table)
 
@@ -323,8 +323,7 @@ def relation_query(
         relation_ids=relation_ids,
         **{name: shift for name, shift in shifts.items() if shift is not None},
     )
-    if rotate_by not in ("relation", "head"):
-        raise ValueError(f"{op}: rotate_by must be one of 'relation', 'head', got {rotate_by!r}")
+    one_of(op, "rotate_by", rotate_by, ("relation", "head"))
     return _relation_query(
         entities,
         relations,

@@ -9,7 +9,7 @@ from torch.library import custom_op
 
 from polyvec import Ragged
 from polyvec import maxsim as _maxsim
-from polyvec.torch._tensors import in_float32, narrowed, require_tensors
+from polyvec.torch._tensors import in_float32, narrowed, one_of, require_tensors
 
 
 def _ragged(values: Tensor, offsets: Tensor) -> Ragged:
@@ -227,10 +227,10 @@ def scores_of_own(
     q, q_offsets = _narrowed_sets(op, names[0], queries, query_mask)
     d, d_offsets = _narrowed_sets(op, names[1], docs, doc_mask)
     nq, nd = q_offsets.shape[0] - 1, d_offsets.shape[0] - 1
-    if nq == 0 or nd % nq:
-        if nq != nd:
-            raise ValueError(f"{op}: {names[1]} must have as many documents for each query ({nq}), got {nd}")
+    if nq == nd == 0:
         return q.new_empty(0, 0)
+    if nq == 0 or nd % nq:
+        raise ValueError(f"{op}: {names[1]} must have as many documents for each query ({nq}), got {nd}")
     return _match(*_repeated(q, q_offsets, nd // nq), d, d_offsets, True)[0].view(nq, nd // nq)
 
 
@@ -343,8 +343,7 @@ def pool(
             raise ValueError(f"{op}: {name} must be at least 1, got {value}")
     if ratio is not None and not 0 < ratio <= 1:
         raise ValueError(f"{op}: ratio must be in (0, 1], got {ratio}")
-    if method not in ("kmeans", "ward"):
-        raise ValueError(f"{op}: method must be one of 'kmeans', 'ward', got {method!r}")
+    one_of(op, "method", method, ("kmeans", "ward"))
     values, offsets = _token_sets(op, "docs", docs, doc_mask)
     if isinstance(docs, Tensor) and doc_mask is None:  # lengths that torch.compile knows
         n, t = docs.shape[:2]

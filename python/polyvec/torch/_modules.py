@@ -11,13 +11,7 @@ from polyvec.torch._hypercomplex import relation_query
 from polyvec.torch._maxsim import maxsim, maxsim_pairs, scores_of_own
 from polyvec.torch._quantize import vq_assign
 from polyvec.torch._scan import logsumexp, score_pairs
-from polyvec.torch._tensors import require_tensors, widened
-
-
-def _one_of(op: str, name: str, value: str, options: tuple[str, ...]) -> str:
-    if value not in options:
-        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, options))}, got {value!r}")
-    return value
+from polyvec.torch._tensors import one_of, require_tensors, widened
 
 
 def _mean_square(x: Tensor, y: Tensor) -> Tensor:
@@ -104,8 +98,8 @@ class VectorQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         op = "torch.VectorQuantizer"
-        self.metric = _one_of(op, "metric", metric, ("l2", "cosine"))
-        self.update = _one_of(op, "update", update, ("ema", "gradient", "simvq"))
+        self.metric = one_of(op, "metric", metric, ("l2", "cosine"))
+        self.update = one_of(op, "update", update, ("ema", "gradient", "simvq"))
         if rank is not None and update != "gradient":
             raise ValueError(f"{op}: rank must be None unless update is 'gradient', got {rank}")
         if not 0 <= decay < 1:
@@ -570,7 +564,7 @@ class RelationScorer(nn.Module):
     ) -> None:
         super().__init__()
         self.algebra, self.dropout, self.sparse = algebra, dropout, sparse
-        self.metric = _one_of("torch.RelationScorer", "metric", metric, ("ip", "l2"))
+        self.metric = one_of("torch.RelationScorer", "metric", metric, ("ip", "l2"))
         components = len(sign_table(algebra))
         self.entities = nn.Parameter(0.1 * torch.randn(num_entities, components, dim))
         self.relations = nn.Parameter(torch.randn(num_relations, components, dim))

@@ -9,7 +9,7 @@ from torch.library import custom_op
 from torch.nn import functional
 
 from polyvec import scan as _scan
-from polyvec.torch._tensors import in_float32, require_tensors, widened
+from polyvec.torch._tensors import in_float32, one_of, require_tensors, widened
 
 
 @custom_op(
@@ -130,9 +130,7 @@ _scattered_sums.register_autograd(_scattered_sums_backward, setup_context=_save)
 in_float32(_score_pairs, _weighted_sums, _scattered_sums)
 
 
-def _require_metric(op: str, metric: str) -> None:
-    if metric not in ("ip", "l2", "cosine"):
-        raise ValueError(f"{op}: metric must be one of 'ip', 'l2', 'cosine', got {metric!r}")
+_METRICS = ("ip", "l2", "cosine")
 
 
 def _checked_bias(op: str, bias: Tensor | None, items: Tensor) -> Tensor | None:
@@ -185,7 +183,7 @@ def score_pairs(
     """
     op = "torch.score_pairs"
     require_tensors(op, queries=queries, items=items, ids=ids, **({} if bias is None else {"bias": bias}))
-    _require_metric(op, metric)
+    one_of(op, "metric", metric, _METRICS)
     bias = _checked_bias(op, bias, items)
     if metric == "cosine":
         queries = functional.normalize(queries)
@@ -369,7 +367,7 @@ def logsumexp(
     """
     op = "torch.logsumexp"
     require_tensors(op, queries=queries, items=items, **({} if bias is None else {"bias": bias}))
-    _require_metric(op, metric)
+    one_of(op, "metric", metric, _METRICS)
     if isinstance(scale, Tensor) and scale.requires_grad:
         raise TypeError(
             f"{op}: scale must not require grad, got a tensor that does; with metric='ip' multiply the queries by it"

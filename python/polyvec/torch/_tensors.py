@@ -33,6 +33,13 @@ def _has_tangent(x: Tensor) -> bool:
         return True
 
 
+def one_of(op: str, name: str, value: str, options: tuple[str, ...]) -> str:
+    """Return `value` when it is one of `options`."""
+    if value not in options:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+    return value
+
+
 def in_float32(*ops: Any) -> None:
     """Have autocast hand float32 to `ops`, whatever narrower type the layers before them compute in."""
     for op in ops:
