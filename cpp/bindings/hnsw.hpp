@@ -33,18 +33,21 @@ inline std::shared_ptr<const void> keep_alive(py::object object) {
 /// The index takes its locks without the GIL: its holder may be waiting for the GIL to look for Ctrl-C.
 inline void bind_hnsw(py::module_& m) {
     using Unlocked = py::call_guard<py::gil_scoped_release>;
-    const auto params = [](std::int64_t dim, const std::string& metric, bool coded, const std::string& kept,
-                           std::int64_t m, std::int64_t ef_construction, std::uint64_t seed, bool frozen = false) {
+    const auto params = [](std::int64_t dim, const std::string& metric, const std::string& storage,
+                           const std::string& kept, std::int64_t m, std::int64_t ef_construction, std::uint64_t seed,
+                           bool frozen = false) {
         constexpr const char* op = "hnsw.Index";
-        const HnswStorage storage = coded ? HnswStorage::int8 : HnswStorage::vectors;
-        return HnswParams{dim, metric_from(op, metric), storage, kept_from(op, kept), m, ef_construction, seed, frozen};
+        return HnswParams{
+            dim,   metric_from(op, metric), storage_from(op, storage), kept_from(op, kept), m, ef_construction, seed,
+            frozen};
     };
     py::class_<HnswIndex>(m, "HnswIndex")
-        .def(py::init([params](std::int64_t dim, const std::string& metric, bool coded, const std::string& kept,
-                               std::int64_t m, std::int64_t ef_construction, std::uint64_t seed) {
-                 return std::make_unique<HnswIndex>(params(dim, metric, coded, kept, m, ef_construction, seed));
+        .def(py::init([params](std::int64_t dim, const std::string& metric, const std::string& storage,
+                               const std::string& kept, std::int64_t m, std::int64_t ef_construction,
+                               std::uint64_t seed) {
+                 return std::make_unique<HnswIndex>(params(dim, metric, storage, kept, m, ef_construction, seed));
              }),
-             py::arg("dim"), py::arg("metric"), py::arg("coded"), py::arg("kept"), py::arg("m"),
+             py::arg("dim"), py::arg("metric"), py::arg("storage"), py::arg("kept"), py::arg("m"),
              py::arg("ef_construction"), py::arg("seed"))
         .def("size", &HnswIndex::size, Unlocked())
         .def("slots", &HnswIndex::slots, Unlocked())
@@ -54,14 +57,15 @@ inline void bind_hnsw(py::module_& m) {
         .def("frozen", [](const HnswIndex& index) { return index.params().frozen; });
     m.def(
         "hnsw_load",
-        [params](std::int64_t dim, const std::string& metric, bool coded, const std::string& kept, std::int64_t m,
-                 std::int64_t ef_construction, std::uint64_t seed, bool frozen, std::int64_t entry,
+        [params](std::int64_t dim, const std::string& metric, const std::string& storage, const std::string& kept,
+                 std::int64_t m, std::int64_t ef_construction, std::uint64_t seed, bool frozen, std::int64_t entry,
                  std::int64_t largest_id, const Tensors& tensors) {
-            const HnswParams p = params(dim, metric, coded, kept, m, ef_construction, seed, frozen);
+            const HnswParams p = params(dim, metric, storage, kept, m, ef_construction, seed, frozen);
             Args args = args_for<Cpu>(HnswIndex::load_op, 0);
             const auto in = [&](const char* name) { return args.in(name, tensors[name]); };
             const auto in_if = [&](bool there, const char* name) { return there ? in(name) : Array{}; };
             HnswState state{in("vectors"),
+                            in_if(p.scale_count() > 0, "scales"),
                             in_if(p.code_width() > 0, "codes"),
                             in_if(p.factor_count() > 0, "factors"),
                             in_if(p.frozen, "frame"),
@@ -76,8 +80,9 @@ inline void bind_hnsw(py::module_& m) {
             const py::gil_scoped_release nogil;
             return std::make_unique<HnswIndex>(p, state);
         },
-        py::arg("dim"), py::arg("metric"), py::arg("coded"), py::arg("kept"), py::arg("m"), py::arg("ef_construction"),
-        py::arg("seed"), py::arg("frozen"), py::arg("entry"), py::arg("largest_id"), py::arg("tensors"));
+        py::arg("dim"), py::arg("metric"), py::arg("storage"), py::arg("kept"), py::arg("m"),
+        py::arg("ef_construction"), py::arg("seed"), py::arg("frozen"), py::arg("entry"), py::arg("largest_id"),
+        py::arg("tensors"));
     const auto bind_copy = [&m](const char* name, auto call) {
         m.def(
             name,
@@ -97,8 +102,8 @@ inline void bind_hnsw(py::module_& m) {
                 return index.state();
             }();
             Tensors tensors;
-            for (const Array* a : {&state.codes, &state.vectors, &state.factors, &state.frame, &state.links,
-                                   &state.levels, &state.upper_links, &state.ids, &state.removed})
+            for (const Array* a : {&state.codes, &state.vectors, &state.scales, &state.factors, &state.frame,
+                                   &state.links, &state.levels, &state.upper_links, &state.ids, &state.removed})
                 if (*a) tensors[a->name] = numpy_view(*a, state.owner);
             return std::make_tuple(tensors, state.entry, state.largest_id);
         },

@@ -8,7 +8,7 @@ namespace polyvec::POLYVEC_ISA {
 
 extern const HypercomplexKernels hypercomplex_kernels;
 extern const DistanceKernels distance_kernels;
-extern const ByteDistanceKernels byte_distance_kernels;
+extern const IntegerDistanceKernels int8_distance_kernels, int4_distance_kernels;
 extern const BitDistanceKernels bit_distance_kernels;
 extern const MaxsimKernels maxsim_kernels;
 extern const ScanKernels scan_kernels;
@@ -25,7 +25,8 @@ const Kernels table{
     .isa = POLYVEC_TEXT(POLYVEC_ISA),
     .hypercomplex = &hypercomplex_kernels,
     .distance = &distance_kernels,
-    .byte_distance = &byte_distance_kernels,
+    .int8_distance = &int8_distance_kernels,
+    .int4_distance = &int4_distance_kernels,
     .bit_distance = &bit_distance_kernels,
     .maxsim = &maxsim_kernels,
     .scan = &scan_kernels,

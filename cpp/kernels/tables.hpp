@@ -93,40 +93,43 @@ struct DistanceKernels {
     HalfKernels bf16_by_slot, f16_by_slot;
 };
 
-/// Rows of one byte an element: value i of a row is (byte i - 128) * scale. Rows are padded with 128 to a multiple of
-/// byte_row_align, and lie on cache lines.
-constexpr std::size_t byte_row_align = 64;
-constexpr int most_byte_value = 127;
-constexpr std::size_t byte_width_limit = 1 << 17;  // 127^2 times that fits into 31 bits
-
-struct ByteRows {
-    const std::uint8_t* bytes;
+/// Rows of an integer of 8 or 4 bits an element: value i of a row is (code i - bias) * scale. Rows lie on cache lines,
+/// and are padded with the bias up to one. Byte j of a line of 4-bit codes holds those of its elements j and, in the
+/// high bits, j + 64. At most most_int8 elements: 127^2 times that fits into 31 bits.
+struct IntegerRows {
+    const std::uint8_t* codes;
     const float* factors;  // two a row: scale, and what is added to its distances
     std::size_t stride;
 };
 
-/// The distance from row i is constant + factors[2 i + 1] + factor * scale of i * (<values, bytes of i> - offset).
-struct ByteQuery {
-    const std::uint8_t* values;  // signed, padded with 0 as rows are
-    std::int32_t offset;         // 128 times their sum
+/// The distance from row i is constant + factors[2 i + 1] + factor * scale of i * (<values, codes of i> - offset).
+struct IntegerQuery {
+    const std::uint8_t* values;  // signed bytes, padded with 0 as rows are
+    std::int32_t offset;         // the bias times their sum
     float factor, constant;
 };
 
-struct ByteCode {
+struct IntegerCode {
     float scale, squares;  // squares: of the decoded values
     std::int32_t sum;      // of the values before scaling
 };
 
-struct ByteDistanceKernels {
-    /// Writes `stride` bytes: the values of x (d,) over the scale, rounded, plus `bias`: 128 for a row, 0 for a query.
-    /// The largest value is `most`.
-    ByteCode (*encode)(const float* x, std::size_t d, std::size_t stride, int bias, int most,
-                       std::uint8_t* bytes) noexcept;
+/// Of a query's values; a row's largest is bias - 1.
+constexpr int most_query_value = 127;
+
+struct IntegerDistanceKernels {
+    int bits, bias;  // 8 and 128, or 4 and 8
+    /// Writes the `stride` bytes of the row of x (d,).
+    IntegerCode (*encode)(const float* x, std::size_t d, std::size_t stride, std::uint8_t* row) noexcept;
+    /// Writes n values, those of x (d,) over the scale, rounded, and zeros. The largest is `most`.
+    IntegerCode (*encode_query)(const float* x, std::size_t d, std::size_t n, int most, std::uint8_t* values) noexcept;
     /// The values of a row as those of a query; returns their sum.
-    std::int32_t (*query_of_row)(const std::uint8_t* row, std::size_t stride, std::uint8_t* query) noexcept;
+    std::int32_t (*query_of_row)(const std::uint8_t* row, std::size_t stride, std::uint8_t* values) noexcept;
     /// The distances of the rows that the n `ids` name.
-    void (*distances)(const ByteQuery& query, const ByteRows& rows, const std::uint32_t* ids, std::size_t n,
+    void (*distances)(const IntegerQuery& query, const IntegerRows& rows, const std::uint32_t* ids, std::size_t n,
                       float* out) noexcept;
+    /// The d values of a row of 8 bits; null for 4.
+    void (*decode)(const std::uint8_t* row, float scale, std::size_t d, float* out) noexcept;
 };
 
 /// Rows of two bits an element: value i of a row is (2 * code i - 3) * scale, and roughly its sign times a rough scale.
@@ -621,7 +624,7 @@ struct Kernels {
     const char* isa;
     const HypercomplexKernels* hypercomplex;
     const DistanceKernels* distance;
-    const ByteDistanceKernels* byte_distance;
+    const IntegerDistanceKernels *int8_distance, *int4_distance;
     const BitDistanceKernels* bit_distance;
     const MaxsimKernels* maxsim;
     const ScanKernels* scan;

@@ -47,7 +47,8 @@ std::int64_t HnswIndex::slots() const {
 std::int64_t HnswIndex::bytes() const {
     const auto lock = reading();
     const Graph& g = *graph_;
-    const std::int64_t row = g.vectors.width() + g.factors.width() * sizeof(float) + g.codes.width() +
+    const std::int64_t row = g.vectors.width() + g.codes.width() +
+                             (g.scales.width() + g.factors.width()) * sizeof(float) +
                              g.links.width() * sizeof(std::uint32_t);
     const std::int64_t words = g.upper_links.size() + g.first_upper.size() + g.table.size();
     const std::int64_t frame = g.params.frozen ? frame_rows * g.params.dim * sizeof(float) : 0;
@@ -105,7 +106,7 @@ const char* row_of(const Array& x, std::int64_t i) {
 void require_small(const char* op, const Array& x, DType kept) {
     const bool half = kept == DType::f16;
     const float limit = half ? 65520.0f : 0x1.ffp127f;
-    if (kept == DType::f32 || kept == x.dtype) return;
+    if (!half_kernels(kept) || kept == x.dtype) return;
     const HalfKernels* const given = half_kernels(x.dtype);
     const std::int64_t d = x.dim(1);
     std::vector<float> scratch(d);
@@ -176,7 +177,7 @@ namespace {
 /// Fills the rows of the slots after the last with the vectors x.
 void store(Graph& graph, const Array& x, int num_threads) {
     const HnswParams& p = graph.params;
-    const auto encode = kernels().byte_distance->encode;
+    const IntegerDistanceKernels* const integers = integer_kernels(p);
     const HalfKernels* const given = half_kernels(x.dtype);
     const std::int64_t rows = std::max<std::int64_t>(1, (1 << 16) / p.dim);
     parallel_for(x.dim(0), rows, num_threads, [&](std::int64_t begin, std::int64_t end, int) {
@@ -190,11 +191,9 @@ void store(Graph& graph, const Array& x, int num_threads) {
                 vector = unit.data();
             }
             graph.keep(slot, vector);
-            if (p.storage != HnswStorage::int8) continue;
+            if (p.storage == HnswStorage::vectors) continue;
             vector = graph.vector(slot, unit.data());
-            const ByteCode code = encode(vector, p.dim, p.code_width(), 128, most_byte_value, graph.codes[slot]);
-            graph.factors[slot][0] = code.scale;
-            graph.factors[slot][1] = p.metric == Metric::l2 ? code.squares : 0;
+            graph.set_factors(slot, integers->encode(vector, p.dim, p.code_width(), graph.codes[slot]));
         }
     });
 }
@@ -260,6 +259,7 @@ std::shared_ptr<Graph> HnswIndex::without_removed(Cpu cpu) const {
             std::copy_n(from.vectors[slots[slot]], from.vectors.width(), graph->vectors[slot]);
             std::copy_n(from.codes[slots[slot]], from.codes.width(), graph->codes[slot]);
             std::copy_n(from.factors[slots[slot]], from.factors.width(), graph->factors[slot]);
+            std::copy_n(from.scales[slots[slot]], from.scales.width(), graph->scales[slot]);
         }
     });
     Builder builder(*graph, idle_, cpu.num_threads);
@@ -401,8 +401,8 @@ void HnswIndex::search(const Array& queries, std::int64_t ef, const Array& inclu
     // Nor may a walk that finds little where it looks go on for longer than a scan takes.
     const std::size_t most = shown.filtered() ? shown.count() + 16 * ef : std::numeric_limits<std::size_t>::max();
     const std::int64_t fewest = std::min(k, shown.count());
-    const bool frozen = graph.params.frozen;
-    const std::int64_t unsure = graph.params.storage == HnswStorage::int8 && !frozen ? 2 * k + 16 : 0;
+    const bool frozen = graph.params.frozen, estimated = frozen || graph.params.integers();
+    const double deviations = frozen ? 2 : 3;  // integers err little, so that few more are compared
     const bool negate = graph.params.metric != Metric::l2;
     const float worst = negate ? -std::numeric_limits<float>::infinity() : std::numeric_limits<float>::infinity();
     const int each = static_cast<int>(std::clamp<std::int64_t>(nq, 1, Walks::together));
@@ -434,8 +434,7 @@ void HnswIndex::search(const Array& queries, std::int64_t ef, const Array& inclu
                 if (walk.gave_up() || std::ssize(walk.found(0)) < fewest) {
                     walk.scan(ef, shown.slots());
                 } else {
-                    if (frozen) walk.measure_nearest(k + 1);
-                    if (unsure > 0) walk.measure_exactly(unsure);
+                    if (estimated) walk.measure_nearest(k + 1, deviations);
                 }
                 keep(walk, i);
             });

@@ -8,9 +8,13 @@ using namespace hnsw;
 
 namespace {
 
-/// Files and numpy hold bfloat16 as its bits.
+/// Files and numpy hold bfloat16 as its bits, and vectors in int8 as codes are.
 DType file_dtype(DType kept) {
-    return kept == DType::bf16 ? DType::u16 : kept;
+    return kept == DType::bf16 ? DType::u16 : kept == DType::i8 ? DType::u8 : kept;
+}
+
+std::int64_t file_width(const HnswParams& params) {
+    return params.kept == DType::i8 ? params.vector_bytes() : params.dim;
 }
 
 }  // namespace
@@ -31,7 +35,8 @@ HnswState HnswIndex::state() const {
     };
     const std::int64_t upper_rows = g.first_upper.back();
     return {
-        array("vectors", g.vectors.data(), file_dtype(g.params.kept), g.n, g.params.dim),
+        array("vectors", g.vectors.data(), file_dtype(g.params.kept), g.n, file_width(g.params)),
+        g.scales.width() ? array("scales", g.scales.data(), DType::f32, g.n) : Array{},
         g.codes.width() ? array("codes", g.codes.data(), DType::u8, g.n, g.codes.width()) : Array{},
         g.factors.width() ? array("factors", g.factors.data(), DType::f32, g.n, g.factors.width()) : Array{},
         g.params.frozen ? array("frame", g.frame.data(), DType::f32, frame_rows, g.params.dim) : Array{},
@@ -66,13 +71,13 @@ HnswIndex::HnswIndex(const HnswParams& params, const HnswState& state) : HnswInd
     const std::int64_t n = state.ids.ndim > 0 ? state.ids.dim(0) : 0;
     check_array(state.ids, DType::i64, n);
     check(n <= std::int64_t(1) << 31, "it must have at most 2^31 vectors, got ", n);
-    check_array(state.vectors, file_dtype(params.kept), n, params.dim);
+    check_array(state.vectors, file_dtype(params.kept), n, file_width(params));
     check_array(state.links, DType::u32, n, 2 * params.m);
     check_array(state.levels, DType::u8, n);
     check_array(state.removed, DType::boolean, n);
     Graph& g = *graph_;
     g.n = g.capacity = n;
-    g.vectors = Rows<unsigned char>(state.vectors.as<unsigned char>(), params.vector_bytes());
+    g.vectors = Rows<std::uint8_t>(state.vectors.as<std::uint8_t>(), params.vector_bytes());
     g.links = Rows<std::uint32_t>(state.links.as<std::uint32_t>(), 2 * params.m);
     if (params.code_width() > 0) {
         check_array(state.codes, DType::u8, n, params.code_width());
@@ -85,6 +90,10 @@ HnswIndex::HnswIndex(const HnswParams& params, const HnswState& state) : HnswInd
     if (params.factor_count() > 0) {
         check_array(state.factors, DType::f32, n, params.factor_count());
         g.factors = Rows<float>(state.factors.as<float>(), params.factor_count());
+    }
+    if (params.scale_count() > 0) {
+        check_array(state.scales, DType::f32, n);
+        g.scales = Rows<float>(state.scales.as<float>(), params.scale_count());
     }
     g.lender = state.owner;
 

@@ -143,7 +143,8 @@ BitQuery bit_query(const Graph& graph, const float* query, float* rotated, std::
     kernels().codes->rotate(rotated, 1, p.dim, graph.frame[1], false);
 
     std::uint8_t* const values = bytes + prepared_bytes(p);
-    const ByteCode code = kernels().byte_distance->encode(rotated, p.dim, 8 * p.bit_plane(), 0, most_bit_value, values);
+    const auto encode = kernels().int8_distance->encode_query;
+    const IntegerCode code = encode(rotated, p.dim, 8 * p.bit_plane(), most_bit_value, values);
     kernels().bit_distance->prepare(values, static_cast<std::size_t>(p.bit_plane()), bytes);
     // A sign and its scale are off by a vector of 0.603 sqrt(d) scales where elements are normal; its product with the
     // query is about normal, too, and this is its deviation.
@@ -167,7 +168,8 @@ std::unique_ptr<HnswIndex> HnswIndex::freeze(Cpu cpu) const {
     Graph& to = *index->graph_;
     to.n = to.capacity = to.live = from.n;
     to.largest_id = from.largest_id;
-    to.vectors = Rows<unsigned char>(to.n, params.vector_bytes());
+    to.vectors = Rows<std::uint8_t>(to.n, params.vector_bytes());
+    to.scales = Rows<float>(to.n, params.scale_count());
     to.codes = Rows<std::uint8_t>(to.n, params.code_width());
     to.frame = Rows<float>(frame_rows, params.dim);
     to.links = Rows<std::uint32_t>(to.n, from.links.width());
@@ -195,6 +197,7 @@ std::unique_ptr<HnswIndex> HnswIndex::freeze(Cpu cpu) const {
                      std::vector<float> residual(params.dim);
                      for (std::int64_t slot = begin; slot < end; ++slot) {
                          std::copy_n(from.vectors[order[slot]], params.vector_bytes(), to.vectors[slot]);
+                         if (params.scale_count() > 0) *to.scales[slot] = from.scale(order[slot]);
                          encode(to, slot, residual.data());
                          copy_row(slot, 0);
                          sort_links(from, order[slot], order.data(), to.links[slot], to.links.width());

@@ -70,6 +70,12 @@ inline const float* as_floats(const void* row, const HalfKernels* half, std::int
     return scratch;
 }
 
+/// Null: walks compare no integers.
+inline const IntegerDistanceKernels* integer_kernels(const HnswParams& params) {
+    if (!params.integers()) return nullptr;
+    return params.storage == HnswStorage::int4 ? kernels().int4_distance : kernels().int8_distance;
+}
+
 constexpr std::uint32_t no_link = 0xffffffff;
 constexpr int max_level = 63;
 constexpr std::int64_t frame_rows = 5;
@@ -79,10 +85,11 @@ struct Graph {
     std::int64_t n = 0, live = 0, capacity = 0;
     std::int64_t largest_id = -1;
     std::uint32_t entry = no_link;
-    Rows<unsigned char> vectors;  // of params.kept
-    Rows<std::uint8_t> codes;     // int8: see ByteRows; frozen: see BitRows; else width 0
+    Rows<std::uint8_t> vectors;  // bytes of params.kept
+    Rows<std::uint8_t> codes;    // of integers: see IntegerRows; frozen: see BitRows; else width 0
     Rows<float> factors;
-    Rows<float> frame;  // frozen: see HnswState
+    Rows<float> scales;  // of vectors in int8 that are not walked by; else width 0
+    Rows<float> frame;   // frozen: see HnswState
     Rows<std::uint32_t> links;
     std::vector<std::uint32_t> upper_links;
     std::vector<std::uint32_t> first_upper;  // n + 1: where the rows of a slot begin
@@ -96,6 +103,7 @@ struct Graph {
           vectors(params.vector_bytes()),
           codes(params.code_width()),
           factors(params.factor_count()),
+          scales(params.scale_count()),
           frame(params.dim),
           links(2 * params.m),
           first_upper(1) {}
@@ -110,6 +118,7 @@ struct Graph {
           vectors(other.vectors, n, capacity),
           codes(other.codes, n, capacity),
           factors(other.factors, n, capacity),
+          scales(other.scales, n, capacity),
           frame(params.dim),
           links(other.links, n, capacity),
           upper_links(other.upper_links),
@@ -121,15 +130,32 @@ struct Graph {
     }
 
     const float* vector(std::int64_t slot, float* scratch) const {
-        return as_floats(vectors[slot], half_kernels(params.kept), params.dim, scratch);
+        if (params.kept != DType::i8) return as_floats(vectors[slot], half_kernels(params.kept), params.dim, scratch);
+        kernels().int8_distance->decode(vectors[slot], scale(slot), params.dim, scratch);
+        return scratch;
     }
+    /// Of a vector in int8.
+    float scale(std::int64_t slot) const { return scales.width() > 0 ? *scales[slot] : *factors[slot]; }
+
     void keep(std::int64_t slot, const float* x) const {
         if (params.kept == DType::f32) {
             std::copy_n(x, params.dim, reinterpret_cast<float*>(vectors[slot]));
+        } else if (params.kept == DType::i8) {
+            const IntegerCode code = kernels().int8_distance->encode(x, params.dim, vectors.width(), vectors[slot]);
+            scales.width() > 0 ? void(*scales[slot] = code.scale) : set_factors(slot, code);
         } else {
             const auto round = params.kept == DType::f16 ? to_float16 : to_bfloat16;
             std::transform(x, x + params.dim, reinterpret_cast<std::uint16_t*>(vectors[slot]), round);
         }
+    }
+
+    void set_factors(std::int64_t slot, const IntegerCode& code) const {
+        factors[slot][0] = code.scale;
+        factors[slot][1] = params.metric == Metric::l2 ? code.squares : 0;
+    }
+    IntegerRows integer_rows() const {
+        const Rows<std::uint8_t>& rows = codes.width() > 0 ? codes : vectors;
+        return {rows.data(), factors.data(), static_cast<std::size_t>(rows.width())};
     }
 
     std::int64_t width(int level) const { return level ? params.m : 2 * params.m; }

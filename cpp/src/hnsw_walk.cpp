@@ -18,15 +18,16 @@ void Target::prepare(const Graph& graph) {
     const auto& kernel = kernels().distance->u32;
     const bool l2 = graph.params.metric == Metric::l2;
     floats_ = l2 ? kernel.l2 : kernel.dot;
-    half_ = half_kernels(graph.params.kept);
-    halves_ = !half_ ? nullptr : l2 ? half_->u32.l2 : half_->u32.dot;
+    const HalfKernels* const half = half_kernels(graph.params.kept);
+    halves_ = !half ? nullptr : l2 ? half->u32.l2 : half->u32.dot;
     own_.resize(graph.params.dim);
+    if (graph.params.kept == DType::i8) decoded_.resize(graph.params.dim);
     const bool frozen = graph.params.frozen;
-    bytes_ = graph.params.storage == HnswStorage::int8 && !frozen ? kernels().byte_distance : nullptr;
+    integers_ = integer_kernels(graph.params);
     bits_ = frozen ? kernels().bit_distance : nullptr;
     if (frozen) rotated_.resize(graph.params.dim);
-    const std::int64_t codes = frozen ? bit_query_bytes(graph.params) : graph.codes.width();
-    if (room_ < codes) values_ = aligned<std::uint8_t>(room_ = codes);
+    const std::int64_t bytes = frozen ? bit_query_bytes(graph.params) : integers_ ? query_bytes() : 0;
+    if (room_ < bytes) values_ = aligned<std::uint8_t>(room_ = bytes);
 }
 
 void Target::set(const void* query, DType dtype) {
@@ -40,22 +41,28 @@ void Target::set(const void* query, DType dtype) {
     set_code();
 }
 
+/// Of integers: a byte an element of a row.
+std::int64_t Target::query_bytes() const {
+    return static_cast<std::int64_t>(graph_->integer_rows().stride) * 8 / integers_->bits;
+}
+
 void Target::set_code() {
     const HnswParams& p = graph_->params;
     if (bits_) bit_code_ = bit_query(*graph_, query_, rotated_.data(), values_.get());
-    if (!bytes_) return;
-    const ByteCode code = bytes_->encode(query_, p.dim, p.code_width(), 0, most_byte_value, values_.get());
+    if (!integers_) return;
+    const IntegerCode code = integers_->encode_query(query_, p.dim, query_bytes(), most_query_value, values_.get());
     const bool l2 = p.metric == Metric::l2;
-    code_ = {values_.get(), 128 * code.sum, (l2 ? -2 : -1) * code.scale, l2 ? code.squares : 0};
+    code_ = {values_.get(), integers_->bias * code.sum, (l2 ? -2 : -1) * code.scale, l2 ? code.squares : 0};
 }
 
 void Target::set(std::uint32_t slot) {
-    query_ = as_floats(graph_->vectors[slot], half_, graph_->params.dim, own_.data());
-    if (!bytes_) return set_code();
-    const std::int32_t sum = bytes_->query_of_row(graph_->codes[slot], graph_->params.code_width(), values_.get());
+    query_ = graph_->vector(slot, own_.data());
+    if (!integers_) return set_code();
+    const IntegerRows rows = graph_->integer_rows();
+    const std::int32_t sum = integers_->query_of_row(rows.codes + slot * rows.stride, rows.stride, values_.get());
     const float* factors = graph_->factors[slot];
     const bool l2 = graph_->params.metric == Metric::l2;
-    code_ = {values_.get(), 128 * sum, (l2 ? -2 : -1) * factors[0], factors[1]};
+    code_ = {values_.get(), integers_->bias * sum, (l2 ? -2 : -1) * factors[0], factors[1]};
 }
 
 BitRows Target::bit_rows() const {
@@ -70,14 +77,36 @@ std::size_t Target::select_near(const std::uint32_t* slots, std::size_t count, f
 
 void Target::measure(const std::uint32_t* slots, std::size_t count, float* distances) const {
     if (bits_) return bits_->distances(bit_code_, bit_rows(), slots, count, distances);
-    if (!bytes_) return measure_exactly(slots, count, distances);
-    const ByteRows rows{graph_->codes.data(), graph_->factors.data(), static_cast<std::size_t>(graph_->codes.width())};
-    bytes_->distances(code_, rows, slots, count, distances);
+    if (!integers_) return measure_exactly(slots, count, distances);
+    integers_->distances(code_, graph_->integer_rows(), slots, count, distances);
 }
+
+namespace {
+
+constexpr std::int64_t line = 64, most_fetched = 32 * line;
+
+void fetch_rows(const void* data, std::int64_t stride, std::int64_t bytes, const std::uint32_t* slots,
+                std::size_t count) {
+    for (std::size_t k = 0; k < count; ++k) {
+        const char* const row = static_cast<const char*>(data) + slots[k] * stride;
+        prefetch(row);
+        for (std::int64_t i = line; i < std::min(most_fetched, bytes); i += line) prefetch(row + i);
+    }
+}
+
+}  // namespace
 
 void Target::measure_exactly(const std::uint32_t* slots, std::size_t count, float* distances) const {
     const void* const rows = graph_->vectors.data();
-    if (halves_) {
+    if (!decoded_.empty()) {
+        constexpr std::uint32_t first = 0;
+        constexpr std::size_t ahead = 4;
+        const std::int64_t bytes = graph_->params.vector_bytes();
+        for (std::size_t i = 0; i < count; ++i) {
+            if (i % ahead == 0) fetch_rows(rows, bytes, bytes, slots + i, std::min(2 * ahead, count - i));
+            floats_(query_, graph_->vector(slots[i], decoded_.data()), &first, 1, graph_->params.dim, distances + i);
+        }
+    } else if (halves_) {
         halves_(query_, rows, nullptr, slots, count, graph_->params.dim, distances);
     } else {
         floats_(query_, static_cast<const float*>(rows), slots, count, graph_->params.dim, distances);
@@ -87,22 +116,16 @@ void Target::measure_exactly(const std::uint32_t* slots, std::size_t count, floa
 }
 
 void Target::fetch(const std::uint32_t* slots, std::size_t count) const {
-    constexpr std::int64_t line = 64, most = 32 * line;
-    const auto rows = [&](const void* data, std::int64_t stride, std::int64_t bytes) {
-        for (std::size_t k = 0; k < count; ++k) {
-            const char* const row = static_cast<const char*>(data) + slots[k] * stride;
-            prefetch(row);
-            for (std::int64_t i = line; i < bytes; i += line) prefetch(row + i);
-        }
-    };
     const HnswParams& p = graph_->params;
-    if (bits_) return rows(graph_->first_part(0), p.first_width(), std::min(most, p.first_width()));
-    if (bytes_) {
-        rows(graph_->factors.data(), p.factor_count() * sizeof(float), line);
-        return rows(graph_->codes.data(), p.code_width(), std::min(most, p.code_width()));
+    if (bits_) return fetch_rows(graph_->first_part(0), p.first_width(), p.first_width(), slots, count);
+    if (integers_) {
+        const IntegerRows rows = graph_->integer_rows();
+        const auto stride = static_cast<std::int64_t>(rows.stride);
+        fetch_rows(rows.factors, p.factor_count() * sizeof(float), line, slots, count);
+        return fetch_rows(rows.codes, stride, stride, slots, count);
     }
     constexpr std::int64_t first = 4 * line;  // the kernel asks for more; 1 to 12 here are as fast: nothing to tune
-    rows(graph_->vectors.data(), p.vector_bytes(), std::min(first, p.vector_bytes()));
+    fetch_rows(graph_->vectors.data(), p.vector_bytes(), std::min(first, p.vector_bytes()), slots, count);
 }
 
 void Walk::prepare(const Graph& graph, std::size_t ef) {
@@ -254,12 +277,6 @@ void Walk::scan_more(std::span<const std::uint32_t> slots) {
     }
 }
 
-void Walk::measure_exactly(std::size_t count) {
-    count = std::min(count, pool.size());
-    measure_exactly(0, count);
-    std::sort(pool.begin(), pool.begin() + count);
-}
-
 /// Returns the sum of the squares of the differences.
 double Walk::measure_exactly(std::size_t begin, std::size_t end) {
     if (slots_.size() < end) slots_.resize(end);
@@ -275,7 +292,7 @@ double Walk::measure_exactly(std::size_t begin, std::size_t end) {
     return squares;
 }
 
-void Walk::measure_nearest(std::size_t k) {
+void Walk::measure_nearest(std::size_t k, double deviations) {
     std::size_t done = std::min(k + k / 4 + 3, pool.size());
     const double deviation = std::sqrt(measure_exactly(0, done) / static_cast<double>(std::max<std::size_t>(done, 1)));
     const auto sort_from = [&](std::size_t begin) {
@@ -285,7 +302,7 @@ void Walk::measure_nearest(std::size_t k) {
     sort_from(0);
     const std::size_t more = 4 + k / 8;
     while (done < pool.size()) {
-        const double most = distance_of(pool.begin()[k - 1]) + 2 * deviation;
+        const double most = distance_of(pool.begin()[k - 1]) + deviations * deviation;
         if (!(distance_of(pool.begin()[done]) <= most)) break;
         const std::size_t begin = done;
         done = std::min(done + more, pool.size());

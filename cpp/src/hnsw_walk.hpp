@@ -131,19 +131,20 @@ public:
     void fetch(const std::uint32_t* slots, std::size_t count) const;
 
 private:
+    std::int64_t query_bytes() const;
     void set_code();
     BitRows bit_rows() const;
 
     const Graph* graph_ = nullptr;
     DistanceKernel<std::uint32_t>::Function floats_ = nullptr;
     NarrowDistanceKernel<std::uint32_t>::Function halves_ = nullptr;
-    const HalfKernels* half_ = nullptr;
-    const ByteDistanceKernels* bytes_ = nullptr;
+    const IntegerDistanceKernels* integers_ = nullptr;
     const BitDistanceKernels* bits_ = nullptr;
     const float* query_ = nullptr;
-    ByteQuery code_{};
+    IntegerQuery code_{};
     BitQuery bit_code_{};
     std::vector<float> own_, rotated_;
+    mutable std::vector<float> decoded_;  // scratch
     Aligned<std::uint8_t> values_;
     std::int64_t room_ = 0;
 };
@@ -170,10 +171,9 @@ public:
     /// these.
     void scan(std::size_t ef, std::span<const std::uint32_t> slots);
     void scan_more(std::span<const std::uint32_t> slots);
-    /// Replaces the distances of the pool's first `count` entries by exact ones, and sorts them.
-    void measure_exactly(std::size_t count);
-    /// The same of as many as may be among the k nearest, judged by how far off the first ones are.
-    void measure_nearest(std::size_t k);
+    /// Replaces the distances of the pool's first entries by exact ones and sorts them: those of as many as are within
+    /// some `deviations` of the k nearest, a deviation being how far off the first ones were.
+    void measure_nearest(std::size_t k, double deviations);
 
     /// What was found at a level that is at most `wide`, nearest first.
     std::span<const Entry> found(int level) const {

@@ -6,7 +6,7 @@ import typing
 
 class HnswIndex:
     def __init__(
-        self, dim: int, metric: str, coded: bool, kept: str, m: int, ef_construction: int, seed: int
+        self, dim: int, metric: str, storage: str, kept: str, m: int, ef_construction: int, seed: int
     ) -> None: ...
     def bytes(self) -> int: ...
     def contains(self, id: int) -> bool: ...
@@ -114,7 +114,7 @@ def hnsw_link(index: HnswIndex, from_slots: typing.Any, to_slots: typing.Any, wh
 def hnsw_load(
     dim: int,
     metric: str,
-    coded: bool,
+    storage: str,
     kept: str,
     m: int,
     ef_construction: int,

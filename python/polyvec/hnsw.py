@@ -32,8 +32,8 @@ from polyvec._progress import Progress, reporting
 __all__ = ["Index", "knn_graph"]
 
 Metric = Literal["cosine", "ip", "l2"]
-Storage = Literal["float32", "float16", "bfloat16", "int8"]
-Kept = Literal["float32", "float16", "bfloat16"]
+Storage = Literal["float32", "float16", "bfloat16", "int8", "int4"]
+Kept = Literal["float32", "float16", "bfloat16", "int8"]
 
 _FLOATS = ("float32", "float16", "bfloat16")
 
@@ -54,17 +54,20 @@ class Index(_files.Saved):
     metric : {"cosine", "ip", "l2"}
         "cosine": inner product of unit vectors; vectors are stored scaled to norm 1, and a zero vector has cosine 0
         with everything. "ip": inner product, higher is better. "l2": *squared* distance, lower is better.
-    storage : {"float32", "float16", "bfloat16", "int8"}
+    storage : {"float32", "float16", "bfloat16", "int8", "int4"}
         What searches compare on their way: vectors as they are kept, or codes beside them. "float16" rounds elements to
         11 significant bits (up to 65,504), "bfloat16" to 8 (up to 3.4e38): half the memory, at most half the time to
-        wait for it, and scores that are exact for the rounded vectors. "int8": codes of one byte an element, each
-        vector with a scale of its own (its largest element is 127); the best candidates are compared again by the kept
-        vectors. It fetches a quarter of the bytes of float32 and is twice as fast at the same recall where elements are
-        of one size, as in embeddings; not where a few of them, or an offset common to all vectors, are far larger than
-        what tells vectors apart. `freeze` replaces all of these on the way by codes of two bits an element.
-    rerank : {"float32", "float16", "bfloat16"}, optional
-        What vectors are kept in beside "int8" codes; float32 when None. "float16" makes an index of 3 d bytes a vector
-        out of one of 5 d.
+        wait for it, and scores that are exact for the rounded vectors. "int8" and "int4": codes of a byte, or of half a
+        byte, an element, each vector with a scale of its own (its largest element is 127, or 7); the best candidates
+        are compared again by the kept vectors. They fetch a quarter and an eighth of the bytes of float32, and are two
+        and three times as fast at the same recall where elements are of one size, as in embeddings; building gains as
+        much. Where a few elements, or an offset common to all vectors, are far larger than what tells vectors apart,
+        "int8" needs a larger `ef`, "int4" more so, and they gain little where all vectors stay in the cache. `freeze`
+        replaces all of these on the way by codes of two bits an element.
+    rerank : {"float32", "float16", "bfloat16", "int8"}, optional
+        What vectors are kept in beside the codes of "int8" and "int4"; float32 when None. "int8" rounds them to such
+        codes: with storage "int8" these are all that is kept. Scores are exact for the rounded vectors, about 1 % of
+        the true neighbours are others, and an index takes a quarter of the memory.
     m : int
         Links of a vector, in [2, 1024]; 2 m at the ground level. More serve high recall and many dimensions.
     ef_construction : int
@@ -74,9 +77,10 @@ class Index(_files.Saved):
 
     Notes
     -----
-    Memory: 4 d + 8 m bytes a vector (kept in 16 bits: 2 d + 8 m; with "int8" codes: d, rounded up to a multiple of 64,
-    and 8 more), and about 26 + 4 m / (m - 1) beside; room doubles as it fills up. Removed vectors keep theirs until
-    they are more than the others; then, and when `compact` is called, it is given back.
+    Memory: 4 d + 8 m bytes a vector (kept in 16 bits 2 d + 8 m, in int8 d + 8 m), codes of d or d / 2 bytes, rounded up
+    to a multiple of 64, and 8 more, and about 26 + 4 m / (m - 1) beside; room doubles as it fills up. So d = 384 takes
+    1.7 KB in float32, 2.0 KB with "int4" codes, 0.56 KB where both are "int8". Removed vectors keep theirs until they
+    are more than the others; then, and when `compact` is called, it is given back.
 
     Threads: any number of searches may run at once, from any threads. A call that changes the index waits for them and
     they for it; `add` lets searches pass now and then, and `compact` does not keep them waiting.
@@ -122,15 +126,15 @@ class Index(_files.Saved):
         self._params: dict[str, Any] = {
             "dim": as_count(op, "dim", dim),
             "metric": choice(op, "metric", metric, ("cosine", "ip", "l2")),
-            "storage": choice(op, "storage", storage, (*_FLOATS, "int8")),
+            "storage": choice(op, "storage", storage, (*_FLOATS, "int8", "int4")),
             "m": as_count(op, "m", m, least=2),
             "ef_construction": as_count(op, "ef_construction", ef_construction),
             "seed": as_count(op, "seed", seed, least=0),
         }
         if rerank is not None:
-            if storage != "int8":
-                raise ValueError(f"{op}: rerank must be None unless storage is 'int8', got {rerank!r}")
-            if choice(op, "rerank", rerank, _FLOATS) != "float32":
+            if storage in _FLOATS:
+                raise ValueError(f"{op}: rerank must be None unless storage is 'int8' or 'int4', got {rerank!r}")
+            if choice(op, "rerank", rerank, (*_FLOATS, "int8")) != "float32":
                 self._params["rerank"] = rerank
         self._core = _core.HnswIndex(**self._core_params())
         self._changing = threading.RLock()  # one change at a time; `progress` may look at the index
@@ -138,8 +142,9 @@ class Index(_files.Saved):
     def _core_params(self) -> dict[str, Any]:
         params = dict(self._params)
         storage, rerank = params.pop("storage"), params.pop("rerank", "float32")
-        coded = storage == "int8"
-        return {**params, "coded": coded, "kept": rerank if coded else storage}
+        if storage in _FLOATS or storage == rerank:
+            return {**params, "storage": "vectors", "kept": storage}
+        return {**params, "storage": storage, "kept": rerank}
 
     @property
     def dim(self) -> int:
@@ -278,10 +283,10 @@ class Index(_files.Saved):
         Notes
         -----
         About ef * m comparisons a query, 2 d flops and 4 d bytes each (kept in 16 bits: 2 d). With "int8" they are of d
-        bytes, and the best 2 k + 16 candidates are then scored by the kept vectors; with a frozen index of d / 8 bytes,
-        one in four of another d / 8, and as many candidates are scored as may be among the k best. Products are summed
-        in float32, whatever the dtypes. Same result for any number of threads, and for a query alone or among others. A
-        query with NaN finds nothing. Removed vectors are passed through without counting as candidates.
+        bytes, with "int4" of d / 2, with a frozen index of d / 8 and one in four of another d / 8; then as many
+        candidates are scored by the kept vectors as may be among the k best. Products are summed in float32, whatever
+        the dtypes. Same result for any number of threads, and for a query alone or among others. A query with NaN finds
+        nothing. Removed vectors are passed through without counting as candidates.
 
         So are vectors that `include` leaves out: where it lets one in ten pass, a walk takes ten times as many steps.
         Where that costs more than to compare all that pass, and where a walk does not come to an end in that time,
@@ -441,9 +446,9 @@ class Index(_files.Saved):
 
         Notes
         -----
-        2 nq n d flops for the comparison with all, and 8 nq k bytes meanwhile. Searches may run at once. The same calls
-        give the same links with any number of threads. Vectors that are added later can take the place of such links:
-        fit after adding.
+        2 nq n d flops for the comparison with all, and 8 nq k bytes meanwhile (and 8 n d where vectors are kept in
+        int8). Searches may run at once. The same calls give the same links with any number of threads. Vectors that are
+        added later can take the place of such links: fit after adding.
 
         Steps of a walk then compare more vectors, so that it pays where the graph lacks links that queries need: for
         users and items of a factorisation, with norms of all sizes, nothing else brings the last of the best within
@@ -483,6 +488,11 @@ class Index(_files.Saved):
         """Slots of the k best of all vectors, shape (k, nq), -1 where there are fewer; `count` is told of progress."""
         tensors = self.state().tensors
         bias = np.where(tensors["removed"], np.float32(-np.inf), np.float32(0))
+        vectors = tensors["vectors"]
+        if self._params.get("rerank") == "int8":
+            live = ~tensors["removed"]
+            vectors = np.zeros((len(live), self.dim), np.float32)
+            vectors[live] = self.get(tensors["ids"][live])
         k, metric = min(k, len(self)), "l2" if self.metric == "l2" else "ip"  # of vectors as they are kept
         ranks = np.empty((k, len(queries)), np.int64)
         for begin in range(0, len(queries) if k else 0, _QUERIES):
@@ -490,7 +500,7 @@ class Index(_files.Saved):
             scores, slots = np.empty((len(block), k), np.float32), np.empty((len(block), k), np.int64)
             _backend.run(
                 op, "scan_topk", block,
-                block, None, None, tensors["vectors"], None, bias, None, None, scores, slots, metric,
+                block, None, None, vectors, None, bias, None, None, scores, slots, metric,
                 num_threads=num_threads,
             )  # fmt: skip
             ranks[:, begin : begin + _QUERIES] = slots.T
@@ -524,8 +534,9 @@ class Index(_files.Saved):
 
         Notes
         -----
-        Memory: 4 d (kept in 16 bits: 2 d) + d / 4 + 8 m bytes a vector and up to 170 more; with d = 384 and m = 16 1.2
-        times the vectors alone. This index keeps its own until it is dropped.
+        Memory: 4 d (kept in 16 bits: 2 d, in int8: d) + d / 4 + 8 m bytes a vector and up to 170 more; with d = 384 and
+        m = 16 1.2 times the vectors alone in float32, and 0.44 times those with `rerank="int8"`. This index keeps its
+        own until it is dropped.
 
         It pays where an index is larger than the CPU's caches: what is saved is memory to wait for. A small one is
         searched as fast with "int8", the more so for large k, as more candidates are scored in float32.
@@ -589,8 +600,9 @@ class Index(_files.Saved):
 
         Notes
         -----
-        The tensors are `vectors`, `links`, `levels`, `upper_links`, `ids`, `removed`, with "int8" `codes` and
-        `factors`, and frozen `codes` and `frame` (c, and the signs that make R). bfloat16 is written as its bits (U16).
+        The tensors are `vectors`, `links`, `levels`, `upper_links`, `ids`, `removed`; with "int8" and "int4" `factors`
+        and, where vectors are kept otherwise, `codes`; frozen `codes` and `frame` (c, and the signs that make R).
+        bfloat16 is written as its bits (U16), int8 as 128 and more (U8), with `scales` where `factors` are not theirs.
         """
         tensors, entry, largest_id = _core.hnsw_state(self._core)
         params = {**self._params, "entry": entry, "largest_id": largest_id}

@@ -61,16 +61,24 @@ def recall(found, truth):
     return np.mean([len(np.intersect1d(a, b)) for a, b in zip(found, truth, strict=True)]) / truth.shape[1]
 
 
-def encode(x):
-    """The bytes (n, width), padded with 128 to a multiple of 64, and the scales (n,) of rows (n, d) of float32.
+def encode(x, bits=8):
+    """Codes (n, width) of 8 or 4 bits in bytes, and the scales (n,), of rows (n, d) of float32.
 
-    float32 operations, so that codes are exact: value = (byte - 128) * scale, the largest of a row is 127 or -127.
+    float32 operations, so that codes are exact: value = (code - bias) * scale, the largest of a row is bias - 1, and
+    the bias is 128 or 8. Rows are padded with it to a multiple of 64 or 128.
     """
-    size = np.abs(x).max(axis=1, keepdims=True)
-    up = np.divide(np.float32(127), size, out=np.zeros_like(size), where=size > 1e-36)
-    codes = np.full((len(x), -(-x.shape[1] // 64) * 64), 128, np.uint8)
-    codes[:, : x.shape[1]] = np.rint(x * up) + 128
-    return codes, np.where(size > 1e-36, size / np.float32(127), np.float32(0))[:, 0]
+    bias, align = (128, 64) if bits == 8 else (8, 128)
+    most, size = np.float32(bias - 1), np.abs(x).max(axis=1, keepdims=True)
+    up = np.divide(most, size, out=np.zeros_like(size), where=size > 1e-36)
+    codes = np.full((len(x), -(-x.shape[1] // align) * align), bias, np.uint8)
+    codes[:, : x.shape[1]] = np.rint(x * up) + bias
+    return codes, np.where(size > 1e-36, size / most, np.float32(0))[:, 0]
+
+
+def pack_halves(codes):
+    """Of each 128 codes of 4 bits (n, width), the first 64 in the low halves of 64 bytes, the others in the high."""
+    low, high = np.moveaxis(codes.reshape(len(codes), -1, 2, 64), 2, 0)
+    return (low | high << 4).reshape(len(codes), -1)
 
 
 def rotate(rows, signs):

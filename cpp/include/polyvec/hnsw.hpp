@@ -25,20 +25,28 @@ namespace polyvec {
 enum class HnswStorage : std::uint8_t {
     vectors,  // as they are kept
     int8,     // codes beside them, one scale a vector: 127 over its largest element
+    int4,     // the same with 7
 };
+
+inline HnswStorage storage_from(const char* op, const std::string& name) {
+    if (name == "vectors") return HnswStorage::vectors;
+    if (name == "int8") return HnswStorage::int8;
+    require(name == "int4", op, "storage must be one of 'vectors', 'int8', 'int4', got '", name, "'");
+    return HnswStorage::int4;
+}
 
 /// What vectors are kept in.
 inline DType kept_from(const char* op, const std::string& name) {
-    for (const DType dtype : {DType::f32, DType::f16, DType::bf16})
+    for (const DType dtype : {DType::f32, DType::f16, DType::bf16, DType::i8})
         if (name == name_of(dtype)) return dtype;
-    fail(op, "vectors must be kept in one of 'float32', 'float16', 'bfloat16', got '", name, "'");
+    fail(op, "vectors must be kept in one of 'float32', 'float16', 'bfloat16', 'int8', got '", name, "'");
 }
 
 struct HnswParams {
     std::int64_t dim = 0;
     Metric metric = Metric::cosine;
     HnswStorage storage = HnswStorage::vectors;
-    DType kept = DType::f32;  // or f16, bf16
+    DType kept = DType::f32;  // or f16, bf16, i8: as codes of int8 are, each with its scale
     std::int64_t m = 16;
     std::int64_t ef_construction = 200;
     std::uint64_t seed = 0;
@@ -48,33 +56,49 @@ struct HnswParams {
         require(dim >= 1, op, "dim must be at least 1, got ", dim);
         require(m >= 2 && m <= 1024, op, "m must be in [2, 1024], got ", m);
         require(ef_construction >= 1, op, "ef_construction must be at least 1, got ", ef_construction);
-        require(code_width() == 0 || dim <= most_coded, op, "dim must be at most 131072 with int8, got ", dim);
+        require((code_width() == 0 && kept != DType::i8) || dim <= most_coded, op, "dim must be at most ", most_coded,
+                " with codes, got ", dim);
     }
 
     static constexpr std::int64_t most_coded = most_int8;  // elements of a vector with codes
 
-    std::int64_t vector_bytes() const { return dim * static_cast<std::int64_t>(size_of(kept)); }
+    std::int64_t vector_bytes() const {
+        return kept == DType::i8 ? integer_width(HnswStorage::int8) : dim * static_cast<std::int64_t>(size_of(kept));
+    }
+    /// Of vectors in int8, where `factors` are not theirs.
+    std::int64_t scale_count() const { return kept == DType::i8 && code_width() > 0 ? 1 : 0; }
 
-    /// Bytes of a code: one an element, rounded up to cache lines; frozen: of both parts (see BitRows).
+    /// Whether walks compare rows of integers (see IntegerRows): codes, or else the vectors.
+    bool integers() const { return !frozen && (storage != HnswStorage::vectors || kept == DType::i8); }
+
+    /// Bytes of a code: of integers up to whole cache lines; frozen: of both parts (see BitRows).
     std::int64_t code_width() const {
         if (frozen) return first_width() + second_width();
-        return storage == HnswStorage::int8 ? (dim + 63) / 64 * 64 : 0;
+        return storage == HnswStorage::vectors ? 0 : integer_width(storage);
     }
-    std::int64_t factor_count() const { return storage == HnswStorage::int8 && !frozen ? 2 : 0; }
+    std::int64_t factor_count() const { return integers() ? 2 : 0; }
     std::int64_t bit_plane() const { return (dim + 31) / 32 * 4; }  // bytes of a bit an element
     std::int64_t first_width() const { return (bit_plane() + 12 + 63) / 64 * 64; }
     std::int64_t second_width() const {
         const std::int64_t plane = bit_plane();
         return plane > 32 ? (plane + 63) / 64 * 64 : plane > 16 ? 32 : 16;
     }
+
+private:
+    std::int64_t integer_width(HnswStorage bits) const {
+        const std::int64_t elements = bits == HnswStorage::int8 ? 64 : 128;  // of a cache line
+        return (dim + elements - 1) / elements * 64;
+    }
 };
 
 /// All of an index: what a file holds.
 struct HnswState {
-    Array vectors;            // (n, dim) float32, float16 or uint16 (bits of bfloat16): unit where metric is cosine
+    Array vectors;            // (n, dim) float32, float16 or uint16 (bits of bfloat16): unit where metric is cosine; or
+                              // (n, vector_bytes()) uint8, the rows of unit vectors in int8
+    Array scales;             // (n,) float32, where scale_count() is not 0
     Array codes;              // (n, code_width()) uint8, where that is not 0; else absent. Frozen: all first parts of
                               // codes, then all second parts
-    Array factors;            // (n, 2) float32, where codes are of int8: their scale, and 0 or (l2) their squared norm
+    Array factors;            // (n, 2) float32, where walks compare integers: a scale, and 0 or (l2) squared norm
     Array frame;              // (5, dim) float32, of frozen ones: the centre of all vectors, and what rotates them
     Array links;              // (n, 2 m) uint32: a slot's neighbours at level 0, then no_link to the end
     Array levels;             // (n,) uint8
