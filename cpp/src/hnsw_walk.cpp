@@ -56,8 +56,10 @@ void Target::set_code() {
 }
 
 void Target::set(std::uint32_t slot) {
-    query_ = graph_->vector(slot, own_.data());
-    if (!integers_) return set_code();
+    if (!integers_) {
+        query_ = graph_->vector(slot, own_.data());
+        return set_code();
+    }
     const IntegerRows rows = graph_->integer_rows();
     const std::int32_t sum = integers_->query_of_row(rows.codes + slot * rows.stride, rows.stride, values_.get());
     const float* factors = graph_->factors[slot];

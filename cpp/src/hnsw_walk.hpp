@@ -117,6 +117,7 @@ public:
     void prepare(const Graph& graph);
     /// A row of float32, float16 or bfloat16. A copy is scaled to norm 1 where the metric says so.
     void set(const void* query, DType dtype);
+    /// A stored vector, for measuring in the form that walks compare.
     void set(std::uint32_t slot);
 
     /// Whether select_near tells what is worth measuring.

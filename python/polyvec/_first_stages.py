@@ -217,7 +217,7 @@ class GraphStage(EncodedStage):
 
     def __init__(self, encoder: fde.Encoder) -> None:
         super().__init__(encoder)
-        self._index = hnsw.Index(encoder.output_dim, metric="ip", storage="int8")
+        self._index = hnsw.Index(encoder.output_dim, metric="ip", storage="int4", rerank="int8")
         self._names = Rows(1, np.int64)
 
     def __len__(self) -> int:

@@ -47,8 +47,8 @@ class MultiVectorIndex(_files.Saved):
     Notes
     -----
     Memory a token: 4 dim bytes, 2 dim in 16 bits, dim + 4 with "int8", dim / 2 + 8 or dim / 4 + 8 with residuals; with
-    "centroids" 2 more. A document without them: its encoding (4 * output_dim bytes; 5 * output_dim with "hnsw",
-    output_dim / 8 with "pq") and the graph's links.
+    "centroids" 2 more. A document without them: its encoding (4 * output_dim bytes; 1.5 * output_dim with
+    "hnsw", output_dim / 8 with "pq") and the graph's links.
 
     Centroids, of the first stage as of residuals, are trained on the documents of the first `add`, and anew, with all
     tokens assigned and stored again, whenever there are four times as many tokens: begin with many documents, and
