@@ -242,6 +242,9 @@ def test_the_graph_does_not_depend_on_thread_count(rng, metric, storage):
 def test_codes_are_those_of_the_definition(rng, isa, metric, d, bits):
     x = sample(rng, 20, d) * np.float32(10) ** rng.integers(-30, 12, (20, 1)).astype(np.float32)
     x[3] = 0
+    most = 2 ** (bits - 1) - 1
+    x[4] = (np.arange(d) % most + 0.5) / most  # between two codes but for rounding
+    x[4, -1] = 1
     index = build(x, metric, storage=f"int{bits}")
     tensors = tensors_of(index)
     codes, scales = ref.encode(tensors["vectors"], bits)

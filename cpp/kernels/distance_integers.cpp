@@ -55,7 +55,8 @@ public:
         // Added to a small number, it leaves the number rounded to the nearest integer in the lowest bits of the sum.
         constexpr float rounder = 12582912.0f;
         constexpr int32_t rounder_bits = 0x4b400000;
-        const Vec<float> scaled = (i < d_ ? part(i) : Vec<float>{}) * up_;
+        Vec<float> scaled = (i < d_ ? part(i) : Vec<float>{}) * up_;
+        keep_in_register(scaled);  // else one fused step, and other codes than where there is none
         const Vec<int32_t> value = (Vec<int32_t>)(scaled + rounder) - rounder_bits;
         sum_ += value;
         squares_ += value * value;

@@ -59,11 +59,11 @@ class Index(_files.Saved):
         11 significant bits (up to 65,504), "bfloat16" to 8 (up to 3.4e38): half the memory, at most half the time to
         wait for it, and scores that are exact for the rounded vectors. "int8" and "int4": codes of a byte, or of half a
         byte, an element, each vector with a scale of its own (its largest element is 127, or 7); the best candidates
-        are compared again by the kept vectors. They fetch a quarter and an eighth of the bytes of float32, and are two
-        and three times as fast at the same recall where elements are of one size, as in embeddings; building gains as
-        much. Where a few elements, or an offset common to all vectors, are far larger than what tells vectors apart,
-        "int8" needs a larger `ef`, "int4" more so, and they gain little where all vectors stay in the cache. `freeze`
-        replaces all of these on the way by codes of two bits an element.
+        are compared again by the kept vectors. They fetch a quarter and an eighth of the bytes of float32, and search
+        about twice and two to three times as fast at the same recall where elements are of one size, as in embeddings;
+        building gains, too. Where a few elements, or an offset common to all vectors, are far larger than what tells
+        vectors apart, "int8" needs a larger `ef` and "int4" more so; and they gain little where all vectors stay in the
+        cache. `freeze` replaces all of these on the way by codes of two bits an element.
     rerank : {"float32", "float16", "bfloat16", "int8"}, optional
         What vectors are kept in beside the codes of "int8" and "int4"; float32 when None. "int8" rounds them to such
         codes: with storage "int8" these are all that is kept. Scores are exact for the rounded vectors, about 1 % of

@@ -94,8 +94,8 @@ private:
 /// All of an index: what a file holds.
 struct HnswState {
     Array vectors;            // (n, dim) float32, float16 or uint16 (bits of bfloat16): unit where metric is cosine; or
-                              // (n, vector_bytes()) uint8, the rows of unit vectors in int8
-    Array scales;             // (n,) float32, where scale_count() is not 0
+                              // (n, vector_bytes()) uint8, int8 as codes of it are
+    Array scales;             // (n,) float32, of vectors in int8 where scale_count() is not 0
     Array codes;              // (n, code_width()) uint8, where that is not 0; else absent. Frozen: all first parts of
                               // codes, then all second parts
     Array factors;            // (n, 2) float32, where walks compare integers: a scale, and 0 or (l2) squared norm
