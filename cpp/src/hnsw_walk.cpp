@@ -100,7 +100,7 @@ void fetch_rows(const void* data, std::int64_t stride, std::int64_t bytes, const
 
 void Target::measure_exactly(const std::uint32_t* slots, std::size_t count, float* distances) const {
     const void* const rows = graph_->vectors.data();
-    if (!decoded_.empty()) {
+    if (!decoded_.empty()) {  // kept in int8
         constexpr std::uint32_t first = 0;
         constexpr std::size_t ahead = 4;
         const std::int64_t bytes = graph_->params.vector_bytes();
