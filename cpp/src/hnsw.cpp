@@ -177,7 +177,6 @@ namespace {
 /// Fills the rows of the slots after the last with the vectors x.
 void store(Graph& graph, const Array& x, int num_threads) {
     const HnswParams& p = graph.params;
-    const IntegerDistanceKernels* const integers = integer_kernels(p);
     const HalfKernels* const given = half_kernels(x.dtype);
     const std::int64_t rows = std::max<std::int64_t>(1, (1 << 16) / p.dim);
     parallel_for(x.dim(0), rows, num_threads, [&](std::int64_t begin, std::int64_t end, int) {
@@ -191,9 +190,7 @@ void store(Graph& graph, const Array& x, int num_threads) {
                 vector = unit.data();
             }
             graph.keep(slot, vector);
-            if (p.storage == HnswStorage::vectors) continue;
-            vector = graph.vector(slot, unit.data());
-            graph.set_factors(slot, integers->encode(vector, p.dim, p.code_width(), graph.codes[slot]));
+            graph.encode(slot, unit.data());
         }
     });
 }
@@ -237,7 +234,8 @@ void HnswIndex::remove(const Array& ids) {
     graph_->live -= count;
 }
 
-/// Where most slots are removed, few links are left to go by: the others are linked as if they were added now.
+/// A growing one. Where most slots are removed, few links are left to go by: the others are linked as if they were
+/// added now.
 std::shared_ptr<Graph> HnswIndex::without_removed(Cpu cpu) const {
     const Graph& from = *graph_;
     std::vector<std::uint32_t> slots;
@@ -249,17 +247,24 @@ std::shared_ptr<Graph> HnswIndex::without_removed(Cpu cpu) const {
         names.push_back(from.ids[slot]);
         levels.push_back(from.levels[slot]);
     }
-    auto graph = std::make_shared<Graph>(Graph(params_), from.live);
+    HnswParams params = params_;
+    params.frozen = false;
+    auto graph = std::make_shared<Graph>(Graph(params), from.live);
     graph->largest_id = from.largest_id;
     const bool anew = 2 * from.live < from.n;
     graph->append(from.live, names.data(), anew ? nullptr : levels.data());
     const std::int64_t rows = std::max<std::int64_t>(1, (1 << 16) / params_.dim);
     parallel_for(from.live, rows, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
+        std::vector<float> scratch(params_.dim);
         for (std::int64_t slot = begin; slot < end; ++slot) {
             std::copy_n(from.vectors[slots[slot]], from.vectors.width(), graph->vectors[slot]);
-            std::copy_n(from.codes[slots[slot]], from.codes.width(), graph->codes[slot]);
             std::copy_n(from.factors[slots[slot]], from.factors.width(), graph->factors[slot]);
             std::copy_n(from.scales[slots[slot]], from.scales.width(), graph->scales[slot]);
+            if (params_.frozen) {
+                graph->encode(slot, scratch.data());
+            } else {
+                std::copy_n(from.codes[slots[slot]], from.codes.width(), graph->codes[slot]);
+            }
         }
     });
     Builder builder(*graph, idle_, cpu.num_threads);
@@ -269,9 +274,9 @@ std::shared_ptr<Graph> HnswIndex::without_removed(Cpu cpu) const {
 
 std::unique_ptr<HnswIndex> HnswIndex::compacted(Cpu cpu) const {
     const auto lock = reading();
-    require_not_frozen(compact_op);
-    auto index = std::make_unique<HnswIndex>(params_);
-    index->graph_ = without_removed(cpu);
+    const auto graph = without_removed(cpu);
+    auto index = std::make_unique<HnswIndex>(graph->params);
+    index->graph_ = graph;
     return index;
 }
 

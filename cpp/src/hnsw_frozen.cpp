@@ -169,6 +169,7 @@ std::unique_ptr<HnswIndex> HnswIndex::freeze(Cpu cpu) const {
     to.n = to.capacity = to.live = from.n;
     to.largest_id = from.largest_id;
     to.vectors = Rows<std::uint8_t>(to.n, params.vector_bytes());
+    to.factors = Rows<float>(to.n, params.factor_count());
     to.scales = Rows<float>(to.n, params.scale_count());
     to.codes = Rows<std::uint8_t>(to.n, params.code_width());
     to.frame = Rows<float>(frame_rows, params.dim);
@@ -197,7 +198,8 @@ std::unique_ptr<HnswIndex> HnswIndex::freeze(Cpu cpu) const {
                      std::vector<float> residual(params.dim);
                      for (std::int64_t slot = begin; slot < end; ++slot) {
                          std::copy_n(from.vectors[order[slot]], params.vector_bytes(), to.vectors[slot]);
-                         if (params.scale_count() > 0) *to.scales[slot] = from.scale(order[slot]);
+                         std::copy_n(from.factors[order[slot]], params.factor_count(), to.factors[slot]);
+                         std::copy_n(from.scales[order[slot]], params.scale_count(), to.scales[slot]);
                          encode(to, slot, residual.data());
                          copy_row(slot, 0);
                          sort_links(from, order[slot], order.data(), to.links[slot], to.links.width());

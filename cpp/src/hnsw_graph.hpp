@@ -88,7 +88,7 @@ struct Graph {
     Rows<std::uint8_t> vectors;  // bytes of params.kept
     Rows<std::uint8_t> codes;    // of integers: see IntegerRows; frozen: see BitRows; else width 0
     Rows<float> factors;
-    Rows<float> scales;  // of vectors in int8 that are not walked by; else width 0
+    Rows<float> scales;  // of vectors in int8 whose scales `factors` do not have; else width 0
     Rows<float> frame;   // frozen: see HnswState
     Rows<std::uint32_t> links;
     std::vector<std::uint32_t> upper_links;
@@ -149,6 +149,12 @@ struct Graph {
         }
     }
 
+    /// Codes of integers of the vector that is kept. Scratch: (dim,).
+    void encode(std::int64_t slot, float* scratch) const {
+        if (params.storage == HnswStorage::vectors) return;
+        const IntegerDistanceKernels& kernel = *integer_kernels(params);
+        set_factors(slot, kernel.encode(vector(slot, scratch), params.dim, codes.width(), codes[slot]));
+    }
     void set_factors(std::int64_t slot, const IntegerCode& code) const {
         factors[slot][0] = code.scale;
         factors[slot][1] = params.metric == Metric::l2 ? code.squares : 0;

@@ -171,7 +171,7 @@ class Index(_files.Saved):
 
     @property
     def frozen(self) -> bool:
-        """Whether `freeze` made the index: it cannot be changed."""
+        """Whether `freeze` made the index, and nothing has changed it since."""
         return bool(self._core.frozen())
 
     def __len__(self) -> int:
@@ -206,7 +206,7 @@ class Index(_files.Saved):
         ------
         ValueError
             Another shape, NaN or Inf, numbers too large for what vectors are kept in, an id twice or in the index
-            already, a frozen index. The index is as it was before.
+            already. The index is as it was before.
         TypeError
             Vectors of another dtype, ids that are not integers.
         KeyboardInterrupt
@@ -233,7 +233,9 @@ class Index(_files.Saved):
                 if first + n > 2**63:
                     raise ValueError(f"{op}: ids must be given, no numbers are left after {first - 1}")
                 names = np.arange(first, first + n, dtype=np.int64)
-            _backend.run(op, "hnsw_reserve", x, self._core, x, names, num_threads=num_threads)
+            core = self._growing(op, num_threads)
+            _backend.run(op, "hnsw_reserve", x, core, x, names, num_threads=num_threads)
+            self._core = core
             for begin in range(0, n, _CHUNK):
                 chunk = slice(begin, begin + _CHUNK)
                 _backend.run(op, "hnsw_add", x, self._core, x[chunk], names[chunk], num_threads=num_threads)
@@ -350,9 +352,9 @@ class Index(_files.Saved):
         IndexError
             An id that is not in the index; then nothing is removed.
         ValueError
-            An id twice, a frozen index.
+            An id twice.
         KeyboardInterrupt
-            Ctrl-C ends the call within a second; the vectors are removed.
+            Ctrl-C ends the call within a second; the vectors are removed, or none is.
 
         Notes
         -----
@@ -363,7 +365,9 @@ class Index(_files.Saved):
         op = "hnsw.Index.remove"
         names = as_ids(op, "ids", ids)
         with self._changing:
-            _backend.run(op, "hnsw_remove", names, self._core, names)
+            core = self._growing(op, num_threads)
+            _backend.run(op, "hnsw_remove", names, core, names)
+            self._core = core
             self._compact_if_mostly_removed(op, num_threads)
 
     def compact(self, *, num_threads: int | None = None) -> None:
@@ -376,8 +380,6 @@ class Index(_files.Saved):
 
         Raises
         ------
-        ValueError
-            A frozen index.
         KeyboardInterrupt
             Ctrl-C ends the call within a second; the index is as it was before.
 
@@ -402,12 +404,14 @@ class Index(_files.Saved):
         >>> index.ids
         array([20, 30])
         """
-        op = "hnsw.Index.compact"
-        if self.frozen:
-            raise ValueError(f"{op}: index must not be frozen, got one that freeze returned")
+        threads = _backend.threads("hnsw.Index.compact", num_threads)
         with self._changing:
             if self._core.slots() > len(self):
-                self._core = _core.hnsw_compact(self._core, _backend.threads(op, num_threads))
+                self._core = _core.hnsw_compact(self._core, threads)
+
+    def _growing(self, op: str, num_threads: int | None) -> _core.HnswIndex:
+        """Return what can be changed: where the index is frozen, a copy that is not."""
+        return _core.hnsw_compact(self._core, _backend.threads(op, num_threads)) if self.frozen else self._core
 
     def _compact_if_mostly_removed(self, op: str, num_threads: int | None) -> None:
         threads = _backend.threads(op, num_threads)
@@ -437,7 +441,7 @@ class Index(_files.Saved):
         Raises
         ------
         ValueError
-            Another shape, NaN or Inf, k below 1, a frozen index.
+            Another shape, NaN or Inf, k below 1.
         TypeError
             Queries of another dtype.
         KeyboardInterrupt
@@ -475,9 +479,8 @@ class Index(_files.Saved):
         k = as_count(op, "k", k)
         require_cpu(op, "queries", x)
         _backend.require_finite(op, "queries", x, num_threads)
-        if self.frozen:
-            raise ValueError(f"{op}: index must not be frozen, got one that freeze returned")
         with self._changing, reporting(op, progress, n, "queries") as count:
+            self._core = self._growing(op, num_threads)
             ranks = self._nearest(op, as_float32(x), k, count, num_threads)
             for one, next_one in itertools.pairwise(ranks):
                 _backend.run(op, "hnsw_link", one, self._core, one, next_one, num_threads=num_threads)
@@ -508,7 +511,7 @@ class Index(_files.Saved):
         return ranks
 
     def freeze(self, *, num_threads: int | None = None) -> Index:
-        """Return a read-only copy that searches faster: less memory to read on the way, in a better order.
+        """Return a copy that searches faster until it is changed: less memory to read on the way, in a better order.
 
         Each vector x has a code of two bits an element, which stands for R (x - c): c is the mean of all vectors, R a
         random rotation that makes elements about normal, whatever the data. Walks compare the signs, one cache line
@@ -523,9 +526,9 @@ class Index(_files.Saved):
         Returns
         -------
         Index
-            With the same ids, vectors and parameters, and `frozen` true, without what was removed (see `compact`). Its
-            `add` and `remove` are refused: change this index and freeze it again. It is searched, saved and loaded as
-            any index.
+            With the same ids, vectors and parameters, and `frozen` true, without what was removed (see `compact`). It
+            is searched, saved and loaded as any index. Its first `add`, `remove` or `fit_queries` thaws it: makes the
+            codes that `storage` says in place of these, in the time to read all vectors. Freeze it again afterwards.
 
         Raises
         ------
@@ -600,9 +603,10 @@ class Index(_files.Saved):
 
         Notes
         -----
-        The tensors are `vectors`, `links`, `levels`, `upper_links`, `ids`, `removed`; with "int8" and "int4" `factors`
-        and, where vectors are kept otherwise, `codes`; frozen `codes` and `frame` (c, and the signs that make R).
-        bfloat16 is written as its bits (U16), int8 as 128 and more (U8), with `scales` where `factors` are not theirs.
+        The tensors are `vectors`, `links`, `levels`, `upper_links`, `ids`, `removed`; with "int8" and "int4" `codes`
+        and `factors` (scales, and squared norms for "l2"); frozen other `codes` and `frame` (c, and the signs that make
+        R). bfloat16 is written as its bits (U16), vectors in int8 as codes are (U8, 128 for 0), with `scales`, or,
+        where they are all that is kept, with `factors` and no `codes`.
         """
         tensors, entry, largest_id = _core.hnsw_state(self._core)
         params = {**self._params, "entry": entry, "largest_id": largest_id}

@@ -66,7 +66,7 @@ struct HnswParams {
         return kept == DType::i8 ? integer_width(HnswStorage::int8) : dim * static_cast<std::int64_t>(size_of(kept));
     }
     /// Of vectors in int8, where `factors` are not theirs.
-    std::int64_t scale_count() const { return kept == DType::i8 && code_width() > 0 ? 1 : 0; }
+    std::int64_t scale_count() const { return kept == DType::i8 && storage != HnswStorage::vectors ? 1 : 0; }
 
     /// Whether walks compare rows of integers (see IntegerRows): codes, or else the vectors.
     bool integers() const { return !frozen && (storage != HnswStorage::vectors || kept == DType::i8); }
@@ -76,7 +76,9 @@ struct HnswParams {
         if (frozen) return first_width() + second_width();
         return storage == HnswStorage::vectors ? 0 : integer_width(storage);
     }
-    std::int64_t factor_count() const { return integers() ? 2 : 0; }
+    std::int64_t factor_count() const {
+        return (storage == HnswStorage::vectors ? kept == DType::i8 : !frozen) ? 2 : 0;
+    }
     std::int64_t bit_plane() const { return (dim + 31) / 32 * 4; }  // bytes of a bit an element
     std::int64_t first_width() const { return (bit_plane() + 12 + 63) / 64 * 64; }
     std::int64_t second_width() const {
@@ -98,7 +100,7 @@ struct HnswState {
     Array scales;             // (n,) float32, of vectors in int8 where scale_count() is not 0
     Array codes;              // (n, code_width()) uint8, where that is not 0; else absent. Frozen: all first parts of
                               // codes, then all second parts
-    Array factors;            // (n, 2) float32, where walks compare integers: a scale, and 0 or (l2) squared norm
+    Array factors;            // (n, 2) float32, of codes or vectors of integers: a scale, and 0 or (l2) squared norm
     Array frame;              // (5, dim) float32, of frozen ones: the centre of all vectors, and what rotates them
     Array links;              // (n, 2 m) uint32: a slot's neighbours at level 0, then no_link to the end
     Array levels;             // (n,) uint8
@@ -130,8 +132,7 @@ public:
     static constexpr const char *add_op = "hnsw.Index.add", *search_op = "hnsw.Index.search",
                                 *get_op = "hnsw.Index.get", *remove_op = "hnsw.Index.remove",
                                 *ids_op = "hnsw.Index.ids", *load_op = "hnsw.Index.load",
-                                *freeze_op = "hnsw.Index.freeze", *fit_op = "hnsw.Index.fit_queries",
-                                *compact_op = "hnsw.Index.compact";
+                                *freeze_op = "hnsw.Index.freeze", *fit_op = "hnsw.Index.fit_queries";
 
     explicit HnswIndex(const HnswParams& params);
 
@@ -166,7 +167,7 @@ public:
     /// Links slots from[i] and to[i] (n,) both ways at level 0, in this order, where rows have room. -1: none.
     void link(const Array& from, const Array& to);
 
-    /// A copy without the slots of removed vectors.
+    /// A copy without the slots of removed vectors, which grows even where this one is frozen.
     std::unique_ptr<HnswIndex> compacted(Cpu cpu) const;
 
     /// A copy that cannot be changed, with slots in the order of the walk and codes of two bits an element.
