@@ -228,13 +228,12 @@ class Index(_files.Saved):
         if names is not None and len(names) != n:
             raise ValueError(f"{op}: ids must have one entry a vector ({n}), got {len(names)}")
         with self._changing, reporting(op, progress, n, "vectors") as count:
-            self._compact_if_mostly_removed(op, num_threads)
+            core = self._growing(op, num_threads)
             if names is None:
                 first = max(0, self._core.largest_id() + 1)
                 if first + n > 2**63:
                     raise ValueError(f"{op}: ids must be given, no numbers are left after {first - 1}")
                 names = np.arange(first, first + n, dtype=np.int64)
-            core = self._growing(op, num_threads)
             _backend.run(op, "hnsw_reserve", x, core, x, names, num_threads=num_threads)
             self._core = core
             for begin in range(0, n, _CHUNK):
@@ -369,7 +368,7 @@ class Index(_files.Saved):
             core = self._growing(op, num_threads)
             _backend.run(op, "hnsw_remove", names, core, names)
             self._core = core
-            self._compact_if_mostly_removed(op, num_threads)
+            self._core = self._growing(op, num_threads)
 
     def compact(self, *, num_threads: int | None = None) -> None:
         """Give back the memory of removed vectors, and the time that searches take to pass through them.
@@ -411,13 +410,11 @@ class Index(_files.Saved):
                 self._core = _core.hnsw_compact(self._core, threads)
 
     def _growing(self, op: str, num_threads: int | None) -> _core.HnswIndex:
-        """Return what can be changed: where the index is frozen, a copy that is not."""
-        return _core.hnsw_compact(self._core, _backend.threads(op, num_threads)) if self.frozen else self._core
-
-    def _compact_if_mostly_removed(self, op: str, num_threads: int | None) -> None:
+        """Return what can be changed: a copy where the index is frozen, or more slots are removed than left."""
         threads = _backend.threads(op, num_threads)
-        if self._core.slots() > 2 * len(self):
-            self._core = _core.hnsw_compact(self._core, threads)
+        if self.frozen or self._core.slots() > 2 * len(self):
+            return _core.hnsw_compact(self._core, threads)
+        return self._core
 
     def fit_queries(
         self, queries: Array, *, k: int = 100, progress: Progress = None, num_threads: int | None = None
