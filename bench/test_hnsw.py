@@ -281,16 +281,20 @@ def test_search_fitted(curve, data, threads, k, settings):
     assert points["polyvec"][1]["recall"] > points["polyvec, not fitted"][1]["recall"] + 0.01
 
 
-def test_search_encodings(curve, data, threads):
-    """Inner products of 300 query encodings with those of 5,183 documents, 10,240 wide; one query a call."""
-    tokens = np.load(data / "scifact" / "tokens.npz")
+@pytest.mark.parametrize(("name", "repetitions"), [("scifact", 20), ("cranfield", 20), ("cranfield", 10)])
+def test_search_encodings(curve, data, threads, name, repetitions):
+    """Encodings of 300 queries and 5,183 documents (scifact), or 125 and 1,400 (cranfield), 512 elements a repetition:
+    inner products, one query a call.
+    """
+    tokens = np.load(data / name / "tokens.npz")
     queries, docs = (
         pv.Ragged(tokens[f"{side}_tokens"].astype(np.float32), tokens[f"{side}_offsets"].astype(np.int64))
         for side in ("query", "doc")
     )
-    encoder = pv.fde.Encoder(128)
+    encoder = pv.fde.Encoder(128, repetitions=repetitions)
     x, sample = encoder.encode_docs(docs), encoder.encode_queries(queries)
-    queries, sample = sample[:300], sample[300:]
+    count = {"scifact": 300, "cranfield": 125}[name]
+    queries, sample = sample[:count], sample[count:]
     truth = pv.scan.topk(queries, x, 100, metric="ip")[1]
 
     def build(storage, fit=False):
@@ -409,15 +413,15 @@ def clustered(n):
     return x[:n], x[n:]
 
 
-def million_polyvec(storage):
+def million_polyvec(storage, freeze=False):
     def build(x, path, threads):
         index = pv.hnsw.Index(x.shape[1], metric="l2", storage=storage, m=M, ef_construction=FEW_CANDIDATES)
         index.add(x, num_threads=threads)
-        index.save(path)
+        (index.freeze(num_threads=threads) if freeze else index).save(path)
 
     def load(path, threads, dim, *, mmap=False):
         index = pv.hnsw.Index.load(path, mmap=mmap)
-        return index, lambda queries, ef: index.search(queries, K, ef=ef, num_threads=threads)[1]
+        return lambda queries, ef: index.search(queries, K, ef=ef, num_threads=threads)[1]
 
     return build, load
 
@@ -438,18 +442,36 @@ def million_hnswlib():
             index.set_ef(ef)
             return index.knn_query(queries, K, num_threads=threads)[0].astype(np.int64)
 
-        return index, search
+        return search
 
     return build, load
 
 
-MILLIONS = {
+def million_symphonyqg():
+    def build(x, path, threads):
+        index = pytest.importorskip("rabitqlib").SymqgIndex(x.shape[1], 2 * M, "l2")
+        index.build(x, FEW_CANDIDATES, threads)
+        index.save(str(path))
+
+    def load(path, threads, dim):
+        index = pytest.importorskip("rabitqlib").SymqgIndex.load(str(path))
+
+        def search(queries, ef):
+            results = map(np.asarray, index.search(queries, K, ef, threads))
+            return next(a for a in results if a.dtype.kind in "ui").astype(np.int64)
+
+        return search
+
+    return build, load
+
+
+GROWING = {
     "polyvec": million_polyvec("int4"),
     "polyvec, int8": million_polyvec("int8"),
     "polyvec, float32": million_polyvec("float32"),
-    "polyvec, float16": million_polyvec("float16"),
     "hnswlib": million_hnswlib(),
 }
+STATIC = {"polyvec, frozen": million_polyvec("int4", freeze=True), "symphonyqg": million_symphonyqg()}
 
 
 @pytest.fixture(scope="module")
@@ -459,8 +481,9 @@ def million(request, threads):
         pytest.skip("takes minutes to build: needs --large FOLDER")
     folder = pathlib.Path(request.config.getoption("--large"))
     x, queries = clustered(MILLION)
-    files = {name: folder / f"{name.replace(', ', '-')}.graph" for name in MILLIONS}
-    for name, (build, _) in MILLIONS.items():
+    contenders = {**GROWING, **STATIC}
+    files = {name: folder / f"{name.replace(', ', '-')}.graph" for name in contenders}
+    for name, (build, _) in contenders.items():
         if files[name].exists():
             continue
         wall, cpu = time.perf_counter(), time.process_time()
@@ -474,7 +497,7 @@ def million(request, threads):
 def test_search_million(curve, note, benchmark, million, threads):
     """Built with `threads`, on whatever else the machine did: compare seconds of CPU."""
     files, queries, truth, took = million
-    searches = {name: MILLIONS[name][1](files[name], threads, queries.shape[1])[1] for name in files}
+    searches = {name: load(files[name], threads, queries.shape[1]) for name, (_, load) in GROWING.items()}
     ours, rivals = contenders_of(searches, queries)
     points = curve(ours, rivals, settings=[16, 32, 64, 128, 256, 512], recall=recall_of(truth), queries=len(queries))
     benchmark.extra_info["build"] = took
@@ -482,13 +505,26 @@ def test_search_million(curve, note, benchmark, million, threads):
     assert points["polyvec"][-1]["recall"] > 0.98
 
 
+@pytest.mark.parametrize("batch", [1000, 1])
+def test_search_frozen_million(curve, million, threads, batch):
+    files, queries, truth, _ = million
+    searches = {name: load(files[name], threads, queries.shape[1]) for name, (_, load) in STATIC.items()}
+
+    def in_batches(search):
+        parts = [queries[i : i + batch] for i in range(0, len(queries), batch)]
+        return lambda _, ef: np.concatenate([search(part, ef) for part in parts])
+
+    ours, rivals = contenders_of({name: in_batches(search) for name, search in searches.items()}, None)
+    points = curve(ours, rivals, settings=[16, 32, 64, 128, 256], recall=recall_of(truth), queries=len(queries))
+    assert points["polyvec"][-1]["recall"] > 0.98
+
+
 def test_open_million(compare, million):
     files, queries, _, _ = million
     dim = queries.shape[1]
-    load, load_hnswlib = MILLIONS["polyvec"][1], MILLIONS["hnswlib"][1]
+    load, load_hnswlib = GROWING["polyvec"][1], GROWING["hnswlib"][1]
 
-    def check(opened):
-        _, search = opened
+    def check(search):
         assert search(queries[:1], 16).shape == (1, K)
 
     compare(
