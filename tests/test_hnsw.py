@@ -294,6 +294,26 @@ def test_levels_are_geometric(rng):
 
 
 @pytest.mark.parametrize("storage", STORAGES)
+def test_a_graph_without_hierarchy(data, tmp_path, storage):
+    x = ref.unit(read(data / "wordnet-minilm" / "base_i8.npy.xz")[:3000]).astype(np.float32)
+    queries = ref.unit(read(data / "wordnet-minilm" / "queries.npy.xz")[:200]).astype(np.float32)
+    index = build(x, "ip", **STORAGES[storage], hierarchy=False, ef_construction=100, num_threads=2)
+    index.remove(np.arange(0, 600, 2))
+    rows = np.delete(np.arange(3000), np.arange(0, 600, 2))
+    truth = ref.search(queries, x[rows], 10, "ip", rows)[1]
+    index.save(tmp_path / "flat.pv")
+    compacted = pv.hnsw.Index.load(tmp_path / "flat.pv")
+    compacted.compact()
+    for each in (index, compacted, index.freeze()):
+        assert "hierarchy=False" in repr(each)
+        tensors = tensors_of(each)
+        assert_exact(tensors["levels"], np.zeros(len(tensors["ids"])))
+        assert tensors["upper_links"].size == 0
+        assert ref.recall(each.search(queries, 10, ef=64)[1], truth) > 0.97
+    assert index.nbytes < build(x, "ip", **STORAGES[storage], ef_construction=100).nbytes
+
+
+@pytest.mark.parametrize("storage", STORAGES)
 def test_search_does_not_depend_on_threads_or_company(rng, isa, storage):
     index = build(sample(rng, 500, 33), **STORAGES[storage])
     index.remove(np.arange(0, 500, 9))

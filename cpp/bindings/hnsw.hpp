@@ -33,22 +33,25 @@ inline std::shared_ptr<const void> keep_alive(py::object object) {
 /// The index takes its locks without the GIL: its holder may be waiting for the GIL to look for Ctrl-C.
 inline void bind_hnsw(py::module_& m) {
     using Unlocked = py::call_guard<py::gil_scoped_release>;
-    const auto params = [](std::int64_t dim, const std::string& metric, const std::string& storage,
-                           const std::string& kept, std::int64_t m, std::int64_t ef_construction, std::uint64_t seed,
-                           bool frozen = false) {
-        constexpr const char* op = "hnsw.Index";
-        return HnswParams{
-            dim,   metric_from(op, metric), storage_from(op, storage), kept_from(op, kept), m, ef_construction, seed,
-            frozen};
-    };
-    py::class_<HnswIndex>(m, "HnswIndex")
-        .def(py::init([params](std::int64_t dim, const std::string& metric, const std::string& storage,
-                               const std::string& kept, std::int64_t m, std::int64_t ef_construction,
-                               std::uint64_t seed) {
-                 return std::make_unique<HnswIndex>(params(dim, metric, storage, kept, m, ef_construction, seed));
+    py::class_<HnswParams>(m, "HnswParams")
+        .def(py::init([](std::int64_t dim, const std::string& metric, const std::string& storage,
+                         const std::string& kept, std::int64_t m, std::int64_t ef_construction, bool hierarchy,
+                         std::uint64_t seed, bool frozen) {
+                 constexpr const char* op = "hnsw.Index";
+                 return HnswParams{dim,
+                                   metric_from(op, metric),
+                                   storage_from(op, storage),
+                                   kept_from(op, kept),
+                                   m,
+                                   ef_construction,
+                                   hierarchy,
+                                   seed,
+                                   frozen};
              }),
              py::arg("dim"), py::arg("metric"), py::arg("storage"), py::arg("kept"), py::arg("m"),
-             py::arg("ef_construction"), py::arg("seed"))
+             py::arg("ef_construction"), py::arg("hierarchy"), py::arg("seed"), py::arg("frozen"));
+    py::class_<HnswIndex>(m, "HnswIndex")
+        .def(py::init<const HnswParams&>(), py::arg("params"))
         .def("size", &HnswIndex::size, Unlocked())
         .def("slots", &HnswIndex::slots, Unlocked())
         .def("bytes", &HnswIndex::bytes, Unlocked())
@@ -57,10 +60,7 @@ inline void bind_hnsw(py::module_& m) {
         .def("frozen", [](const HnswIndex& index) { return index.params().frozen; });
     m.def(
         "hnsw_load",
-        [params](std::int64_t dim, const std::string& metric, const std::string& storage, const std::string& kept,
-                 std::int64_t m, std::int64_t ef_construction, std::uint64_t seed, bool frozen, std::int64_t entry,
-                 std::int64_t largest_id, const Tensors& tensors) {
-            const HnswParams p = params(dim, metric, storage, kept, m, ef_construction, seed, frozen);
+        [](const HnswParams& p, std::int64_t entry, std::int64_t largest_id, const Tensors& tensors) {
             Args args = args_for<Cpu>(HnswIndex::load_op, 0);
             const auto in = [&](const char* name) { return args.in(name, tensors[name]); };
             const auto in_if = [&](bool there, const char* name) { return there ? in(name) : Array{}; };
@@ -80,9 +80,7 @@ inline void bind_hnsw(py::module_& m) {
             const py::gil_scoped_release nogil;
             return std::make_unique<HnswIndex>(p, state);
         },
-        py::arg("dim"), py::arg("metric"), py::arg("storage"), py::arg("kept"), py::arg("m"),
-        py::arg("ef_construction"), py::arg("seed"), py::arg("frozen"), py::arg("entry"), py::arg("largest_id"),
-        py::arg("tensors"));
+        py::arg("params"), py::arg("entry"), py::arg("largest_id"), py::arg("tensors"));
     const auto bind_copy = [&m](const char* name, auto call) {
         m.def(
             name,

@@ -228,6 +228,7 @@ private:
     }
     /// Geometric: one slot in m^l reaches level l. Depends on nothing but the seed and the slot.
     std::uint8_t random_level(std::int64_t slot) const {
+        if (!params.hierarchy) return 0;
         const double u = 1 - Random(params.seed, static_cast<std::uint64_t>(slot)).uniform();
         const double level = -std::log(u) / std::log(static_cast<double>(params.m));
         return static_cast<std::uint8_t>(std::min<double>(level, max_level));

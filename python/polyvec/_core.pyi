@@ -4,10 +4,22 @@ from __future__ import annotations
 import collections.abc
 import typing
 
-class HnswIndex:
+class HnswParams:
     def __init__(
-        self, dim: int, metric: str, storage: str, kept: str, m: int, ef_construction: int, seed: int
+        self,
+        dim: int,
+        metric: str,
+        storage: str,
+        kept: str,
+        m: int,
+        ef_construction: int,
+        hierarchy: bool,
+        seed: int,
+        frozen: bool,
     ) -> None: ...
+
+class HnswIndex:
+    def __init__(self, params: HnswParams) -> None: ...
     def bytes(self) -> int: ...
     def contains(self, id: int) -> bool: ...
     def frozen(self) -> bool: ...
@@ -111,19 +123,7 @@ def hnsw_freeze(index: HnswIndex, where: int) -> HnswIndex: ...
 def hnsw_get(index: HnswIndex, ids: typing.Any, out: typing.Any, where: int) -> None: ...
 def hnsw_ids(index: HnswIndex, ids: typing.Any, where: int) -> None: ...
 def hnsw_link(index: HnswIndex, from_slots: typing.Any, to_slots: typing.Any, where: int) -> None: ...
-def hnsw_load(
-    dim: int,
-    metric: str,
-    storage: str,
-    kept: str,
-    m: int,
-    ef_construction: int,
-    seed: int,
-    frozen: bool,
-    entry: int,
-    largest_id: int,
-    tensors: dict[str, typing.Any],
-) -> HnswIndex: ...
+def hnsw_load(params: HnswParams, entry: int, largest_id: int, tensors: dict[str, typing.Any]) -> HnswIndex: ...
 def hnsw_remove(index: HnswIndex, ids: typing.Any, where: int) -> None: ...
 def hnsw_reserve(index: HnswIndex, vectors: typing.Any, ids: typing.Any, where: int) -> None: ...
 def hnsw_search(

@@ -72,6 +72,9 @@ class Index(_files.Saved):
         Links of a vector, in [2, 1024]; 2 m at the ground level. More serve high recall and many dimensions.
     ef_construction : int
         Candidates kept while linking a vector. More give a better graph and take longer.
+    hierarchy : bool
+        False: all vectors take part at the ground level alone, where searches start at the first of them. Recall and
+        speed are about the same; frozen graphs gain from knowing which vectors every search passes.
     seed : int
         Of the random levels, at least 0.
 
@@ -121,6 +124,7 @@ class Index(_files.Saved):
         rerank: Kept | None = None,
         m: int = 16,
         ef_construction: int = 200,
+        hierarchy: bool = True,
         seed: int = 0,
     ) -> None:
         op = self._KIND
@@ -132,20 +136,22 @@ class Index(_files.Saved):
             "ef_construction": as_count(op, "ef_construction", ef_construction),
             "seed": as_count(op, "seed", seed, least=0),
         }
+        if not hierarchy:
+            self._params["hierarchy"] = False
         if rerank is not None:
             if storage in _FLOATS:
                 raise ValueError(f"{op}: rerank must be None unless storage is 'int8' or 'int4', got {rerank!r}")
             if choice(op, "rerank", rerank, (*_FLOATS, "int8")) != "float32":
                 self._params["rerank"] = rerank
-        self._core = _core.HnswIndex(**self._core_params())
+        self._core = _core.HnswIndex(self._core_params())
         self._changing = threading.RLock()  # one change at a time; `progress` may look at the index
 
-    def _core_params(self) -> dict[str, Any]:
-        params = dict(self._params)
+    def _core_params(self, *, frozen: bool = False) -> _core.HnswParams:
+        params = {"hierarchy": True, "frozen": frozen, **self._params}
         storage, rerank = params.pop("storage"), params.pop("rerank", "float32")
         if storage in _FLOATS or storage == rerank:
-            return {**params, "storage": "vectors", "kept": storage}
-        return {**params, "storage": storage, "kept": rerank}
+            storage, rerank = "vectors", storage
+        return _core.HnswParams(**params, storage=storage, kept=rerank)
 
     @property
     def dim(self) -> int:
@@ -629,10 +635,10 @@ class Index(_files.Saved):
             A state that does not fit together.
         """
         params = dict(state.params)
-        graph = {"entry": params.pop("entry"), "largest_id": params.pop("largest_id", -1)}
-        graph["frozen"] = params.pop("frozen", False)
+        entry, largest_id = params.pop("entry"), params.pop("largest_id", -1)
+        frozen = params.pop("frozen", False)
         index = cls(**params)
-        index._core = _core.hnsw_load(**index._core_params(), **graph, tensors=dict(state.tensors))
+        index._core = _core.hnsw_load(index._core_params(frozen=frozen), entry, largest_id, dict(state.tensors))
         return index
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -49,6 +49,7 @@ struct HnswParams {
     DType kept = DType::f32;  // or f16, bf16, i8: as codes of int8 are, each with its scale
     std::int64_t m = 16;
     std::int64_t ef_construction = 200;
+    bool hierarchy = true;  // else all slots are of level 0
     std::uint64_t seed = 0;
     bool frozen = false;  // made by freeze: codes are of two bits an element whatever the storage, and nothing changes
 
