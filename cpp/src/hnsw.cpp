@@ -181,6 +181,7 @@ void store(Graph& graph, const Array& x, int num_threads) {
     const std::int64_t rows = std::max<std::int64_t>(1, (1 << 16) / p.dim);
     parallel_for(x.dim(0), rows, num_threads, [&](std::int64_t begin, std::int64_t end, int) {
         std::vector<float> unit(p.dim);
+        std::vector<std::uint8_t> values(graph.code_elements());
         for (std::int64_t i = begin; i < end; ++i) {
             const std::int64_t slot = graph.n + i;
             const float* vector = as_floats(row_of(x, i), given, p.dim, unit.data());
@@ -190,7 +191,7 @@ void store(Graph& graph, const Array& x, int num_threads) {
                 vector = unit.data();
             }
             graph.keep(slot, vector);
-            graph.encode(slot, unit.data());
+            graph.encode(slot, unit.data(), values.data());
         }
     });
 }
@@ -256,12 +257,13 @@ std::shared_ptr<Graph> HnswIndex::without_removed(Cpu cpu) const {
     const std::int64_t rows = std::max<std::int64_t>(1, (1 << 16) / params_.dim);
     parallel_for(from.live, rows, cpu.num_threads, [&](std::int64_t begin, std::int64_t end, int) {
         std::vector<float> scratch(params_.dim);
+        std::vector<std::uint8_t> values(graph->code_elements());
         for (std::int64_t slot = begin; slot < end; ++slot) {
             std::copy_n(from.vectors[slots[slot]], from.vectors.width(), graph->vectors[slot]);
             std::copy_n(from.factors[slots[slot]], from.factors.width(), graph->factors[slot]);
             std::copy_n(from.scales[slots[slot]], from.scales.width(), graph->scales[slot]);
             if (params_.frozen) {
-                graph->encode(slot, scratch.data());
+                graph->encode(slot, scratch.data(), values.data());
             } else {
                 std::copy_n(from.codes[slots[slot]], from.codes.width(), graph->codes[slot]);
             }

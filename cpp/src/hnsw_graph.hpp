@@ -141,23 +141,37 @@ struct Graph {
         if (params.kept == DType::f32) {
             std::copy_n(x, params.dim, reinterpret_cast<float*>(vectors[slot]));
         } else if (params.kept == DType::i8) {
-            const IntegerCode code = kernels().int8_distance->encode(x, params.dim, vectors.width(), vectors[slot]);
-            scales.width() > 0 ? void(*scales[slot] = code.scale) : set_factors(slot, code);
+            IntegerCode code = kernels().int8_distance->encode(x, params.dim, vectors.width(), vectors[slot]);
+            if (params.metric == Metric::cosine && code.squares > 0) code.scale /= std::sqrt(code.squares);
+            scales.width() > 0 ? void(*scales[slot] = code.scale) : set_factors(slot, code.scale, code.squares);
         } else {
             const auto round = params.kept == DType::f16 ? to_float16 : to_bfloat16;
             std::transform(x, x + params.dim, reinterpret_cast<std::uint16_t*>(vectors[slot]), round);
         }
     }
 
-    /// Codes of integers of the vector that is kept. Scratch: (dim,).
-    void encode(std::int64_t slot, float* scratch) const {
+    /// Codes of integers of the vector that is kept, with the scale that makes a code's product with its vector exact:
+    /// so estimates are right on average, as in RaBitQ (Gao and Long 2024), section 3.2. Scratch: (dim,), and `values`,
+    /// as many as a row has elements.
+    void encode(std::int64_t slot, float* scratch, std::uint8_t* values) const {
         if (params.storage == HnswStorage::vectors) return;
         const IntegerDistanceKernels& kernel = *integer_kernels(params);
-        set_factors(slot, kernel.encode(vector(slot, scratch), params.dim, codes.width(), codes[slot]));
+        const float* const x = vector(slot, scratch);
+        kernel.encode(x, params.dim, codes.width(), codes[slot]);
+        kernel.query_of_row(codes[slot], codes.width(), values);
+        double square = 0, product = 0;
+        for (std::int64_t i = 0; i < params.dim; ++i) {
+            square += static_cast<double>(x[i]) * x[i];
+            product += static_cast<double>(x[i]) * static_cast<std::int8_t>(values[i]);
+        }
+        set_factors(slot, product > 0 ? static_cast<float>(square / product) : 0, static_cast<float>(square));
     }
-    void set_factors(std::int64_t slot, const IntegerCode& code) const {
-        factors[slot][0] = code.scale;
-        factors[slot][1] = params.metric == Metric::l2 ? code.squares : 0;
+    std::int64_t code_elements() const {
+        return params.integers() ? codes.width() * 8 / integer_kernels(params)->bits : 0;
+    }
+    void set_factors(std::int64_t slot, float scale, float squares) const {
+        factors[slot][0] = scale;
+        factors[slot][1] = params.metric == Metric::l2 ? squares : 0;
     }
     IntegerRows integer_rows() const {
         const Rows<std::uint8_t>& rows = codes.width() > 0 ? codes : vectors;

@@ -75,6 +75,13 @@ def encode(x, bits=8):
     return codes, np.where(size > 1e-36, size / most, np.float32(0))[:, 0]
 
 
+def unbiased_scales(x, codes, bits=8):
+    """Scales (n,) that make products of codes (n, width) with their own vectors (n, d) exact; 0 for zero vectors."""
+    x = x.astype(np.float64)
+    products = (x * (codes[:, : x.shape[1]] - 2.0 ** (bits - 1))).sum(1)
+    return np.divide((x**2).sum(1), products, out=np.zeros(len(x)), where=products > 0)
+
+
 def pack_halves(codes):
     """Of each 128 codes of 4 bits (n, width), the first 64 in the low halves of 64 bytes, the others in the high."""
     low, high = np.moveaxis(codes.reshape(len(codes), -1, 2, 64), 2, 0)

@@ -24,8 +24,8 @@ namespace polyvec {
 /// What walks compare.
 enum class HnswStorage : std::uint8_t {
     vectors,  // as they are kept
-    int8,     // codes beside them, one scale a vector: 127 over its largest element
-    int4,     // the same with 7
+    int8,     // codes beside them: an element over the largest of its vector, in steps of 1 / 127
+    int4,     // the same in steps of 1 / 7
 };
 
 inline HnswStorage storage_from(const char* op, const std::string& name) {
