@@ -1,7 +1,7 @@
-// Rows of two bits an element, and what one query is far from those that ids name.
+// Rows of two to four bits an element, and what one query is far from those that ids name.
 //
-// A row of 384 elements is two cache lines; the high bits are in the first one, and four of five rows turn out too far
-// away by those alone.
+// A row of up to 192 elements is one cache line. One of 384 is two; the high bits are in the first one, and four of
+// five rows turn out too far away by those alone.
 #include "simd.hpp"
 #include "tables.hpp"
 
@@ -194,30 +194,34 @@ POLYVEC_INLINE void add_values(const uint8_t* query, const uint8_t* const* plane
 
 #endif
 
-POLYVEC_INLINE float factor_of(const uint8_t* row, size_t plane, size_t i) noexcept {
+POLYVEC_INLINE float factor_of(const uint8_t* row, size_t factors, size_t i) noexcept {
     float factor;
-    __builtin_memcpy(&factor, row + plane + i * sizeof(float), sizeof factor);
+    __builtin_memcpy(&factor, row + factors + i * sizeof(float), sizeof factor);
     return factor;
 }
 
 void distances(const BitQuery& query, const BitRows& rows, const uint32_t* ids, size_t n, float* out) noexcept {
-    constexpr size_t group = together / 2;
-    const size_t plane = rows.plane;
+    const size_t plane = rows.plane, bits = rows.bits, group = together / bits;
+    const size_t factors = rows.second ? plane : bits * plane;
     for (size_t first = 0; first < n; first += group) {
         const size_t left = n - first < group ? n - first : group;
         const uint8_t* planes[together];
-        for (size_t k = 0; k < group; ++k) {
+        for (size_t k = 0, p = 0; p < together; ++k) {
             const size_t id = ids[first + (k < left ? k : 0)];
-            planes[2 * k] = rows.first + id * rows.first_stride;
-            planes[2 * k + 1] = rows.second + id * rows.second_stride;
+            const uint8_t* const row = rows.first + id * rows.first_stride;
+            planes[p++] = row;
+            for (size_t j = 1; j < bits && p < together; ++j)
+                planes[p++] = rows.second ? rows.second + id * rows.second_stride : row + j * plane;
         }
         int32_t sums[together];
         add_values(query.values, planes, plane, sums);
         for (size_t k = 0; k < left; ++k) {
-            const uint8_t* const row = planes[2 * k];
-            const auto product = static_cast<float>(4 * sums[2 * k] + 2 * sums[2 * k + 1] - 3 * query.sum);
-            out[first + k] = query.constant + factor_of(row, plane, 1) * query.weight +
-                             product * factor_of(row, plane, 2) * query.factor;
+            int32_t sum = 0;
+            for (size_t j = 0; j < bits; ++j) sum = 2 * sum + sums[k * bits + j];
+            const auto product = static_cast<float>(2 * sum - ((1 << bits) - 1) * query.sum);
+            const uint8_t* const row = planes[k * bits];
+            out[first + k] = query.constant + factor_of(row, factors, 1) * query.weight +
+                             product * factor_of(row, factors, 2) * query.factor;
         }
     }
 }

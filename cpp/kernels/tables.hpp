@@ -132,21 +132,22 @@ struct IntegerDistanceKernels {
     void (*decode)(const std::uint8_t* row, float scale, std::size_t d, float* out) noexcept;
 };
 
-/// Rows of two bits an element: value i of a row is (2 * code i - 3) * scale, and roughly its sign times a rough scale.
-/// A plane is `plane` bytes, a multiple of 4 that holds a bit an element; bit i / plane of byte i % plane belongs to
-/// element i. A row's first part is the plane of the high bits of its codes and three floats: rough scale, what is
-/// added to its distances, scale. The plane of the low bits is its second part. Neither begins where a cache line could
-/// be saved, and 16 bytes can be read wherever a plane has one.
+/// Rows of `bits` an element, 2 to 4: value i of a row is (2 * code i - 2^bits + 1) * scale, and roughly its sign times
+/// a rough scale. A plane is `plane` bytes, a multiple of 4 that holds a bit an element; bit i / plane of byte i %
+/// plane belongs to element i. A row's first part is the planes of its codes, that of the high bits first, and three
+/// floats: rough scale, what is added to its distances, scale. Where `second` is not null the bits are two, and the
+/// plane of the low ones is the row's second part. Neither begins where a cache line could be saved, and 16 bytes can
+/// be read wherever a plane has one.
 struct BitRows {
     const std::uint8_t *first, *second;
-    std::size_t first_stride, second_stride, plane;
+    std::size_t first_stride, second_stride, plane, bits;
 };
 
 /// Of a query, whose rounding adds little to that of the rows.
 constexpr int most_bit_value = 31;
 
-/// The distance from a row is constant + weight * what is added + factor * its scale * <values, 2 codes - 3>; roughly
-/// it is that of the signs, and seldom less than this less slack * rough scale.
+/// The distance from a row is constant + weight * what is added + factor * <values, values of the row>; roughly it is
+/// that of the signs, and seldom less than this less slack * rough scale.
 struct BitQuery {
     const std::uint8_t* values;  // as `prepare` writes them, in the kernel's own order
     std::int32_t sum;            // of the values
@@ -159,8 +160,8 @@ struct BitDistanceKernels {
     void (*prepare)(const std::uint8_t* values, std::size_t plane, std::uint8_t* query) noexcept;
     void (*distances)(const BitQuery& query, const BitRows& rows, const std::uint32_t* ids, std::size_t n,
                       float* out) noexcept;
-    /// Writes to `near` those of the n ids whose distance may be `most` or less; returns how many. Asks for the rest of
-    /// their rows.
+    /// Of rows in two parts: writes to `near` those of the n ids whose distance may be `most` or less; returns how
+    /// many. Asks for the rest of their rows.
     std::size_t (*select_near)(const BitQuery& query, const BitRows& rows, const std::uint32_t* ids, std::size_t n,
                                float most, std::uint32_t* near) noexcept;
 };

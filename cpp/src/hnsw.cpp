@@ -409,7 +409,7 @@ void HnswIndex::search(const Array& queries, std::int64_t ef, const Array& inclu
     const std::size_t most = shown.filtered() ? shown.count() + 16 * ef : std::numeric_limits<std::size_t>::max();
     const std::int64_t fewest = std::min(k, shown.count());
     const bool frozen = graph.params.frozen, estimated = frozen || graph.params.integers();
-    const double deviations = frozen ? 2 : 3;  // integers err little, so that few more are compared
+    const double deviations = frozen ? 2.5 : 3;  // integers err little, so that few more are compared
     const bool negate = graph.params.metric != Metric::l2;
     const float worst = negate ? -std::numeric_limits<float>::infinity() : std::numeric_limits<float>::infinity();
     const int each = static_cast<int>(std::clamp<std::int64_t>(nq, 1, Walks::together));

@@ -42,29 +42,34 @@ double dot(const float* x, const float* y, std::int64_t d) {
 
 /// Fills in the code of a slot. Scratch: `residual` (dim,).
 void encode(const Graph& graph, std::int64_t slot, float* residual) {
-    constexpr double normal_step = 0.9957;  // loses the least of a normal element of variance 1 in four levels
-    const std::int64_t d = graph.params.dim, plane = graph.params.bit_plane();
+    constexpr double normal_steps[] = {0.9957, 0.5860, 0.3352};  // lose the least of normal elements of variance 1
+    const std::int64_t d = graph.params.dim, plane = graph.params.bit_plane(), bits = graph.params.code_bits();
     const float *const centre = graph.frame[0], *const vector = graph.vector(slot, residual);
     for (std::int64_t i = 0; i < d; ++i) residual[i] = vector[i] - centre[i];
     const double square = dot(residual, residual, d), along = dot(residual, centre, d);
     kernels().codes->rotate(residual, 1, d, graph.frame[1], false);
 
-    std::uint8_t *const high = graph.first_part(slot), *const low = graph.second_part(slot);
-    std::memset(high, 0, graph.params.first_width());
-    std::memset(low, 0, graph.params.second_width());
-    const auto step = static_cast<float>(normal_step * std::sqrt(square / static_cast<double>(d)));
+    const bool split = graph.params.second_width() > 0;
+    std::uint8_t *const first = graph.first_part(slot), *const second = graph.second_part(slot);
+    std::memset(first, 0, graph.params.first_width());
+    if (split) std::memset(second, 0, graph.params.second_width());
+    const double step = normal_steps[bits - 2] * std::sqrt(square / static_cast<double>(d));
+    const double up = step > 0 ? 1 / step : 0, half = static_cast<double>(1 << (bits - 1));
     double product = 0, rough_product = 0;
     for (std::int64_t i = 0; i < d; ++i) {
-        const int level = (residual[i] > -step) + (residual[i] > 0) + (residual[i] > step);
-        product += residual[i] * (2.0 * level - 3);
+        const double above = std::max(1 - half, std::min(half, std::ceil(residual[i] * up)));  // NaN: half
+        const auto level = static_cast<int>(above + half - 1);
+        product += residual[i] * (2 * level + 1 - 2 * half);
         rough_product += std::abs(residual[i]);
-        high[i % plane] |= static_cast<std::uint8_t>(level >> 1 << i / plane);
-        low[i % plane] |= static_cast<std::uint8_t>((level & 1) << i / plane);
+        for (std::int64_t j = 0; j < bits; ++j) {  // from the highest bit
+            std::uint8_t* const to = split && j == 1 ? second : first + j * plane;
+            to[i % plane] |= static_cast<std::uint8_t>((level >> (bits - 1 - j) & 1) << i / plane);
+        }
     }
     const auto over = [square](double product) { return product > 0 ? static_cast<float>(square / product) : 0.0f; };
     const float added = static_cast<float>(graph.params.metric == Metric::l2 ? square : along);
     const float factors[] = {over(rough_product), added, over(product)};
-    std::memcpy(high + plane, factors, sizeof factors);
+    std::memcpy(first + (split ? 1 : bits) * plane, factors, sizeof factors);
 }
 
 /// All slots, breadth first from the entry: near slots are often near. Those of the upper levels come before the

@@ -186,7 +186,7 @@ struct Graph {
         return const_cast<std::uint32_t*>(std::as_const(*this).row(slot, level));
     }
 
-    /// Of a code, where frozen: all first parts precede all second parts.
+    /// Of a code, where frozen: all first parts precede all second parts, where there are any.
     std::uint8_t* first_part(std::int64_t slot) const { return codes.data() + slot * params.first_width(); }
     std::uint8_t* second_part(std::int64_t slot) const {
         return codes.data() + n * params.first_width() + slot * params.second_width();

@@ -70,7 +70,12 @@ void Target::set(std::uint32_t slot) {
 BitRows Target::bit_rows() const {
     const HnswParams& p = graph_->params;
     const auto first = static_cast<std::size_t>(p.first_width()), second = static_cast<std::size_t>(p.second_width());
-    return {graph_->first_part(0), graph_->second_part(0), first, second, static_cast<std::size_t>(p.bit_plane())};
+    return {graph_->first_part(0),
+            second > 0 ? graph_->second_part(0) : nullptr,
+            first,
+            second,
+            static_cast<std::size_t>(p.bit_plane()),
+            static_cast<std::size_t>(p.code_bits())};
 }
 
 std::size_t Target::select_near(const std::uint32_t* slots, std::size_t count, float most, std::uint32_t* near) const {

@@ -121,7 +121,7 @@ public:
     void set(std::uint32_t slot);
 
     /// Whether select_near tells what is worth measuring.
-    bool selects() const { return bits_ != nullptr; }
+    bool selects() const { return bits_ && graph_->params.second_width() > 0; }
     /// Writes to `near` the slots whose distance may be `most` or less; returns how many.
     std::size_t select_near(const std::uint32_t* slots, std::size_t count, float most, std::uint32_t* near) const;
     /// In the stored form that walks compare.

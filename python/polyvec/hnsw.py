@@ -63,7 +63,7 @@ class Index(_files.Saved):
         about twice and two to three times as fast at the same recall where elements are of one size, as in embeddings;
         building gains, too. Where a few elements, or an offset common to all vectors, are far larger than what tells
         vectors apart, "int8" needs a larger `ef` and "int4" more so; and they gain little where all vectors stay in the
-        cache. `freeze` replaces all of these on the way by codes of two bits an element.
+        cache. `freeze` replaces all of these on the way by codes of two to four bits an element.
     rerank : {"float32", "float16", "bfloat16", "int8"}, optional
         What vectors are kept in beside the codes of "int8" and "int4"; float32 when None. "int8" rounds them to such
         codes: with storage "int8" these are all that is kept. Scores are exact for the rounded vectors, up to 1 % of
@@ -520,7 +520,8 @@ class Index(_files.Saved):
         Each vector x has a code of two bits an element, which stands for R (x - c): c is the mean of all vectors, R a
         random rotation that makes elements about normal, whatever the data. Walks compare the signs, one cache line
         where d = 384, and both bits of those that may be near; the best candidates are then scored by the kept vectors,
-        so that scores are as exact as ever. Vectors that near ones link to lie near each other.
+        so that scores are as exact as ever. Where a cache line holds whole codes, they have as many bits as fit: two
+        up to d = 192, three up to 128, four up to 96. Vectors that near ones link to lie near each other.
 
         Parameters
         ----------

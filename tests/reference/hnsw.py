@@ -103,14 +103,28 @@ def rotate(rows, signs):
     return rows
 
 
+def frozen_bits(d):
+    """Bits an element of a code, and whether all of it fits into a cache line with three floats."""
+    fit = 52 // (-(-d // 32) * 4)
+    return min(max(fit, 2), 4), fit >= 2
+
+
 def frozen_codes(x, frame):
-    """Levels (n, d) in -3, -1, 1, 3, scales (n,), and the rotated residuals that they stand for."""
+    """Levels (n, d), odd numbers around 0, scales (n,), and the rotated residuals that they stand for."""
     residuals = rotate(np.asarray(x, np.float64) - frame[0], frame[1:])
     squares = (residuals**2).sum(1)
-    step = 0.9957 * np.sqrt(squares / x.shape[1])[:, None]
-    levels = 2.0 * ((residuals > -step).astype(int) + (residuals > 0) + (residuals > step)) - 3
+    bits, _ = frozen_bits(x.shape[1])
+    step = frozen_step(residuals)
+    steps = np.divide(residuals, step, out=np.zeros_like(residuals), where=step > 0)
+    levels = 2 * np.clip(np.ceil(steps), 1 - 2 ** (bits - 1), 2 ** (bits - 1)) - 1
     products = (levels * residuals).sum(1)
     return levels, np.divide(squares, products, out=np.zeros(len(x)), where=products > 0), residuals
+
+
+def frozen_step(residuals):
+    """Of levels, (n, 1): the least loss for normal elements of the residuals' size."""
+    d = residuals.shape[1]
+    return {2: 0.9957, 3: 0.5860, 4: 0.3352}[frozen_bits(d)[0]] * np.sqrt((residuals**2).sum(1) / d)[:, None]
 
 
 def frozen_distances(queries, x, frame, metric):

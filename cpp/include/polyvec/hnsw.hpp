@@ -7,6 +7,7 @@
 /// (Malkov and Yashunin 2018), algorithms 1 to 5.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -51,7 +52,8 @@ struct HnswParams {
     std::int64_t ef_construction = 200;
     bool hierarchy = true;  // else all slots are of level 0
     std::uint64_t seed = 0;
-    bool frozen = false;  // made by freeze: codes are of two bits an element whatever the storage, and nothing changes
+    bool frozen = false;  // made by freeze: codes are of two to four bits an element whatever the storage (see
+                          // BitRows), and nothing changes
 
     void validate(const char* op) const {
         require(dim >= 1, op, "dim must be at least 1, got ", dim);
@@ -72,7 +74,7 @@ struct HnswParams {
     /// Whether walks compare rows of integers (see IntegerRows): codes, or else the vectors.
     bool integers() const { return !frozen && (storage != HnswStorage::vectors || kept == DType::i8); }
 
-    /// Bytes of a code: of integers up to whole cache lines; frozen: of both parts (see BitRows).
+    /// Bytes of a code: of integers up to whole cache lines; frozen: of all parts (see BitRows).
     std::int64_t code_width() const {
         if (frozen) return first_width() + second_width();
         return storage == HnswStorage::vectors ? 0 : integer_width(storage);
@@ -81,13 +83,20 @@ struct HnswParams {
         return (storage == HnswStorage::vectors ? kept == DType::i8 : !frozen) ? 2 : 0;
     }
     std::int64_t bit_plane() const { return (dim + 31) / 32 * 4; }  // bytes of a bit an element
-    std::int64_t first_width() const { return (bit_plane() + 12 + 63) / 64 * 64; }
+    /// Frozen: as many bits as fit into a cache line with three floats, or else two in two parts.
+    std::int64_t code_bits() const { return std::clamp<std::int64_t>(bits_of_line(), 2, 4); }
+    std::int64_t first_width() const {
+        const std::int64_t planes = second_width() > 0 ? 1 : code_bits();
+        return (planes * bit_plane() + 12 + 63) / 64 * 64;
+    }
     std::int64_t second_width() const {
         const std::int64_t plane = bit_plane();
+        if (bits_of_line() >= 2) return 0;
         return plane > 32 ? (plane + 63) / 64 * 64 : plane > 16 ? 32 : 16;
     }
 
 private:
+    std::int64_t bits_of_line() const { return (64 - 12) / bit_plane(); }
     std::int64_t integer_width(HnswStorage bits) const {
         const std::int64_t elements = bits == HnswStorage::int8 ? 64 : 128;  // of a cache line
         return (dim + elements - 1) / elements * 64;
@@ -171,7 +180,8 @@ public:
     /// A copy without the slots of removed vectors, which grows even where this one is frozen.
     std::unique_ptr<HnswIndex> compacted(Cpu cpu) const;
 
-    /// A copy that cannot be changed, with slots in the order of the walk and codes of two bits an element.
+    /// A copy that cannot be changed, with slots in the order of the walk and codes of two to four bits an
+    /// element.
     std::unique_ptr<HnswIndex> freeze(Cpu cpu) const;
 
     /// Fills `scores` and `ids` (nq, k); l2 scores are distances. At least max(ef, k) candidates are kept. include: ids
