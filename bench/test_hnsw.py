@@ -476,39 +476,54 @@ STATIC = {"polyvec, frozen": million_polyvec("int4", freeze=True), "symphonyqg":
 
 @pytest.fixture(scope="module")
 def million(request, threads):
-    """Files of the contenders' graphs of a million vectors, queries, and the ids of the nearest."""
+    """Queries, the ids of their nearest of a million vectors, and a call that gives files of contenders' graphs.
+
+    Files that are there already are not built again: start with an empty folder after a change.
+    """
     if not request.config.getoption("--large"):
         pytest.skip("takes minutes to build: needs --large FOLDER")
     folder = pathlib.Path(request.config.getoption("--large"))
     x, queries = clustered(MILLION)
-    contenders = {**GROWING, **STATIC}
-    files = {name: folder / f"{name.replace(', ', '-')}.graph" for name in contenders}
-    for name, (build, _) in contenders.items():
-        if files[name].exists():
-            continue
-        wall, cpu = time.perf_counter(), time.process_time()
-        build(x, files[name], threads)
-        took = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "threads": threads}
-        files[name].with_suffix(".json").write_text(json.dumps(took))
+
+    def files_of(contenders):
+        files = {name: folder / f"{name.replace(', ', '-')}.graph" for name in contenders}
+        for name, path in files.items():
+            if path.exists():
+                continue
+            wall, cpu = time.perf_counter(), time.process_time()
+            contenders[name][0](x, path, threads)
+            took = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "threads": threads}
+            path.with_suffix(".json").write_text(json.dumps(took))
+        return files
+
+    return queries, pv.scan.topk(queries, x, K, metric="l2")[1], files_of
+
+
+def million_searches(contenders, million, threads):
+    """Calls (queries, ef) by name, and how long the graphs took to build, as numbers and as text."""
+    queries, _, files_of = million
+    files = files_of(contenders)
     took = {name: json.loads(path.with_suffix(".json").read_text()) for name, path in files.items()}
-    return files, queries, pv.scan.topk(queries, x, K, metric="l2")[1], took
+    searches = {name: load(files[name], threads, queries.shape[1]) for name, (_, load) in contenders.items()}
+    built = ", ".join(f"{name} {t['cpu']:.0f} s of CPU ({t['wall']:.0f} s)" for name, t in took.items())
+    return searches, took, built
 
 
 def test_search_million(curve, note, benchmark, million, threads):
     """Built with `threads`, on whatever else the machine did: compare seconds of CPU."""
-    files, queries, truth, took = million
-    searches = {name: load(files[name], threads, queries.shape[1]) for name, (_, load) in GROWING.items()}
+    queries, truth, _ = million
+    searches, benchmark.extra_info["build"], built = million_searches(GROWING, million, threads)
+    note(f"built: {built}")
     ours, rivals = contenders_of(searches, queries)
     points = curve(ours, rivals, settings=[16, 32, 64, 128, 256, 512], recall=recall_of(truth), queries=len(queries))
-    benchmark.extra_info["build"] = took
-    note("built: " + ", ".join(f"{name} {t['cpu']:.0f} s of CPU ({t['wall']:.0f} s)" for name, t in took.items()))
     assert points["polyvec"][-1]["recall"] > 0.98
 
 
 @pytest.mark.parametrize("batch", [1000, 1])
-def test_search_frozen_million(curve, million, threads, batch):
-    files, queries, truth, _ = million
-    searches = {name: load(files[name], threads, queries.shape[1]) for name, (_, load) in STATIC.items()}
+def test_search_frozen_million(curve, note, benchmark, million, threads, batch):
+    queries, truth, _ = million
+    searches, benchmark.extra_info["build"], built = million_searches(STATIC, million, threads)
+    note(f"built: {built}")
 
     def in_batches(search):
         parts = [queries[i : i + batch] for i in range(0, len(queries), batch)]
@@ -520,8 +535,8 @@ def test_search_frozen_million(curve, million, threads, batch):
 
 
 def test_open_million(compare, million):
-    files, queries, _, _ = million
-    dim = queries.shape[1]
+    queries, _, files_of = million
+    files, dim = files_of({name: GROWING[name] for name in ("polyvec", "hnswlib")}), queries.shape[1]
     load, load_hnswlib = GROWING["polyvec"][1], GROWING["hnswlib"][1]
 
     def check(search):

@@ -38,7 +38,7 @@ inline void bind_hnsw(py::module_& m) {
                          const std::string& kept, std::int64_t m, std::int64_t ef_construction, bool hierarchy,
                          std::uint64_t seed, bool frozen) {
                  constexpr const char* op = "hnsw.Index";
-                 return HnswParams{dim,
+                 const HnswParams params{dim,
                                    metric_from(op, metric),
                                    storage_from(op, storage),
                                    kept_from(op, kept),
@@ -47,6 +47,8 @@ inline void bind_hnsw(py::module_& m) {
                                    hierarchy,
                                    seed,
                                    frozen};
+                 params.validate(op);
+                 return params;
              }),
              py::arg("dim"), py::arg("metric"), py::arg("storage"), py::arg("kept"), py::arg("m"),
              py::arg("ef_construction"), py::arg("hierarchy"), py::arg("seed"), py::arg("frozen"));

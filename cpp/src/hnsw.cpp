@@ -18,9 +18,7 @@ constexpr std::int64_t max_slots = std::int64_t(1) << 31;  // an Entry has 31 bi
 
 }  // namespace
 
-HnswIndex::HnswIndex(const HnswParams& params) : params_(params), graph_(std::make_shared<Graph>(params)) {
-    params.validate("hnsw.Index");
-}
+HnswIndex::HnswIndex(const HnswParams& params) : params_(params), graph_(std::make_shared<Graph>(params)) {}
 
 HnswIndex::~HnswIndex() = default;
 

@@ -48,6 +48,7 @@ std::int64_t Target::query_bytes() const {
 
 void Target::set_code() {
     const HnswParams& p = graph_->params;
+    stored_ = false;
     if (bits_) bit_code_ = bit_query(*graph_, query_, rotated_.data(), values_.get());
     if (!integers_) return;
     const IntegerCode code = integers_->encode_query(query_, p.dim, query_bytes(), most_query_value, values_.get());
@@ -65,6 +66,7 @@ void Target::set(std::uint32_t slot) {
     const float* factors = graph_->factors[slot];
     const bool l2 = graph_->params.metric == Metric::l2;
     code_ = {values_.get(), integers_->bias * sum, (l2 ? -2 : -1) * factors[0], factors[1]};
+    stored_ = true;
 }
 
 BitRows Target::bit_rows() const {
@@ -86,6 +88,9 @@ void Target::measure(const std::uint32_t* slots, std::size_t count, float* dista
     if (bits_) return bits_->distances(bit_code_, bit_rows(), slots, count, distances);
     if (!integers_) return measure_exactly(slots, count, distances);
     integers_->distances(code_, graph_->integer_rows(), slots, count, distances);
+    // Codes alike err alike, for which two scales make up too much: a copy would be farther than what is a little longer.
+    if (stored_ && graph_->params.metric == Metric::l2)
+        for (std::size_t i = 0; i < count; ++i) distances[i] = std::max(distances[i], 0.0f);
 }
 
 namespace {

@@ -128,7 +128,7 @@ public:
     void measure(const std::uint32_t* slots, std::size_t count, float* distances) const;
     /// By the kept vectors, in float32.
     void measure_exactly(const std::uint32_t* slots, std::size_t count, float* distances) const;
-    /// Asks for the rows of slots in that form; of frozen ones for what select_near reads.
+    /// Asks for the rows of slots in that form; of frozen ones for their first parts.
     void fetch(const std::uint32_t* slots, std::size_t count) const;
 
 private:
@@ -144,6 +144,7 @@ private:
     const float* query_ = nullptr;
     IntegerQuery code_{};
     BitQuery bit_code_{};
+    bool stored_ = false;  // what code_ is of
     std::vector<float> own_, rotated_;
     mutable std::vector<float> decoded_;  // scratch
     Aligned<std::uint8_t> values_;

@@ -92,7 +92,7 @@ struct HnswParams {
     std::int64_t second_width() const {
         const std::int64_t plane = bit_plane();
         if (bits_of_line() >= 2) return 0;
-        return plane > 32 ? (plane + 63) / 64 * 64 : plane > 16 ? 32 : 16;
+        return plane > 32 ? (plane + 63) / 64 * 64 : 32;
     }
 
 private:
