@@ -200,9 +200,10 @@ POLYVEC_INLINE float factor_of(const uint8_t* row, size_t factors, size_t i) noe
     return factor;
 }
 
-void distances(const BitQuery& query, const BitRows& rows, const uint32_t* ids, size_t n, float* out) noexcept {
-    const size_t plane = rows.plane, bits = rows.bits, group = together / bits;
-    const size_t factors = rows.second ? plane : bits * plane;
+template <size_t Bits, bool Split>
+void distances_of(const BitQuery& query, const BitRows& rows, const uint32_t* ids, size_t n, float* out) noexcept {
+    constexpr size_t group = together / Bits;
+    const size_t plane = rows.plane, factors = Split ? plane : Bits * plane;
     for (size_t first = 0; first < n; first += group) {
         const size_t left = n - first < group ? n - first : group;
         const uint8_t* planes[together];
@@ -210,20 +211,27 @@ void distances(const BitQuery& query, const BitRows& rows, const uint32_t* ids, 
             const size_t id = ids[first + (k < left ? k : 0)];
             const uint8_t* const row = rows.first + id * rows.first_stride;
             planes[p++] = row;
-            for (size_t j = 1; j < bits && p < together; ++j)
-                planes[p++] = rows.second ? rows.second + id * rows.second_stride : row + j * plane;
+            for (size_t j = 1; j < Bits && p < together; ++j)
+                planes[p++] = Split ? rows.second + id * rows.second_stride : row + j * plane;
         }
         int32_t sums[together];
         add_values(query.values, planes, plane, sums);
         for (size_t k = 0; k < left; ++k) {
             int32_t sum = 0;
-            for (size_t j = 0; j < bits; ++j) sum = 2 * sum + sums[k * bits + j];
-            const auto product = static_cast<float>(2 * sum - ((1 << bits) - 1) * query.sum);
-            const uint8_t* const row = planes[k * bits];
+            for (size_t j = 0; j < Bits; ++j) sum = 2 * sum + sums[k * Bits + j];
+            const auto product = static_cast<float>(2 * sum - ((1 << Bits) - 1) * query.sum);
+            const uint8_t* const row = planes[k * Bits];
             out[first + k] = query.constant + factor_of(row, factors, 1) * query.weight +
                              product * factor_of(row, factors, 2) * query.factor;
         }
     }
+}
+
+void distances(const BitQuery& query, const BitRows& rows, const uint32_t* ids, size_t n, float* out) noexcept {
+    if (rows.second) return distances_of<2, true>(query, rows, ids, n, out);
+    if (rows.bits == 2) return distances_of<2, false>(query, rows, ids, n, out);
+    rows.bits == 3 ? distances_of<3, false>(query, rows, ids, n, out)
+                   : distances_of<4, false>(query, rows, ids, n, out);
 }
 
 size_t select_near(const BitQuery& query, const BitRows& rows, const uint32_t* ids, size_t n, float most,
