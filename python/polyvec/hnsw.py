@@ -547,7 +547,8 @@ class Index(_files.Saved):
         own until it is dropped.
 
         It pays where an index is larger than the CPU's caches: what is saved is memory to wait for. A small one is
-        searched as fast with "int8", the more so for large k, as more candidates are scored in float32.
+        searched as fast with "int8", the more so for large k, as more candidates are scored in float32, and one of up
+        to 128 dimensions as fast with "int4".
 
         Where vectors differ by less than such codes can tell, as near copies in few dimensions do, candidates come in
         a rough order, and recall for the same `ef` is lower than before: raise `ef`.
