@@ -39,14 +39,14 @@ inline void bind_hnsw(py::module_& m) {
                          std::uint64_t seed, bool frozen) {
                  constexpr const char* op = "hnsw.Index";
                  const HnswParams params{dim,
-                                   metric_from(op, metric),
-                                   storage_from(op, storage),
-                                   kept_from(op, kept),
-                                   m,
-                                   ef_construction,
-                                   hierarchy,
-                                   seed,
-                                   frozen};
+                                         metric_from(op, metric),
+                                         storage_from(op, storage),
+                                         kept_from(op, kept),
+                                         m,
+                                         ef_construction,
+                                         hierarchy,
+                                         seed,
+                                         frozen};
                  params.validate(op);
                  return params;
              }),

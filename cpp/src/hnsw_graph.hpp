@@ -150,10 +150,10 @@ struct Graph {
         }
     }
 
-    /// Codes of integers of the vector that is kept, with the scale that makes a code's product with its vector exact, as
-    /// in RaBitQ (Gao and Long 2024), section 3.2: estimates are right on average over queries that differ from it in any
-    /// direction. Without its rotation, which makes codes of pixels several times as wrong. Scratch: (dim,), and `values`,
-    /// as many as a row has elements.
+    /// Codes of integers of the vector that is kept, with the scale that makes a code's product with its vector exact,
+    /// as in RaBitQ (Gao and Long 2024), section 3.2: estimates are right on average over queries that differ from it
+    /// in any direction. Without its rotation, which makes codes of pixels several times as wrong. Scratch: (dim,), and
+    /// `values`, as many as a row has elements.
     void encode(std::int64_t slot, float* scratch, std::uint8_t* values) const {
         if (params.storage == HnswStorage::vectors) return;
         const IntegerDistanceKernels& kernel = *integer_kernels(params);

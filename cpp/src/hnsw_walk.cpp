@@ -88,7 +88,8 @@ void Target::measure(const std::uint32_t* slots, std::size_t count, float* dista
     if (bits_) return bits_->distances(bit_code_, bit_rows(), slots, count, distances);
     if (!integers_) return measure_exactly(slots, count, distances);
     integers_->distances(code_, graph_->integer_rows(), slots, count, distances);
-    // Codes alike err alike, for which two scales make up too much: a copy would be farther than what is a little longer.
+    // Codes alike err alike, for which two scales make up too much: a copy would be farther than what is a little
+    // longer.
     if (stored_ && graph_->params.metric == Metric::l2)
         for (std::size_t i = 0; i < count; ++i) distances[i] = std::max(distances[i], 0.0f);
 }

@@ -66,8 +66,9 @@ class Index(_files.Saved):
         cache. `freeze` replaces all of these on the way by codes of two to four bits an element.
     rerank : {"float32", "float16", "bfloat16", "int8"}, optional
         What vectors are kept in beside the codes of "int8" and "int4"; float32 when None. "int8" rounds them to such
-        codes (by cosine of norm 1 again): with storage "int8" these are all that is kept. Scores are exact for the rounded vectors, up to 1 % of
-        the true neighbours are others, and an index takes a third to a half of the memory.
+        codes (by cosine of norm 1 again): with storage "int8" these are all that is kept. Scores are exact for the
+        rounded vectors, up to 1 % of the true neighbours are others, and an index takes a third to a half of the
+        memory.
     m : int
         Links of a vector, in [2, 1024]; 2 m at the ground level. More serve high recall and many dimensions.
     ef_construction : int
@@ -293,8 +294,8 @@ class Index(_files.Saved):
         About ef * m comparisons a query, 2 d flops and 4 d bytes each (kept in 16 bits: 2 d). With "int8" they are of d
         bytes, with "int4" of d / 2, with a frozen index of d / 8 and one in four of another d / 8 (of 64 where d is at
         most 192); then as many candidates are scored by the kept vectors as may be among the k best. Products are
-        summed in float32, whatever the dtypes. Same result for any number of threads, and for a query alone or among others. A query with NaN finds
-        nothing. Removed vectors are passed through without counting as candidates.
+        summed in float32, whatever the dtypes. Same result for any number of threads, and for a query alone or among
+        others. A query with NaN finds nothing. Removed vectors are passed through without counting as candidates.
 
         So are vectors that `include` leaves out: where it lets one in ten pass, a walk takes ten times as many steps.
         Where that costs more than to compare all that pass, and where a walk does not come to an end in that time,
