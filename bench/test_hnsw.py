@@ -186,6 +186,40 @@ def test_search_frozen(curve, frozen_glosses, k, settings, batch):
     assert points["polyvec"][-1]["recall"] > 0.98
 
 
+MARGINS = {16: 0.02, 24: 0.03, 32: 0.04, 64: 0.065, 128: 0.1}  # about the same recall
+
+
+@pytest.mark.parametrize("batch", [1000, 1])
+def test_search_margin(curve, data, threads, batch):
+    """Walks that end by distance beside those that end by candidates: of the sentences, by cosine."""
+    x, queries, _ = glosses(data)
+    queries = queries[: max(batch, 500)]
+    truth = pv.scan.topk(queries, x, K, metric="ip")[1]
+    index = index_of(x, "cosine", threads)
+
+    def by_margin(part, ef, index):
+        return index.search(part, K, margin=MARGINS[ef], num_threads=threads)[1]
+
+    def by_candidates(part, ef, index):
+        return index.search(part, K, ef=ef, num_threads=threads)[1]
+
+    def in_batches(search, index):
+        parts = [queries[i : i + batch] for i in range(0, len(queries), batch)]
+        return lambda _, ef: np.concatenate([search(part, ef, index) for part in parts])
+
+    frozen = index.freeze()
+    searches = {
+        "polyvec, frozen, margin": in_batches(by_margin, frozen),
+        "polyvec, frozen, ef": in_batches(by_candidates, frozen),
+        "polyvec, int4, margin": in_batches(by_margin, index),
+        "polyvec, int4, ef": in_batches(by_candidates, index),
+        "symphonyqg": in_batches(lambda part, ef, search: search(part, ef, K), build_symphonyqg(x, "ip", threads)),
+    }
+    ours, others = contenders_of(searches, None)
+    points = curve(ours, others, settings=list(MARGINS), recall=recall_of(truth), queries=len(queries))
+    assert points["polyvec"][-1]["recall"] > 0.98
+
+
 def test_search_storage(curve, data, threads):
     """40,000 of the sentences, 61 MB of float32: the bytes of a comparison are what storage changes.
 

@@ -780,6 +780,53 @@ def test_fitted_queries_raise_the_recall_of_encodings(data):
     assert ref.recall(index.search(queries[::3], 10, ef=10)[1], truth) > before + 0.02
 
 
+# Walks that end by distance
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+@pytest.mark.parametrize("margin", [0, 0.03, 0.3])
+def test_a_margin_ends_walks_by_the_definition(rng, isa, metric, margin):
+    x, queries = sample(rng, 800, 12), sample(rng, 60, 12)
+    index = build(x, metric, hierarchy=False, m=6, ef_construction=30)
+    vectors, links = index.get(np.arange(800)), index.state().tensors["links"]
+    asked = ref.unit(queries) if metric == "cosine" else queries
+    expected = [ref.adaptive_walk(query, vectors, links, 0, 5, margin) for query in asked]
+    ids = index.search(queries, 5, margin=margin)[1]
+    assert np.mean(np.all(ids == expected, axis=1)) > 0.95
+    alone = [index.search(query[None], 5, margin=margin)[1][0] for query in queries]
+    assert_exact(alone, ids)
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_wider_margin_finds_more(data, storage, metric):
+    x = ref.unit(read(data / "wordnet-minilm" / "base_i8.npy.xz")[:4000]).astype(np.float32)
+    queries = ref.unit(read(data / "wordnet-minilm" / "queries.npy.xz")[:200]).astype(np.float32)
+    truth = ref.search(queries, x, 10, metric)[1]
+    index = build(x, metric, **STORAGES[storage], ef_construction=100, num_threads=2)
+    for each in (index, index.freeze()):
+        recalls = [ref.recall(each.search(queries, 10, margin=margin)[1], truth) for margin in (0, 0.03, 0.1)]
+        assert recalls[0] < recalls[1] < recalls[2]
+        assert recalls[2] > (0.98 if "int8" in storage and storage != "int8" else 0.99)
+        few = each.search(queries, 10, margin=0.1, ef=10)[1]
+        assert ref.recall(few, truth) < recalls[2]  # `ef` is the most candidates
+        shown = np.arange(0, 4000, 2)
+        ids = each.search(queries, 10, margin=0.1, include=shown)[1]
+        assert ref.recall(ids, ref.search(queries, x[shown], 10, metric, shown)[1]) > 0.97
+
+
+def test_few_vectors_by_a_margin(rng):
+    x = sample(rng, 3, 4)
+    scores, ids = build(x).search(x, 5, margin=0)
+    assert_exact(ids[:, 0], np.arange(3))
+    assert_exact(np.sort(ids[:, :3], axis=1), np.tile(np.arange(3), (3, 1)))
+    assert_exact(ids[:, 3:], np.full((3, 2), -1))
+    assert np.all(np.isinf(scores[:, 3:]))
+    assert pv.hnsw.Index(4).search(x, 2, margin=0.1)[1].tolist() == [[-1, -1]] * 3
+    copies = build(np.tile(x[:1], (200, 1)))
+    assert_exact(copies.search(x[:1], 50, margin=0)[0], np.zeros((1, 50)))
+
+
 # Ids, removal, growth
 
 
@@ -1905,6 +1952,26 @@ def index():
         (lambda i: i.search(zeros(2, 4), 0), ValueError, "hnsw.Index.search: k must be at least 1, got 0"),
         (lambda i: i.search(zeros(2, 4), -3), ValueError, "hnsw.Index.search: k must be at least 1, got -3"),
         (lambda i: i.search(zeros(2, 4), 1.5), TypeError, "hnsw.Index.search: k must be an integer, got float"),
+        (
+            lambda i: i.search(zeros(2, 4), 1, margin=-0.1),
+            ValueError,
+            "hnsw.Index.search: margin must be a finite number of at least 0, got -0.1",
+        ),
+        (
+            lambda i: i.search(zeros(2, 4), 1, margin=np.nan),
+            ValueError,
+            "hnsw.Index.search: margin must be a finite number of at least 0, got nan",
+        ),
+        (
+            lambda i: i.search(zeros(2, 4), 1, margin="0"),
+            TypeError,
+            "hnsw.Index.search: margin must be a number, got str",
+        ),
+        (
+            lambda _: pv.hnsw.Index(4, metric="ip").search(zeros(2, 4), 1, margin=0.1),
+            ValueError,
+            "hnsw.Index.search: margin must be None unless metric is 'cosine' or 'l2', got 0.1",
+        ),
         (lambda i: i.search(zeros(2, 4), 1, ef=0), ValueError, "hnsw.Index.search: ef must be at least 1, got 0"),
         (
             lambda i: i.search(zeros(2, 4), 1, ef=10**30),

@@ -159,16 +159,16 @@ inline void bind_hnsw(py::module_& m) {
         py::arg("index"), py::arg("vectors"), py::arg("ids"), py::arg("where"));
     m.def(
         "hnsw_search",
-        [](const HnswIndex& index, const py::object& queries, std::int64_t ef, const py::object& include,
+        [](const HnswIndex& index, const py::object& queries, std::int64_t ef, float margin, const py::object& include,
            const py::object& scores, const py::object& ids, std::intptr_t where) {
             Args args = args_for<Cpu>(HnswIndex::search_op, where);
             const Array x = args.in("queries", queries), shown = args.in("include", include);
             const Array s = args.out("scores", scores), a = args.out("ids", ids);
             const py::gil_scoped_release nogil;
-            index.search(x, ef, shown, s, a, Cpu{static_cast<int>(where)});
+            index.search(x, ef, margin, shown, s, a, Cpu{static_cast<int>(where)});
         },
-        py::arg("index"), py::arg("queries"), py::arg("ef"), py::arg("include"), py::arg("scores"), py::arg("ids"),
-        py::arg("where"));
+        py::arg("index"), py::arg("queries"), py::arg("ef"), py::arg("margin"), py::arg("include"), py::arg("scores"),
+        py::arg("ids"), py::arg("where"));
 }
 
 }  // namespace polyvec

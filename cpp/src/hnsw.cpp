@@ -383,7 +383,7 @@ bool scan_is_faster(const Graph& graph, std::int64_t shown, std::int64_t ef) {
 
 }  // namespace
 
-void HnswIndex::search(const Array& queries, std::int64_t ef, const Array& include, const Array& scores,
+void HnswIndex::search(const Array& queries, std::int64_t ef, float margin, const Array& include, const Array& scores,
                        const Array& ids, Cpu cpu) const {
     const auto lock = reading();
     const Graph& graph = *graph_;
@@ -394,9 +394,13 @@ void HnswIndex::search(const Array& queries, std::int64_t ef, const Array& inclu
         require_contiguous(search_op, include);
         if (include.dtype != DType::boolean) require_dtype(search_op, include, DType::i64);
     }
+    const bool adaptive = margin >= 0;
+    const Reach reach{static_cast<std::size_t>(k), adaptive ? (1 + margin) * (1 + margin) : 0};
     const Shown shown(graph, include);
     ef = std::min(std::max(ef, k), shown.count());
-    const bool scan = scan_is_faster(graph, shown.count(), ef);
+    constexpr std::int64_t usual = 64;  // candidates of an adaptive walk, about
+    const std::int64_t expected = adaptive ? std::min(ef, std::max(k, usual)) : ef;
+    const bool scan = scan_is_faster(graph, shown.count(), expected);
     // Ctrl-C waits for a piece: no more elements than a fraction of a second allows, and moves of candidates.
     constexpr std::int64_t sorting = 256;
     const std::int64_t step = scan ? params_.dim + sorting : 2 * params_.m * params_.dim + ef;
@@ -404,7 +408,7 @@ void HnswIndex::search(const Array& queries, std::int64_t ef, const Array& inclu
     const auto affordable = static_cast<std::int64_t>(std::clamp(0x1p26 / std::max(cost, 1.0), 1.0, 64.0));
     const std::int64_t grain = std::min(affordable, std::clamp<std::int64_t>(nq / 16, Walks::together, 64));
     // Nor may a walk that finds little where it looks go on for longer than a scan takes.
-    const std::size_t most = shown.filtered() ? shown.count() + 16 * ef : std::numeric_limits<std::size_t>::max();
+    const std::size_t most = shown.filtered() ? shown.count() + 16 * expected : std::numeric_limits<std::size_t>::max();
     const std::int64_t fewest = std::min(k, shown.count());
     const bool frozen = graph.params.frozen, estimated = frozen || graph.params.integers();
     const double deviations = frozen ? 2.5 : 3;  // integers err little, so that few more are compared
@@ -432,7 +436,7 @@ void HnswIndex::search(const Array& queries, std::int64_t ef, const Array& inclu
             worker, begin, end,
             [&](Walk& walk, std::int64_t i) {
                 aim(walk, i);
-                walk.start(ef, 0, shown.hidden(), most);
+                walk.start(ef, 0, shown.hidden(), most, reach);
             },
             [&](Walk& walk, std::int64_t i) {
                 // Of many equal vectors not all are within reach where m and ef_construction are small.

@@ -154,8 +154,9 @@ void Walk::prepare(const Graph& graph, std::size_t ef) {
     upper_found_.resize(max_level + 1);
 }
 
-void Walk::start(std::size_t ef, int wide, const std::uint8_t* hidden, std::size_t most) {
+void Walk::start(std::size_t ef, int wide, const std::uint8_t* hidden, std::size_t most, Reach reach) {
     ef_ = ef;
+    reach_ = reach;
     wide_ = wide;
     hidden_ = hidden;
     most_ = most;
@@ -206,8 +207,9 @@ bool Walk::look() {
     std::uint32_t* const fresh = slots_.data() + known_;
     std::size_t count = 0;
     bool found = false;
+    const float most = limit();
     for (int i = 0; i < at_a_time_; ++i) {
-        const std::uint32_t slot = next();
+        const std::uint32_t slot = next(most);
         if (slot == no_link) break;
         found = true;
         const std::uint32_t* const row = graph_->row(slot, level_);
@@ -229,15 +231,17 @@ bool Walk::look() {
 void Walk::measure() {
     const std::uint32_t* slots = slots_.data() + known_;
     std::size_t count = fresh_;
+    const float most = limit();
     if (target.selects()) {
-        count = target.select_near(slots, count, pool.limit(), near_.data());
+        count = target.select_near(slots, count, most, near_.data());
         slots = near_.data();
     }
     target.measure(slots, count, distances_.data());
-    if (hidden_ && level_ <= wide_) {
-        for (std::size_t i = 0; i < count; ++i) take(entry_of(distances_[i], slots[i]));
-    } else {
-        for (std::size_t i = 0; i < count; ++i) pool.insert(entry_of(distances_[i], slots[i]));
+    const bool some_hidden = hidden_ && level_ <= wide_;
+    for (std::size_t i = 0; i < count; ++i) {
+        if (distances_[i] > most) continue;
+        const Entry entry = entry_of(distances_[i], slots[i]);
+        some_hidden ? take(entry) : pool.insert(entry);
     }
     known_ += fresh_;
     fresh_ = 0;
@@ -260,10 +264,21 @@ void Walk::take(Entry entry) {
     std::push_heap(detours_.begin(), detours_.end(), std::greater<>());
 }
 
+/// From which distance on a slot can be left alone.
+float Walk::limit() const {
+    if (reach_.factor == 0 || level_ > 0 || pool.size() < reach_.k) return pool.limit();
+    const float kth = distance_of(pool.begin()[reach_.k - 1]);
+    // Of unit vectors the squared distance is 2 - 2 cosines, and -cosine what walks compare.
+    const bool l2 = graph_->params.metric == Metric::l2;
+    return std::min(pool.limit(), l2 ? reach_.factor * std::max(kth, 0.0f) : reach_.factor * (1 + kth) - 1);
+}
+
 /// The nearest slot that is yet to be followed, or no_link.
-std::uint32_t Walk::next() {
-    Entry* const open = pool.nearest_open();
-    if (!detours_.empty() && pool.accepts(detours_.front()) && (!open || detours_.front() < *open)) {
+std::uint32_t Walk::next(float most) {
+    Entry* open = pool.nearest_open();
+    if (open && distance_of(*open) > most) open = nullptr;
+    const bool on_detour = !detours_.empty() && !(distance_of(detours_.front()) > most);
+    if (on_detour && pool.accepts(detours_.front()) && (!open || detours_.front() < *open)) {
         std::pop_heap(detours_.begin(), detours_.end(), std::greater<>());
         const Entry detour = detours_.back();
         detours_.pop_back();

@@ -153,6 +153,14 @@ private:
 
 void unit_vector(float* x, std::int64_t d);
 
+/// Where a walk ends: nothing is left within `factor` times the squared distance of the k-th nearest. 0: by its pool.
+/// Paper: Distance adaptive beam search for provably accurate graph-based nearest neighbor search (Al-Jazzazi et al.
+/// 2025), section 3.
+struct Reach {
+    std::size_t k = 1;
+    float factor = 0;
+};
+
 class Walk {
 public:
     /// Everything that allocates but what grows with the way: pools for `ef` entries.
@@ -160,9 +168,9 @@ public:
 
     /// From the graph's entry down to level 0. At levels above `wide` the nearest slot is kept, at the others `ef`.
     /// hidden (a byte a slot, or null): slots that are followed as others are, but take no place in the pool. A walk
-    /// ends at level 0 when it has seen more than `most` slots.
+    /// ends at level 0 when it has seen more than `most` slots, or by `reach`.
     void start(std::size_t ef, int wide, const std::uint8_t* hidden = nullptr,
-               std::size_t most = std::numeric_limits<std::size_t>::max());
+               std::size_t most = std::numeric_limits<std::size_t>::max(), Reach reach = {});
     /// One step; false: the walk is at its end.
     bool step();
 
@@ -191,7 +199,8 @@ private:
     bool look();
     void measure();
     void take(Entry entry);
-    std::uint32_t next();
+    std::uint32_t next(float most);
+    float limit() const;
     void fetch_links() const;
     double measure_exactly(std::size_t begin, std::size_t end);
     void forget();
@@ -201,6 +210,7 @@ private:
     int level_ = 0, wide_ = 0, at_a_time_ = 1;
     const std::uint8_t* hidden_ = nullptr;
     std::size_t most_ = 0;
+    Reach reach_;
     bool gave_up_ = false, measuring_ = false;
     std::vector<std::uint64_t> seen_;   // a bit a slot
     std::vector<std::uint32_t> slots_;  // those whose bits are set; the last `fresh_` are to be measured

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import threading
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from polyvec._arrays import (
     as_float32,
     as_id,
     as_ids,
+    as_number,
     as_selection,
     choice,
     output,
@@ -254,6 +256,7 @@ class Index(_files.Saved):
         k: int,
         *,
         ef: int | None = None,
+        margin: float | None = None,
         include: Any = None,
         out: tuple[ArrayT, ArrayT] | None = None,
         num_threads: int | None = None,
@@ -267,6 +270,11 @@ class Index(_files.Saved):
         ef : int, optional
             Candidates kept on the way, at least k; max(k, 64) by default. More give better recall and take longer,
             both in proportion. With `ef >= len(index)` the search is exact.
+        margin : float, optional
+            At least 0: a walk goes on while something is left to follow that is nearer than 1 + margin times the k-th
+            best distance (not squared; of unit vectors that is sqrt(2 - 2 cosines)). So hard queries take longer walks
+            than easy ones, and the same recall takes fewer comparisons. Try 0.02 to 0.1. `ef` is the most candidates
+            then, max(k, 1000) by default. Not with "ip", where nothing is a distance.
         include : integer array of shape (c,) or iterable of ids, or bool array of shape (c,), optional
             Which vectors may be found: their ids (others than the index has are passed over), or a mask over the ids
             0 to c - 1: 0 and 1 of an integer dtype are ids. All when None.
@@ -285,7 +293,7 @@ class Index(_files.Saved):
         Raises
         ------
         ValueError
-            Another shape, k or ef below 1.
+            Another shape, k or ef below 1, a margin below 0 or with "ip".
         TypeError
             Queries of another dtype.
 
@@ -302,6 +310,11 @@ class Index(_files.Saved):
         because those near the query do not, all that pass are compared: exact, and never much slower than that. A call
         looks up the ids first, or those of all vectors for a mask: pass many queries at once.
 
+        References
+        ----------
+        Al-Jazzazi et al. 2025: Distance adaptive beam search for provably accurate graph-based nearest neighbor search,
+        section 3 (`margin`).
+
         Examples
         --------
         >>> import numpy as np, polyvec as pv
@@ -315,10 +328,17 @@ class Index(_files.Saved):
         if x.shape[1] != self.dim:
             raise ValueError(f"{op}: queries must have d = {self.dim}, got {x.shape[1]}")
         k = as_count(op, "k", k)
-        ef = max(k, 64) if ef is None else as_count(op, "ef", ef)
+        reach, usual = -1.0, 64
+        if margin is not None:
+            reach, usual = as_number(op, "margin", margin), 1000
+            if not 0 <= reach < math.inf:
+                raise ValueError(f"{op}: margin must be a finite number of at least 0, got {margin}")
+            if self.metric == "ip":
+                raise ValueError(f"{op}: margin must be None unless metric is 'cosine' or 'l2', got {margin}")
+        ef = max(k, usual) if ef is None else as_count(op, "ef", ef)
         scores, ids = outputs(op, out, x, (int(x.shape[0]), k), ("float32", "int64"), ("scores", "ids"))
         include = as_selection(op, "include", include, None)
-        _backend.run(op, "hnsw_search", x, self._core, x, ef, include, scores, ids, num_threads=num_threads)
+        _backend.run(op, "hnsw_search", x, self._core, x, ef, reach, include, scores, ids, num_threads=num_threads)
         return scores, ids
 
     def get(self, ids: Any, *, out: Any = None) -> Any:

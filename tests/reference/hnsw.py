@@ -61,6 +61,23 @@ def recall(found, truth):
     return np.mean([len(np.intersect1d(a, b)) for a, b in zip(found, truth, strict=True)]) / truth.shape[1]
 
 
+def adaptive_walk(query, vectors, links, entry, k, margin):
+    """The k nearest slots that adaptive beam search finds at the ground level, nearest first."""
+
+    def distance(slots):
+        return np.sqrt(((vectors[slots].astype(np.float64) - query) ** 2).sum(-1))
+
+    found, followed = {entry: distance(entry)}, set()
+    while True:
+        ranks = sorted(found, key=lambda slot: (found[slot], slot))
+        slot = next((slot for slot in ranks if slot not in followed), None)
+        if slot is None or (len(ranks) >= k and found[slot] > (1 + margin) * found[ranks[k - 1]]):
+            return ranks[:k]
+        followed.add(slot)
+        new = [link for link in links[slot] if link < len(vectors) and link not in found]
+        found.update(zip(new, distance(new), strict=True))
+
+
 def encode(x, bits=8):
     """Codes (n, width) of 8 or 4 bits in bytes, and the scales (n,), of rows (n, d) of float32.
 

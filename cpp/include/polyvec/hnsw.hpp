@@ -184,10 +184,11 @@ public:
     /// element.
     std::unique_ptr<HnswIndex> freeze(Cpu cpu) const;
 
-    /// Fills `scores` and `ids` (nq, k); l2 scores are distances. At least max(ef, k) candidates are kept. include: ids
-    /// (m,) int64 of the vectors that take part, or bool (m,), whether vectors of the ids 0, 1, ... do; absent: all.
-    void search(const Array& queries, std::int64_t ef, const Array& include, const Array& scores, const Array& ids,
-                Cpu cpu) const;
+    /// Fills `scores` and `ids` (nq, k); l2 scores are distances. Up to max(ef, k) candidates are kept; with a margin
+    /// of 0 or more, only what is within 1 + margin times the k-th best distance (cosine, l2). include: ids (m,) int64
+    /// of the vectors that take part, or bool (m,), whether vectors of the ids 0, 1, ... do; absent: all.
+    void search(const Array& queries, std::int64_t ef, float margin, const Array& include, const Array& scores,
+                const Array& ids, Cpu cpu) const;
 
     /// Shares memory with the index until the next change, which then works on a copy.
     HnswState state() const;
