@@ -810,9 +810,30 @@ def test_a_wider_margin_finds_more(data, storage, metric):
         assert recalls[2] > (0.98 if "int8" in storage and storage != "int8" else 0.99)
         few = each.search(queries, 10, margin=0.1, ef=10)[1]
         assert ref.recall(few, truth) < recalls[2]  # `ef` is the most candidates
-        shown = np.arange(0, 4000, 2)
-        ids = each.search(queries, 10, margin=0.1, include=shown)[1]
-        assert ref.recall(ids, ref.search(queries, x[shown], 10, metric, shown)[1]) > 0.97
+        for shown in (np.arange(4000) % 4 > 0, np.arange(4000) % 20 == 0):  # walked and compared
+            rows = np.flatnonzero(shown)
+            ids = each.search(queries, 10, margin=0.1, include=shown)[1]
+            assert ref.recall(ids, ref.search(queries, x[rows], 10, metric, rows)[1]) > 0.97
+    index.remove(np.arange(0, 4000, 4))
+    rows = np.flatnonzero(np.arange(4000) % 4 > 0)
+    ids = index.search(queries, 10, margin=0.1)[1]
+    assert ref.recall(ids, ref.search(queries, x[rows], 10, metric, rows)[1]) > 0.97
+
+
+@pytest.mark.parametrize("metric", ["cosine", "l2"])
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("margin", [0.5, 1e20])
+def test_a_margin_among_vectors_that_codes_hardly_tell_apart(rng, storage, metric, margin):
+    """Estimates of distances may be below 0, or cosines above 1: no reason to end. As good as many candidates."""
+    x = np.float32(1) + np.float32(1e-2) * sample(rng, 400, 12)
+    queries = np.float32(1) + np.float32(1e-2) * sample(rng, 30, 12)
+    index = build(x, metric, **STORAGES[storage], hierarchy=False)
+    for each in (index, index.freeze()):
+        vectors = each.get(np.arange(400))
+        asked, measure = (ref.unit(queries), "ip") if metric == "cosine" else (queries, metric)
+        truth = ref.search(asked, vectors, 5, measure)[0]
+        found, others = (each.search(queries, 5, **how)[0] for how in ({"margin": margin}, {"ef": 200}))
+        assert np.mean(np.abs(found - truth) <= 1e-5) > np.mean(np.abs(others - truth) <= 1e-5) - 0.1
 
 
 def test_few_vectors_by_a_margin(rng):

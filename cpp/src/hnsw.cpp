@@ -395,6 +395,7 @@ void HnswIndex::search(const Array& queries, std::int64_t ef, float margin, cons
         if (include.dtype != DType::boolean) require_dtype(search_op, include, DType::i64);
     }
     const bool adaptive = margin >= 0;
+    require(!adaptive || params_.metric != Metric::ip, search_op, "margin needs metric 'cosine' or 'l2'");
     const Reach reach{static_cast<std::size_t>(k), adaptive ? (1 + margin) * (1 + margin) : 0};
     const Shown shown(graph, include);
     ef = std::min(std::max(ef, k), shown.count());
@@ -403,8 +404,8 @@ void HnswIndex::search(const Array& queries, std::int64_t ef, float margin, cons
     const bool scan = scan_is_faster(graph, shown.count(), expected);
     // Ctrl-C waits for a piece: no more elements than a fraction of a second allows, and moves of candidates.
     constexpr std::int64_t sorting = 256;
-    const std::int64_t step = scan ? params_.dim + sorting : 2 * params_.m * params_.dim + ef;
-    const double cost = static_cast<double>(scan ? shown.count() : ef) * static_cast<double>(step);
+    const std::int64_t step = scan ? params_.dim + sorting : 2 * params_.m * params_.dim + expected;
+    const double cost = static_cast<double>(scan ? shown.count() : expected) * static_cast<double>(step);
     const auto affordable = static_cast<std::int64_t>(std::clamp(0x1p26 / std::max(cost, 1.0), 1.0, 64.0));
     const std::int64_t grain = std::min(affordable, std::clamp<std::int64_t>(nq / 16, Walks::together, 64));
     // Nor may a walk that finds little where it looks go on for longer than a scan takes.

@@ -264,13 +264,15 @@ void Walk::take(Entry entry) {
     std::push_heap(detours_.begin(), detours_.end(), std::greater<>());
 }
 
-/// From which distance on a slot can be left alone.
+/// Beyond which distance a slot can be left alone.
 float Walk::limit() const {
     if (reach_.factor == 0 || level_ > 0 || pool.size() < reach_.k) return pool.limit();
+    const HnswParams& p = graph_->params;
     const float kth = distance_of(pool.begin()[reach_.k - 1]);
     // Of unit vectors the squared distance is 2 - 2 cosines, and -cosine what walks compare.
-    const bool l2 = graph_->params.metric == Metric::l2;
-    return std::min(pool.limit(), l2 ? reach_.factor * std::max(kth, 0.0f) : reach_.factor * (1 + kth) - 1);
+    const float base = p.metric == Metric::l2 ? 0.0f : 1.0f, square = kth + base;
+    if (square <= 0 && (p.frozen || p.integers())) return pool.limit();  // codes do not tell how near
+    return std::min(pool.limit(), std::max(reach_.factor * std::max(square, 0.0f) - base, kth));
 }
 
 /// The nearest slot that is yet to be followed, or no_link.

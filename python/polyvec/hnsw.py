@@ -269,7 +269,7 @@ class Index(_files.Saved):
         k : int
         ef : int, optional
             Candidates kept on the way, at least k; max(k, 64) by default. More give better recall and take longer,
-            both in proportion. With `ef >= len(index)` the search is exact.
+            both in proportion. With `ef >= len(index)` the search is exact, without `margin`.
         margin : float, optional
             At least 0: a walk goes on while something is left to follow that is nearer than 1 + margin times the k-th
             best distance (not squared; of unit vectors that is sqrt(2 - 2 cosines)). So hard queries take longer walks
@@ -299,11 +299,12 @@ class Index(_files.Saved):
 
         Notes
         -----
-        About ef * m comparisons a query, 2 d flops and 4 d bytes each (kept in 16 bits: 2 d). With "int8" they are of d
-        bytes, with "int4" of d / 2, with a frozen index of d / 8 and one in four of another d / 8 (of 64 where d is at
-        most 192); then as many candidates are scored by the kept vectors as may be among the k best. Products are
-        summed in float32, whatever the dtypes. Same result for any number of threads, and for a query alone or among
-        others. A query with NaN finds nothing. Removed vectors are passed through without counting as candidates.
+        About ef * m comparisons a query (with `margin` what is near decides), 2 d flops and 4 d bytes each (kept in 16
+        bits: 2 d). With "int8" they are of d bytes, with "int4" of d / 2, with a frozen index of d / 8 and one in
+        four of another d / 8 (of 64 where d is at most 192); then as many candidates are scored by the kept vectors as
+        may be among the k best. Products are summed in float32, whatever the dtypes. Same result for any number of
+        threads, and for a query alone or among others. A query with NaN finds nothing. Removed vectors are passed
+        through without counting as candidates.
 
         So are vectors that `include` leaves out: where it lets one in ten pass, a walk takes ten times as many steps.
         Where that costs more than to compare all that pass, and where a walk does not come to an end in that time,

@@ -185,8 +185,8 @@ public:
     std::unique_ptr<HnswIndex> freeze(Cpu cpu) const;
 
     /// Fills `scores` and `ids` (nq, k); l2 scores are distances. Up to max(ef, k) candidates are kept; with a margin
-    /// of 0 or more, only what is within 1 + margin times the k-th best distance (cosine, l2). include: ids (m,) int64
-    /// of the vectors that take part, or bool (m,), whether vectors of the ids 0, 1, ... do; absent: all.
+    /// of 0 or more, only what is within 1 + margin times the k-th best distance is followed (cosine, l2). include: ids
+    /// (m,) int64 of the vectors that take part, or bool (m,), whether vectors of the ids 0, 1, ... do; absent: all.
     void search(const Array& queries, std::int64_t ef, float margin, const Array& include, const Array& scores,
                 const Array& ids, Cpu cpu) const;
 
