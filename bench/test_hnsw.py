@@ -103,7 +103,11 @@ def build_symphonyqg(x, metric, threads):
     index = rabitqlib.SymqgIndex(x.shape[1], 2 * M, metric)
     index.build(x, EF_CONSTRUCTION, threads)
 
-    def search(queries, ef, k):
+    return search_symphonyqg(index, threads)
+
+
+def search_symphonyqg(index, threads):
+    def search(queries, ef, k=K):
         results = map(np.asarray, index.search(queries, k, ef, threads))
         return next(a for a in results if a.dtype.kind in "ui").astype(np.int64)
 
@@ -118,6 +122,12 @@ def contenders_of(searches, what):
     """The first, and the others by name, as calls of ef: of searches (what, ef)."""
     calls = {name: lambda ef, search=search: search(what, ef) for name, search in searches.items()}
     return calls.pop(next(iter(calls))), calls
+
+
+def in_batches(search, queries, batch):
+    """A search (queries, ef) in calls of `batch` queries, as a call of ef."""
+    parts = [queries[i : i + batch] for i in range(0, len(queries), batch)]
+    return lambda ef: np.concatenate([search(part, ef) for part in parts])
 
 
 @pytest.mark.parametrize("load", [sift, sentences, images, glosses])
@@ -172,13 +182,12 @@ def test_search_frozen(curve, frozen_glosses, k, settings, batch):
     queries = queries[: max(batch, 500)]
     truth = pv.scan.topk(queries, x, k, metric="ip")[1]
 
-    def in_batches(search):
-        parts = [queries[i : i + batch] for i in range(0, len(queries), batch)]
-        return lambda ef: np.concatenate([search(part, ef, k) for part in parts])
+    def batched(search):
+        return in_batches(lambda part, ef: search(part, ef, k), queries, batch)
 
     points = curve(
-        in_batches(ours),
-        {name: in_batches(search) for name, search in rivals.items()},
+        batched(ours),
+        {name: batched(search) for name, search in rivals.items()},
         settings=settings,
         recall=lambda ids: np.mean([len(np.intersect1d(a, b)) for a, b in zip(ids, truth, strict=True)]) / k,
         queries=len(queries),
@@ -197,25 +206,21 @@ def test_search_margin(curve, data, threads, batch):
     truth = pv.scan.topk(queries, x, K, metric="ip")[1]
     index = index_of(x, "cosine", threads)
 
-    def by_margin(part, ef, index):
-        return index.search(part, K, margin=MARGINS[ef], num_threads=threads)[1]
+    def by_margin(index):
+        return lambda part, ef: index.search(part, K, margin=MARGINS[ef], num_threads=threads)[1]
 
-    def by_candidates(part, ef, index):
-        return index.search(part, K, ef=ef, num_threads=threads)[1]
-
-    def in_batches(search, index):
-        parts = [queries[i : i + batch] for i in range(0, len(queries), batch)]
-        return lambda _, ef: np.concatenate([search(part, ef, index) for part in parts])
+    def by_candidates(index):
+        return lambda part, ef: index.search(part, K, ef=ef, num_threads=threads)[1]
 
     frozen = index.freeze()
     searches = {
-        "polyvec, frozen, margin": in_batches(by_margin, frozen),
-        "polyvec, frozen, ef": in_batches(by_candidates, frozen),
-        "polyvec, int4, margin": in_batches(by_margin, index),
-        "polyvec, int4, ef": in_batches(by_candidates, index),
-        "symphonyqg": in_batches(lambda part, ef, search: search(part, ef, K), build_symphonyqg(x, "ip", threads)),
+        "polyvec, frozen, ef": by_candidates(frozen),
+        "polyvec, int4, margin": by_margin(index),
+        "polyvec, int4, ef": by_candidates(index),
+        "symphonyqg": build_symphonyqg(x, "ip", threads),
     }
-    ours, others = contenders_of(searches, None)
+    ours = in_batches(by_margin(frozen), queries, batch)
+    others = {name: in_batches(search, queries, batch) for name, search in searches.items()}
     points = curve(ours, others, settings=list(MARGINS), recall=recall_of(truth), queries=len(queries))
     assert points["polyvec"][-1]["recall"] > 0.98
 
@@ -488,13 +493,7 @@ def million_symphonyqg():
         index.save(str(path))
 
     def load(path, threads, dim):
-        index = pytest.importorskip("rabitqlib").SymqgIndex.load(str(path))
-
-        def search(queries, ef):
-            results = map(np.asarray, index.search(queries, K, ef, threads))
-            return next(a for a in results if a.dtype.kind in "ui").astype(np.int64)
-
-        return search
+        return search_symphonyqg(pytest.importorskip("rabitqlib").SymqgIndex.load(str(path)), threads)
 
     return build, load
 
@@ -559,12 +558,14 @@ def test_search_frozen_million(curve, note, benchmark, million, threads, batch):
     searches, benchmark.extra_info["build"], built = million_searches(STATIC, million, threads)
     note(f"built: {built}")
 
-    def in_batches(search):
-        parts = [queries[i : i + batch] for i in range(0, len(queries), batch)]
-        return lambda _, ef: np.concatenate([search(part, ef) for part in parts])
-
-    ours, rivals = contenders_of({name: in_batches(search) for name, search in searches.items()}, None)
-    points = curve(ours, rivals, settings=[16, 32, 64, 128, 256], recall=recall_of(truth), queries=len(queries))
+    rivals = {name: in_batches(search, queries, batch) for name, search in searches.items()}
+    points = curve(
+        rivals.pop("polyvec, frozen"),
+        rivals,
+        settings=[16, 32, 64, 128, 256],
+        recall=recall_of(truth),
+        queries=len(queries),
+    )
     assert points["polyvec"][-1]["recall"] > 0.98
 
 
