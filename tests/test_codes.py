@@ -115,8 +115,9 @@ def test_rotation_spreads_single_coordinates():
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
 @pytest.mark.parametrize("d", [20, 100])
-def test_rabitq_codes_are_the_closest_in_angle(rng, isa, bits, d):
-    x = sample(rng, 20, d)
+def test_rabitq_codes_are_the_closest_in_angle(isa, bits, d):
+    # The same rows at every level, and many of the short ones, whose errors differ more from row to row.
+    x = sample(np.random.default_rng([bits, d]), 2000 // d, d)
     codec = pv.quantize.RaBitQ(d, bits=bits, metric="l2").fit(x)
     codes = codec.encode(x)
     rotated = (x - codec.centroid) @ ref.rotation(codec.signs).T

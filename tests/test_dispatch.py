@@ -11,6 +11,7 @@ import polyvec as pv
 from polyvec import _core
 
 X86_FEATURES = {  # names as /proc/cpuinfo writes them (lzcnt is abm there)
+    "amx": {"amx_bf16", "amx_int8", "amx_tile"},
     "avx512_bf16": {
         "avx512_bf16",
         "avx512_vnni",

@@ -37,7 +37,7 @@ def headers_of(folder):
 STANDARD = r"<[a-z_]+>"
 CPP_RULES = {  # folder -> what its files may include
     "cpp/include/polyvec": rf'{STANDARD}|"polyvec/\w+\.hpp"',
-    "cpp/src": rf'{STANDARD}|<(pthread|sched|sys/mman)\.h>|"polyvec/\w+\.hpp"|"\w+\.hpp"',
+    "cpp/src": rf'{STANDARD}|<(cpuid|pthread|sched|unistd|sys/(mman|syscall))\.h>|"polyvec/\w+\.hpp"|"\w+\.hpp"',
     "cpp/kernels": r'<cstddef>|<cstdint>|<immintrin\.h>|<arm_neon\.h>|"\w+\.hpp"',
     "cpp/bindings": rf'{STANDARD}|<pybind11/\w+\.h>|"polyvec/\w+\.hpp"|"\w+\.hpp"',
 }

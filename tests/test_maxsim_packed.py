@@ -50,7 +50,7 @@ def test_score_is_that_of_the_decoded_tokens(rng, isa, dtype, d):
     decoded = [stored.decoded(x, dtype) for x in docs]
     if dtype == "int8":
         queries_used = [stored.rounded_queries(x) for x in queries]
-    elif dtype == "bfloat16" and isa == "avx512_bf16":
+    elif dtype == "bfloat16" and isa in ("amx", "avx512_bf16"):
         queries_used = [stored.bfloat16(x) for x in queries]
     else:
         queries_used = queries

@@ -7,6 +7,7 @@
 // (tables.hpp) makes these consecutive elements. Of packed codes a register holds the same word of several, so that one
 // query needs no sum across lanes. What the products are:
 //
+//     amx            the same as below; a batch takes matrices of bytes
 //     avx512_bf16    four of bytes, added to a sum of 32 bits
 //     avx2, avx512   two of bytes, added to a sum of 16 bits, where numbers have up to 4 bits. Sums start from what
 //                    makes the numbers signed and move to 32 bits before they can overflow. Else as below
@@ -236,7 +237,7 @@ POLYVEC_INLINE void for_each_dots(size_t first, const Word* panel, Rows<Word> ro
                                   Epilogue& epilogue) noexcept {
     using Product = typename Form::Product;
     if constexpr (sizeof(typename Product::Sum) == 4) {
-        for_each_tile<R>(
+        for_each_word_tile<Product, R>(
             panel + width, rows, words,
             [&]<int N>(size_t tile, const Vec<int32_t>(&dot)[N][R]) __attribute__((always_inline)) {
                 int32_t dots[N * width];  // from here on in memory: the tile keeps its registers
@@ -244,8 +245,7 @@ POLYVEC_INLINE void for_each_dots(size_t first, const Word* panel, Rows<Word> ro
                     for (int r = 0; r < R; ++r) store(dots + (j * R + r) * L, dot[j][r]);
                 }
                 epilogue(tile, dots);
-            },
-            Product{});
+            });
     } else {
         const Vec<Word> ones = broadcast<Word>(0x00010001);
         for (; first + J <= rows.count; first += J) {
@@ -285,6 +285,7 @@ POLYVEC_INLINE void for_each_dots(size_t first, const Word* panel, Rows<Word> ro
 template <class Form, class Sink>
 POLYVEC_INLINE void for_each_values(const CodeRows& rows, const Word* words, const CodeQueries& panel,
                                     const float* floor, Sink sink) noexcept {
+    [[maybe_unused]] const MatrixUnit<true> unit;
     const uint8_t* factors = rows.first + factors_begin(rows);
     const size_t row = words_of<Form>(rows.d);
     const auto evaluate = [&]<size_t N>(size_t first, const int32_t (&dots)[N]) __attribute__((always_inline)) {
@@ -1076,9 +1077,16 @@ void rotate(float* rows, size_t n, size_t d, const float* signs, bool inverse) n
 
 }  // namespace
 
+// Matrices multiply a panel in little more than the time that one query takes.
+#if defined(POLYVEC_MATRIX_UNIT)
+constexpr size_t most_one_by_one = 1;
+#else
+constexpr size_t most_one_by_one = width / 2 + 4;
+#endif
+
 extern const CodesKernels codes_kernels;
 const CodesKernels codes_kernels{width,
-                                 width / 2 + 4,
+                                 most_one_by_one,
                                  row_words,
                                  panel_words,
                                  unpack,

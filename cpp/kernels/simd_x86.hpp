@@ -156,6 +156,23 @@ POLYVEC_INLINE Vec<uint32_t> byte_transposition_4x16() noexcept {
     return first + lane * broadcast(0x01010101u);
 }
 
+// 16 bytes from each of four places.
+POLYVEC_INLINE Vec<uint32_t> load_quarters(const unsigned char* a, const unsigned char* b, const unsigned char* c,
+                                           const unsigned char* d) noexcept {
+    const auto quarter = [](const unsigned char* p) __attribute__((always_inline)) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    };
+    __m512i v = _mm512_castsi128_si512(quarter(a));
+    v = _mm512_maskz_inserti32x4(0xffff, v, quarter(b), 1);
+    v = _mm512_maskz_inserti32x4(0xffff, v, quarter(c), 2);
+    return (Vec<uint32_t>)_mm512_maskz_inserti32x4(0xffff, v, quarter(d), 3);
+}
+
+// The lanes that `selected` has bits for, next to one another, then zeros.
+POLYVEC_INLINE Vec<uint32_t> compress(Vec<uint32_t> v, uint32_t selected) noexcept {
+    return (Vec<uint32_t>)_mm512_maskz_compress_epi32(static_cast<__mmask16>(selected), (__m512i)v);
+}
+
 // (a & b) | c; GCC makes two instructions of it.
 POLYVEC_INLINE Vec<uint32_t> and_or(Vec<uint32_t> a, Vec<uint32_t> b, Vec<uint32_t> c) noexcept {
     return (Vec<uint32_t>)_mm512_maskz_ternarylogic_epi32(0xffff, (__m512i)a, (__m512i)b, (__m512i)c, 0xea);
@@ -201,6 +218,61 @@ POLYVEC_INLINE Vec<uint32_t> look_up_codes(const unsigned char* p, size_t n, con
     }
     codes = _mm512_maskz_multishift_epi64_epi8(~__mmask64{}, windows, codes);
     return (Vec<uint32_t>)_mm512_maskz_permutexvar_epi8(~__mmask64{}, codes, _mm512_loadu_si512(table));
+}
+#endif
+
+#if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#define POLYVEC_MATRIX_UNIT 1
+
+// Its eight registers, matrices of 16 rows of 64 bytes, may be used while one of these lives (false: it does nothing).
+// Assembly, as the intrinsics of GCC 12 take literals alone for registers and do not say that they read memory. To
+// begin and to end takes 140 ns.
+template <bool Used>
+class MatrixUnit {
+public:
+    POLYVEC_INLINE MatrixUnit() noexcept {
+        struct Shape {
+            unsigned char palette = 1, others[15] = {};
+            uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+            unsigned char rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+        };
+        static constexpr Shape shape;
+        if constexpr (Used) asm volatile("ldtilecfg %0" : : "m"(shape));
+    }
+    POLYVEC_INLINE ~MatrixUnit() {
+        if constexpr (Used) asm volatile("tilerelease");
+    }
+    MatrixUnit(const MatrixUnit&) = delete;
+    MatrixUnit& operator=(const MatrixUnit&) = delete;
+};
+
+template <int M>
+POLYVEC_INLINE void zero_matrix() noexcept {
+    asm volatile("tilezero %%tmm%c0" : : "i"(M));
+}
+
+// Rows `stride` elements apart.
+template <int M, class T>
+POLYVEC_INLINE void load_matrix(const T* p, size_t stride) noexcept {
+    asm volatile("tileloadd (%1,%2,1), %%tmm%c0" : : "i"(M), "r"(p), "r"(stride * sizeof(T)) : "memory");
+}
+template <int M, class T>
+POLYVEC_INLINE void store_matrix(T* p, size_t stride) noexcept {
+    asm volatile("tilestored %%tmm%c0, (%1,%2,1)" : : "i"(M), "r"(p), "r"(stride * sizeof(T)) : "memory");
+}
+
+// S[i][j] += the products of the words k of row i of A and the words j of row k of B: pairs of bfloat16, or quads of
+// bytes, those of A unsigned or signed and those of B signed.
+template <int S, int A, int B>
+POLYVEC_INLINE void multiply_bfloat16_matrices() noexcept {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(S), "i"(A), "i"(B));
+}
+template <int S, int A, int B, bool Signed>
+POLYVEC_INLINE void multiply_byte_matrices() noexcept {
+    if constexpr (Signed)
+        asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(S), "i"(A), "i"(B));
+    else
+        asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(S), "i"(A), "i"(B));
 }
 #endif
 

@@ -19,12 +19,14 @@
 // level has no such product, or where words are codes, a block of rows is expanded first, once for all queries of the
 // panel, into a scratch that stays in the level-1 cache:
 //
-//   format      avx512_bf16                       other levels
+//   format      avx512_bf16, amx                  other levels
 //   bfloat16    pairs, as stored                  float, expanded
 //   float16     float, expanded                   float, expanded
 //   int8        bytes, as stored                  pairs of 16 bits, expanded
 //   residual    bytes, expanded by a permute      pairs of 16 bits, expanded by a byte shuffle; without one, through a
 //                                                 table of each byte's weights
+//
+// With AMX the products of words are those of matrices (tile_matrix.hpp).
 //
 // Against int8 and residual codes a query is quantised too, to 127 steps of its largest element, and a weight to 127
 // steps of the largest weight; the sums are integers, exact up to d = 2^17. The bits of a product depend on the token
@@ -34,6 +36,7 @@
 #include "elements.hpp"
 #include "tables.hpp"
 #include "tile.hpp"
+#include "tile_matrix.hpp"
 
 namespace polyvec::POLYVEC_ISA {
 namespace {
@@ -62,6 +65,16 @@ struct Bfloat16Pairs {
     POLYVEC_INLINE static Vec<float> add(Vec<Word> x, Vec<Word> query, Vec<float> sum) noexcept {
         return add_bfloat16_pairs(sum, x, query);
     }
+#if defined(POLYVEC_MATRIX_UNIT)
+    template <int S>
+    POLYVEC_INLINE static void start_matrix(const Word*) noexcept {
+        zero_matrix<S>();
+    }
+    template <int S, int A, int B>
+    POLYVEC_INLINE static void multiply() noexcept {
+        multiply_bfloat16_matrices<S, A, B>();
+    }
+#endif
 };
 
 // Rows of bytes + 128, or of signed bytes, to which 128 is added on the way. Ahead of a panel lies what cancels the
@@ -82,6 +95,19 @@ struct ByteQuads {
     POLYVEC_INLINE static Vec<int32_t> add_share(Vec<Word> query, Vec<int32_t> share) noexcept {
         return add_byte_quads(share, broadcast<Word>(0x80808080), query);
     }
+#if defined(POLYVEC_MATRIX_UNIT)
+    template <int S>
+    POLYVEC_INLINE static void start_matrix(const Word* start) noexcept {
+        if constexpr (Signed)
+            zero_matrix<S>();
+        else
+            load_matrix<S>(start, 0);
+    }
+    template <int S, int A, int B>
+    POLYVEC_INLINE static void multiply() noexcept {
+        multiply_byte_matrices<S, A, B, Signed>();
+    }
+#endif
 };
 using IntegerProduct = ByteQuads<false>;
 
@@ -457,6 +483,49 @@ POLYVEC_INLINE void expanded_tiles_from(size_t first, const typename Format::Ele
     }
 }
 
+#if defined(POLYVEC_MATRIX_UNIT)
+
+// Like for_each_matrix_tile, of rows that are expanded.
+template <class Format, int R, class Epilogue>
+POLYVEC_INLINE void expanded_matrix_tiles(const Word* panel, const NarrowTokens& tokens, size_t d,
+                                          Epilogue& epilogue) noexcept {
+    using Product = typename Format::Product;
+    constexpr size_t most = 2 * matrix_rows;
+    const size_t row_bytes = padded<Format>(d) * Format::bits / 8, end = row_words<Format>(d);
+    const Rows<unsigned char> rows{tokens.first, tokens.count, row_bytes, tokens.next};
+    alignas(64) Word pieces[2][most * chunk];  // what no row is expanded to meets zeros, or is not looked at
+    size_t turn = 0;
+    const auto block = [&](size_t first, size_t count, auto&& add) __attribute__((always_inline)) {
+        const unsigned char* const ahead = rows[first + most];
+        for (size_t k = 0; k < count * row_bytes; k += 64) prefetch(ahead + k);
+        for (size_t j = 0; j < count; ++j) {
+            const float* scores = tokens.centroid_scores + tokens.centroids[first + j] * R * lanes<float>;
+            for (int r = 0; r < R; ++r) prefetch(scores + r * lanes<float>);
+        }
+        for (size_t i = 0; i < end; i += chunk) {
+            const size_t n = end - i < chunk ? end - i : chunk;
+            Word* const piece = pieces[turn++ % 2];
+            const unsigned char* row = tokens.first + first * row_bytes + i * Format::elements * Format::bits / 8;
+            for (size_t j = 0; j < count; ++j, row += row_bytes)
+                Format::expand(row, n * Format::elements, tokens.weights, piece + j * chunk);
+            for (size_t k = 0; k < n; k += matrix_words) add(i + k, piece + k, chunk);
+        }
+    };
+    matrix_tiles<Product, R>(panel, tokens.count, end, block, epilogue);
+}
+
+#endif
+
+// Like for_each_tile, of a panel of words and rows of words.
+template <class Product, int R, class Epilogue>
+POLYVEC_INLINE void for_each_word_tile(const Word* panel, Rows<Word> rows, size_t words, Epilogue&& epilogue) noexcept {
+#if defined(POLYVEC_MATRIX_UNIT)
+    for_each_matrix_tile<Product, R>(panel, rows, words, epilogue);
+#else
+    for_each_tile<R>(panel, rows, words, epilogue, Product{});
+#endif
+}
+
 template <class Format, int R, class Epilogue>
 POLYVEC_INLINE void for_each_narrow_tile(const Word* panel, const NarrowTokens& tokens, size_t d,
                                          Epilogue&& epilogue) noexcept {
@@ -483,10 +552,14 @@ POLYVEC_INLINE void for_each_narrow_tile(const Word* panel, const NarrowTokens& 
     const auto* queries = reinterpret_cast<const Element*>(panel + Format::integer * R * lanes<Word>);
     if constexpr (Format::as_stored) {
         const size_t words = row_words<Format>(d);
-        for_each_tile<R>(queries,
-                         Rows<Word>{reinterpret_cast<const Word*>(tokens.first), tokens.count, words,
-                                    reinterpret_cast<const Word*>(tokens.next)},
-                         words, scaled, Product{});
+        for_each_word_tile<Product, R>(queries,
+                                       Rows<Word>{reinterpret_cast<const Word*>(tokens.first), tokens.count, words,
+                                                  reinterpret_cast<const Word*>(tokens.next)},
+                                       words, scaled);
+#if defined(POLYVEC_MATRIX_UNIT)
+    } else if constexpr (Format::residual) {
+        expanded_matrix_tiles<Format, R>(queries, tokens, d, scaled);
+#endif
     } else {
         expanded_tiles_from<Format, Product::template rows<R>, R>(0, queries, tokens, d, scaled);
     }

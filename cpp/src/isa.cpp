@@ -9,6 +9,14 @@
 #include <stdexcept>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "polyvec/aligned.hpp"
 #include "polyvec/error.hpp"
 #include "tables.hpp"
@@ -17,6 +25,9 @@ namespace polyvec {
 
 // Defined by kernels/kernels.cpp, once per level.
 #if defined(__x86_64__)
+namespace amx {
+extern const Kernels table;
+}
 namespace avx512_bf16 {
 extern const Kernels table;
 }
@@ -60,15 +71,33 @@ bool supports_avx512_bf16() {
            __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
            __builtin_cpu_supports("avx512bitalg") && __builtin_cpu_supports("avx512vpopcntdq");
 }
+
+/// Linux saves the matrices of a process that has asked for it, once and for good, and no other system does.
+bool may_use_matrices() {
+#if defined(__linux__)
+    constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+    return false;
+#endif
+}
+
+bool supports_amx() {
+    static const bool supported = [] {
+        constexpr unsigned needed = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
+        unsigned a, b, c, d;
+        return supports_avx512_bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & needed) == needed &&
+               may_use_matrices();
+    }();
+    return supported;
+}
 #endif
 
 // Best first. __builtin_cpu_supports also checks that the operating system saves the registers.
 const Level levels[] = {
 #if defined(__x86_64__)
-    {avx512_bf16::table, supports_avx512_bf16},
-    {avx512::table, supports_avx512},
-    {avx2::table, supports_avx2, true},
-    {base::table, [] { return true; }},
+    {amx::table, supports_amx},         {avx512_bf16::table, supports_avx512_bf16}, {avx512::table, supports_avx512},
+    {avx2::table, supports_avx2, true}, {base::table, [] { return true; }},
 #else
     {neon::table, [] { return true; }},
 #endif
