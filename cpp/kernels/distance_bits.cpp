@@ -10,7 +10,141 @@ namespace {
 
 constexpr size_t line = 64, most_fetched = 4 * line;
 
-#if POLYVEC_VECTOR_BYTES == 32
+#if defined(POLYVEC_NARROW_PRODUCTS)
+
+// Words of 16 rows are transposed into lanes, and a byte permutation looks up the sums of the values of four half bytes
+// of each at once: 4 cycles a row of 384 elements, where products with single bits take 14.
+constexpr size_t together = 16;  // rows
+constexpr size_t word = 4;       // bytes of a plane, for which a query has two tables of four times 16 sums
+constexpr size_t table_bytes = 64;
+static_assert(lanes<uint32_t> == together);
+
+using Word = uint32_t;
+
+size_t query_bytes(size_t plane) noexcept {
+    return plane / word * 2 * table_bytes;
+}
+
+/// For each word of a plane: the sums of the values where the low half of each byte has bits, then where the high one
+/// has.
+void prepare(const uint8_t* values, size_t plane, uint8_t* query) noexcept {
+    for (size_t at = 0; at < plane; ++at) {
+        for (size_t half = 0; half < 2; ++half) {
+            uint8_t* const sums = query + (at / word * 2 + half) * table_bytes + at % word * 16;
+            sums[0] = 0;
+            for (size_t i = 1; i < 16; ++i) {
+                const auto bit = 4 * half + static_cast<size_t>(__builtin_ctzll(i));
+                sums[i] = static_cast<uint8_t>(sums[i & (i - 1)] + values[bit * plane + at]);
+            }
+        }
+    }
+}
+
+/// The words at `byte` of the rows and the three behind it, a vector each: lane i belongs to row i.
+POLYVEC_INLINE void load_words(const uint8_t* const (&rows)[together], size_t byte, Vec<Word> (&words)[4]) noexcept {
+    Vec<Word> x[4];
+    for (size_t i = 0; i < 4; ++i)
+        x[i] = load_quarters(rows[i] + byte, rows[i + 4] + byte, rows[i + 8] + byte, rows[i + 12] + byte);
+    const Lanes<0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29> low{};
+    const Lanes<2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31> high{};
+    const Lanes<0, 8, 2, 10, 4, 12, 6, 14> first{};
+    const Lanes<1, 9, 3, 11, 5, 13, 7, 15> second{};
+    const auto mix = [](Vec<Word> a, Vec<Word> b, auto lanes) __attribute__((always_inline)) {
+        return (Vec<Word>)shuffle((Vec<uint64_t>)a, (Vec<uint64_t>)b, lanes);
+    };
+    for (size_t i = 0; i < 2; ++i) {
+        const auto a = i == 0 ? shuffle(x[0], x[1], low) : shuffle(x[0], x[1], high);
+        const auto b = i == 0 ? shuffle(x[2], x[3], low) : shuffle(x[2], x[3], high);
+        words[2 * i] = mix(a, b, first);
+        words[2 * i + 1] = mix(a, b, second);
+    }
+}
+
+/// The sums of the values where the planes at `byte` of the rows have bits.
+POLYVEC_INLINE Vec<int32_t> sums_of_values(const uint8_t* query, const uint8_t* const (&rows)[together], size_t byte,
+                                           size_t plane) noexcept {
+    const Vec<Word> places = broadcast<Word>(0x30201000), nibble = broadcast<Word>(0x0f0f0f0f);
+    const Vec<Word> ones = broadcast<Word>(0x01010101);
+    Vec<int32_t> sum[4] = {};
+    const auto add = [&](size_t k, Vec<Word> codes) __attribute__((always_inline)) {
+        const auto* const table = reinterpret_cast<const Word*>(query) + k * 2 * (table_bytes / sizeof(Word));
+        const auto low = permute_bytes(load(table), and_or(codes, nibble, places));
+        const auto high = permute_bytes(load(table + table_bytes / sizeof(Word)), and_or(codes >> 4, nibble, places));
+        sum[k % 2 * 2] = add_byte_quads(sum[k % 2 * 2], ones, low);
+        sum[k % 2 * 2 + 1] = add_byte_quads(sum[k % 2 * 2 + 1], ones, high);
+    };
+    Vec<Word> words[4];
+    size_t k = 0;
+    for (; k + 4 <= plane / word; k += 4) {
+        load_words(rows, byte + k * word, words);
+        for (size_t i = 0; i < 4; ++i) add(k + i, words[i]);
+    }
+    if (k < plane / word) {
+        load_words(rows, byte + k * word, words);
+        for (size_t i = 0; k + i < plane / word; ++i) add(k + i, words[i]);
+    }
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+/// Rough scales, what is added, and scales: the floats behind the planes.
+POLYVEC_INLINE void load_factors(const uint8_t* const (&rows)[together], size_t byte,
+                                 Vec<float> (&factors)[3]) noexcept {
+    Vec<Word> words[4];
+    load_words(rows, byte - word, words);  // nothing behind the row
+    for (size_t i = 0; i < 3; ++i) factors[i] = (Vec<float>)words[i + 1];
+}
+
+template <class F>
+POLYVEC_INLINE void name_rows(const uint32_t* ids, size_t n, const uint8_t* (&rows)[together], F row) noexcept {
+    for (size_t k = 0; k < together; ++k) rows[k] = row(size_t{ids[k < n ? k : 0]});
+}
+
+template <size_t Bits, bool Split>
+void distances_of(const BitQuery& query, const BitRows& rows, const uint32_t* ids, size_t n, float* out) noexcept {
+    const size_t plane = rows.plane;
+    for (size_t first = 0; first < n; first += together) {
+        const size_t left = n - first < together ? n - first : together;
+        const uint8_t* row[together];
+        name_rows(ids + first, left, row, [&](size_t id) { return rows.first + id * rows.first_stride; });
+        Vec<float> factors[3];
+        load_factors(row, Split ? plane : Bits * plane, factors);
+        Vec<int32_t> sum = sums_of_values(query.values, row, 0, plane);
+        if constexpr (Split)
+            name_rows(ids + first, left, row, [&](size_t id) { return rows.second + id * rows.second_stride; });
+        for (size_t j = 1; j < Bits; ++j)
+            sum = 2 * sum + sums_of_values(query.values, row, Split ? 0 : j * plane, plane);
+        const auto product = __builtin_convertvector(2 * sum - ((1 << Bits) - 1) * query.sum, Vec<float>);
+        const Vec<float> distance = query.constant + factors[1] * query.weight + product * factors[2] * query.factor;
+        store_first(out + first, distance, left);
+    }
+}
+
+size_t select_near(const BitQuery& query, const BitRows& rows, const uint32_t* ids, size_t n, float most,
+                   uint32_t* near) noexcept {
+    const size_t plane = rows.plane;
+    size_t count = 0;
+    for (size_t first = 0; first < n; first += together) {
+        const size_t left = n - first < together ? n - first : together, kept = count;
+        const uint8_t* row[together];
+        name_rows(ids + first, left, row, [&](size_t id) { return rows.first + id * rows.first_stride; });
+        Vec<float> factors[3];
+        load_factors(row, plane, factors);
+        const Vec<int32_t> sum = sums_of_values(query.values, row, 0, plane);
+        const auto product = __builtin_convertvector(2 * sum - query.sum, Vec<float>);
+        const Vec<float> least =
+            query.constant + factors[1] * query.weight + (product * query.factor - query.slack) * factors[0];
+        const uint32_t taken = ~bits(least > most) & ((1u << left) - 1);
+        count += static_cast<size_t>(__builtin_popcount(taken));
+        store_first(near + kept, compress(load_first(ids + first, left), taken), count - kept);
+        for (size_t k = kept; k < count; ++k) {
+            const uint8_t* const low = rows.second + near[k] * rows.second_stride;
+            for (size_t at = 0; at < plane && at < most_fetched; at += line) prefetch(low + at);
+        }
+    }
+    return count;
+}
+
+#elif POLYVEC_VECTOR_BYTES == 32
 
 // Shuffles look up the sum of the values of half a byte, in 16 planes at once, whose bytes are transposed on the way: a
 // third of the time that the form below takes, which made up for half of a walk.
@@ -114,16 +248,7 @@ constexpr size_t block = 64;    // bytes of a plane that a block of the query's 
 
 using Word = uint32_t;
 
-#if defined(POLYVEC_NARROW_PRODUCTS)
-using Sums = Vec<int32_t>;
-
-POLYVEC_INLINE Sums add_products(Sums sum, Vec<Word> bits, Vec<Word> query) noexcept {
-    return add_byte_quads(sum, bits, query);
-}
-POLYVEC_INLINE Vec<int32_t> widen(Sums sum) noexcept {
-    return sum;
-}
-#elif defined(POLYVEC_BYTE_PAIRS)
+#if defined(POLYVEC_BYTE_PAIRS)
 using Sums = Vec<int16_t>;
 
 POLYVEC_INLINE Sums add_products(Sums sum, Vec<Word> bits, Vec<Word> query) noexcept {
@@ -194,6 +319,8 @@ POLYVEC_INLINE void add_values(const uint8_t* query, const uint8_t* const* plane
 
 #endif
 
+#if !defined(POLYVEC_NARROW_PRODUCTS)
+
 POLYVEC_INLINE float factor_of(const uint8_t* row, size_t factors, size_t i) noexcept {
     float factor;
     __builtin_memcpy(&factor, row + factors + i * sizeof(float), sizeof factor);
@@ -227,13 +354,6 @@ void distances_of(const BitQuery& query, const BitRows& rows, const uint32_t* id
     }
 }
 
-void distances(const BitQuery& query, const BitRows& rows, const uint32_t* ids, size_t n, float* out) noexcept {
-    if (rows.second) return distances_of<2, true>(query, rows, ids, n, out);
-    if (rows.bits == 2) return distances_of<2, false>(query, rows, ids, n, out);
-    rows.bits == 3 ? distances_of<3, false>(query, rows, ids, n, out)
-                   : distances_of<4, false>(query, rows, ids, n, out);
-}
-
 size_t select_near(const BitQuery& query, const BitRows& rows, const uint32_t* ids, size_t n, float most,
                    uint32_t* near) noexcept {
     const size_t plane = rows.plane;
@@ -258,6 +378,15 @@ size_t select_near(const BitQuery& query, const BitRows& rows, const uint32_t* i
         }
     }
     return count;
+}
+
+#endif
+
+void distances(const BitQuery& query, const BitRows& rows, const uint32_t* ids, size_t n, float* out) noexcept {
+    if (rows.second) return distances_of<2, true>(query, rows, ids, n, out);
+    if (rows.bits == 2) return distances_of<2, false>(query, rows, ids, n, out);
+    rows.bits == 3 ? distances_of<3, false>(query, rows, ids, n, out)
+                   : distances_of<4, false>(query, rows, ids, n, out);
 }
 
 }  // namespace
