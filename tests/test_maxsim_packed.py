@@ -14,7 +14,7 @@ from reference import packed as stored
 
 WIDTHS = [0, 1, 2, 3, 4, 15, 16, 17, 35, 64, 130, 300]
 QUERY_TOKENS = [0, 1, 3, 15, 16, 17, 31, 33, 70]
-DOC_TOKENS = [0, 1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 29]
+DOC_TOKENS = [0, 1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 15, 16, 17, 29, 31, 32, 33, 48, 65]
 PACKED = ["bfloat16", "float16", "int8"]
 
 

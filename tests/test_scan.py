@@ -16,7 +16,7 @@ from reference import scan as ref
 METRICS = ["ip", "l2", "cosine"]
 # Around the lane counts 4, 8 and 16, the panels of 8 and 32 queries, tiles of 3 to 12 rows and the first block of 64.
 QUERIES = [0, 1, 4, 7, 8, 9, 15, 31, 32, 33, 67]
-ITEMS = [0, 1, 2, 3, 5, 6, 7, 11, 12, 13, 24, 35, 63, 64, 65, 200]
+ITEMS = [0, 1, 2, 3, 5, 6, 7, 11, 12, 13, 15, 16, 17, 24, 31, 32, 33, 35, 48, 63, 64, 65, 200]
 WIDTHS = [0, 1, 3, 4, 5, 7, 8, 9, 11, 15, 16, 17, 31, 33, 35, 64, 67]
 
 

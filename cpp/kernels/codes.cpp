@@ -1075,14 +1075,14 @@ void rotate(float* rows, size_t n, size_t d, const float* signs, bool inverse) n
     }
 }
 
-}  // namespace
-
 // Matrices multiply a panel in little more than the time that one query takes.
 #if defined(POLYVEC_MATRIX_UNIT)
 constexpr size_t most_one_by_one = 1;
 #else
 constexpr size_t most_one_by_one = width / 2 + 4;
 #endif
+
+}  // namespace
 
 extern const CodesKernels codes_kernels;
 const CodesKernels codes_kernels{width,

@@ -49,8 +49,8 @@ POLYVEC_INLINE void load_words(const uint8_t* const (&rows)[together], size_t by
     const Lanes<2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31> high{};
     const Lanes<0, 8, 2, 10, 4, 12, 6, 14> first{};
     const Lanes<1, 9, 3, 11, 5, 13, 7, 15> second{};
-    const auto mix = [](Vec<Word> a, Vec<Word> b, auto lanes) __attribute__((always_inline)) {
-        return (Vec<Word>)shuffle((Vec<uint64_t>)a, (Vec<uint64_t>)b, lanes);
+    const auto mix = [](Vec<Word> a, Vec<Word> b, auto order) __attribute__((always_inline)) {
+        return (Vec<Word>)shuffle((Vec<uint64_t>)a, (Vec<uint64_t>)b, order);
     };
     for (size_t i = 0; i < 2; ++i) {
         const auto a = i == 0 ? shuffle(x[0], x[1], low) : shuffle(x[0], x[1], high);

@@ -129,7 +129,7 @@ void pack_narrow(const float* tokens, size_t n, size_t d, float unit, uint32_t* 
 template <class Format>
 void narrow_maxima(const uint32_t* panels, size_t n, const NarrowTokens& doc, size_t d, size_t n_centroids,
                    float* best) noexcept {
-    [[maybe_unused]] const MatrixUnit<Format::elements != 1> unit;
+    [[maybe_unused]] const MatrixUnit<by_matrices<Format>> unit;
     for_each_panel<float>(n, [&]<int R>(size_t first) {
         const uint32_t* panel = panels + first * panel_words<Format>(d);
         NarrowTokens tokens = doc;

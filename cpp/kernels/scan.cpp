@@ -113,7 +113,7 @@ POLYVEC_INLINE void for_each_value(const ScanBlock& block, Epilogue&& epilogue) 
         epilogue(first, acc);
     };
     if constexpr (narrow<Format>) {
-        [[maybe_unused]] const MatrixUnit<Format::elements != 1> unit;
+        [[maybe_unused]] const MatrixUnit<by_matrices<Format>> unit;
         const auto* rows = static_cast<const unsigned char*>(block.rows);
         for_each_narrow_tile<Format, R>(static_cast<const Word*>(block.panel),
                                         NarrowTokens{rows, block.n, rows, block.scale, nullptr, nullptr, nullptr},

@@ -238,3 +238,14 @@ POLYVEC_INLINE auto reduce_max(V v) noexcept {
 #else
 #include "simd_neon.hpp"
 #endif
+
+#if !defined(POLYVEC_MATRIX_UNIT)
+namespace polyvec::POLYVEC_ISA {
+namespace {
+
+template <bool>
+struct MatrixUnit {};  // simd_x86.hpp has one that is
+
+}  // namespace
+}  // namespace polyvec::POLYVEC_ISA
+#endif

@@ -236,6 +236,7 @@ public:
             uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
             unsigned char rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
         };
+        static_assert(sizeof(Shape) == 64);
         static constexpr Shape shape;
         if constexpr (Used) asm volatile("ldtilecfg %0" : : "m"(shape));
     }

@@ -5,14 +5,15 @@
 // rows and 32 queries, need 8 registers, which are all. Sums leave through memory, for the vector registers have no
 // other way to them, and reach the epilogue in the shape of any tile.
 //
-// Integers are the same as by vector products. Sums of bfloat16 products are rounded step by step of 16 words, so that
-// here, too, the bits of a product depend on the row and the query alone; subnormal numbers count as 0.
+// Integers are the same as by vector products. Those of bfloat16 are rounded in an order of the unit's own, over steps
+// of 16 words that are the same for every row: here, too, the bits of a product depend on the row and the query alone.
+// Subnormal numbers count as 0.
 //
 // Emerald Rapids at 2.5 GHz, G operations a second that the units can do: bytes 5100 (vector products 620), bfloat16
-// 2600 (81, and float32 163). MaxSim of cached documents of 180 tokens reaches 1500 at 128 bytes and 2300 at 384, of 1200
-// at 128 bfloat16: what 32 x 32 sums cost beside their products is 64 vectors to store, to load and to compare. To begin
-// the products of the next rows before the sums of the last ones are looked at gained nothing, nor did another order of
-// loads. Rows across two cache lines cost 15 to 25 %.
+// 2600 (81, and float32 163). MaxSim of cached documents of 180 tokens reaches 1500 at 128 bytes and 2300 at 384, of
+// 1200 at 128 bfloat16: what 32 x 32 sums cost beside their products is 64 vectors to store, to load and to compare. To
+// begin the products of the next rows before the sums of the last ones are looked at gained nothing, nor did another
+// order of loads. Rows across two cache lines cost 15 to 25 %.
 #pragma once
 
 #include "tables.hpp"
@@ -24,6 +25,7 @@ namespace polyvec::POLYVEC_ISA {
 namespace {
 
 constexpr size_t matrix_rows = 16, matrix_words = 16;
+constexpr size_t block_rows = 2 * matrix_rows;
 static_assert(matrix_words == lanes<uint32_t> && panel_registers == 2);
 
 // Sums of `Matrices` times 16 rows with a panel of R registers: matrices 0 to 3. Rows are in 4 and 5, the panel in 6
@@ -80,14 +82,14 @@ POLYVEC_INLINE void hand_over(size_t first, const Sum* sums, size_t count, Epilo
 }
 
 // Tiles of rows, which `block` makes ready: block(first, count, add) calls add(i, row, stride) for the words i, i + 16,
-// ... of `count` rows from `first` on, with zeros behind the words and anything behind the rows, up to 16 words and 16
-// or 32 rows. The last rows come with some before them, so that matrices are full.
+// ... of `count` rows from `first` on. Behind the words lies what the panel's zeros make 0, of floats zeros; behind the
+// rows anything, up to 16 or 32 of them. The last rows come with some before them, so that matrices are full.
 template <class Product, int R, class Block, class Epilogue>
 POLYVEC_INLINE void matrix_tiles(const uint32_t* panel, size_t n, size_t words, Block&& block,
                                  Epilogue& epilogue) noexcept {
     using Sum = typename Product::Sum;
-    constexpr size_t width = R * matrix_words, most = 2 * matrix_rows;
-    alignas(64) Sum sums[most * width];
+    constexpr size_t width = R * matrix_words;
+    alignas(64) Sum sums[block_rows * width];
     alignas(64) uint32_t last[matrix_words * width];  // the words of a panel behind its last whole step, and zeros
     const size_t rest = words % matrix_words;
     if (rest > 0) {
@@ -109,9 +111,9 @@ POLYVEC_INLINE void matrix_tiles(const uint32_t* panel, size_t n, size_t words, 
         Sums::store(sums);
         hand_over<8, R>(first, sums + (first - begin) * width, end - first, epilogue);
     };
-    for (size_t first = 0; first < n; first += most) {
+    for (size_t first = 0; first < n; first += block_rows) {
         if (n - first > matrix_rows)
-            multiply(Lanes<2>{}, first, n - first < most ? n : first + most);
+            multiply(Lanes<2>{}, first, n - first < block_rows ? n : first + block_rows);
         else
             multiply(Lanes<1>{}, first, n);
     }
@@ -121,17 +123,15 @@ POLYVEC_INLINE void matrix_tiles(const uint32_t* panel, size_t n, size_t words, 
 template <class Product, int R, class Epilogue>
 POLYVEC_INLINE void for_each_matrix_tile(const uint32_t* panel, Rows<uint32_t> rows, size_t words,
                                          Epilogue&& epilogue) noexcept {
-    constexpr size_t most = 2 * matrix_rows;
-    alignas(64) uint32_t copy[most * matrix_words];
-    bool cleared = false;
+    alignas(64) uint32_t copy[block_rows * matrix_words];
     const auto block = [&](size_t first, size_t count, auto&& add) __attribute__((always_inline)) {
-        const uint32_t* const row = rows.first + first * rows.stride;
+        const uint32_t *const row = rows.first + first * rows.stride, *const next = rows[first + block_rows];
         const bool whole = count % matrix_rows == 0;
         size_t i = 0;
         if (whole) {
             // The lines of the next rows in their order in memory: from the level-3 cache 1.3 to 2 times as fast.
-            constexpr size_t line = 64, lines = most;  // of a step
-            const auto* ahead = reinterpret_cast<const unsigned char*>(rows[first + most]);
+            constexpr size_t line = 64, lines = block_rows;  // of a step
+            const auto* ahead = reinterpret_cast<const unsigned char*>(next);
             for (; i + matrix_words <= words; i += matrix_words, ahead += lines * line) {
 #pragma GCC unroll 8
                 for (size_t k = 0; k < lines; ++k) prefetch(ahead + k * line);
@@ -139,13 +139,13 @@ POLYVEC_INLINE void for_each_matrix_tile(const uint32_t* panel, Rows<uint32_t> r
             }
         }
         if (i == words) return;
-        if (!cleared && !whole) {
-            for (size_t k = 0; k < most; ++k) store(copy + k * matrix_words, Vec<uint32_t>{});
-            cleared = true;
+        if (!whole) {
+            for (size_t k = 0; k < block_rows; ++k) store(copy + k * matrix_words, Vec<uint32_t>{});
         }
         for (; i < words; i += matrix_words) {  // nothing behind a row or behind the last of them is read
             const size_t bytes = (words - i < matrix_words ? words - i : matrix_words) * sizeof(uint32_t);
             for (size_t j = 0; j < count; ++j) {
+                prefetch(next + j * rows.stride + i);
                 const auto* p = reinterpret_cast<const unsigned char*>(row + j * rows.stride + i);
                 store(copy + j * matrix_words, load_first_bytes(p, bytes));
             }
@@ -154,17 +154,6 @@ POLYVEC_INLINE void for_each_matrix_tile(const uint32_t* panel, Rows<uint32_t> r
     };
     matrix_tiles<Product, R>(panel, rows.count, words, block, epilogue);
 }
-
-}  // namespace
-}  // namespace polyvec::POLYVEC_ISA
-
-#else
-
-namespace polyvec::POLYVEC_ISA {
-namespace {
-
-template <bool>
-struct MatrixUnit {};
 
 }  // namespace
 }  // namespace polyvec::POLYVEC_ISA

@@ -414,8 +414,8 @@ POLYVEC_INLINE Vec<float> lane_scale(const Word* panel, size_t d, int r) noexcep
 
 // ---- tiles
 
-// Words of a row that are expanded at a time. Two pieces of a tile stay well below 4096 bytes, where stores and loads
-// would be taken for one another.
+// Words of a row that are expanded at a time. Two pieces of a tile of vectors stay well below 4096 bytes, where stores
+// and loads would be taken for one another.
 constexpr size_t chunk = 64;
 
 // Like tiles_from, of rows that are expanded, a piece of the tile at a time. A row of the next piece is expanded beside
@@ -490,13 +490,12 @@ template <class Format, int R, class Epilogue>
 POLYVEC_INLINE void expanded_matrix_tiles(const Word* panel, const NarrowTokens& tokens, size_t d,
                                           Epilogue& epilogue) noexcept {
     using Product = typename Format::Product;
-    constexpr size_t most = 2 * matrix_rows;
     const size_t row_bytes = padded<Format>(d) * Format::bits / 8, end = row_words<Format>(d);
     const Rows<unsigned char> rows{tokens.first, tokens.count, row_bytes, tokens.next};
-    alignas(64) Word pieces[2][most * chunk];  // what no row is expanded to meets zeros, or is not looked at
+    alignas(64) Word pieces[2][block_rows * chunk];  // what no row is expanded to meets zeros, or is not looked at
     size_t turn = 0;
     const auto block = [&](size_t first, size_t count, auto&& add) __attribute__((always_inline)) {
-        const unsigned char* const ahead = rows[first + most];
+        const unsigned char* const ahead = rows[first + block_rows];
         for (size_t k = 0; k < count * row_bytes; k += 64) prefetch(ahead + k);
         for (size_t j = 0; j < count; ++j) {
             const float* scores = tokens.centroid_scores + tokens.centroids[first + j] * R * lanes<float>;
@@ -515,6 +514,10 @@ POLYVEC_INLINE void expanded_matrix_tiles(const Word* panel, const NarrowTokens&
 }
 
 #endif
+
+// Whether tiles of a format need a MatrixUnit.
+template <class Format>
+constexpr bool by_matrices = Format::elements > 1;
 
 // Like for_each_tile, of a panel of words and rows of words.
 template <class Product, int R, class Epilogue>
@@ -557,7 +560,7 @@ POLYVEC_INLINE void for_each_narrow_tile(const Word* panel, const NarrowTokens& 
                                                   reinterpret_cast<const Word*>(tokens.next)},
                                        words, scaled);
 #if defined(POLYVEC_MATRIX_UNIT)
-    } else if constexpr (Format::residual) {
+    } else if constexpr (by_matrices<Format>) {
         expanded_matrix_tiles<Format, R>(queries, tokens, d, scaled);
 #endif
     } else {

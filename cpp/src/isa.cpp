@@ -72,7 +72,8 @@ bool supports_avx512_bf16() {
            __builtin_cpu_supports("avx512bitalg") && __builtin_cpu_supports("avx512vpopcntdq");
 }
 
-/// Linux saves the matrices of a process that has asked for it, once and for good, and no other system does.
+/// Linux saves the matrices of a process that has asked for it, once and for good; no other system does. Signal
+/// handlers on stacks of their own then need 11 KB there, and where one has less already, Linux refuses.
 bool may_use_matrices() {
 #if defined(__linux__)
     constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
