@@ -221,7 +221,8 @@ POLYVEC_INLINE Vec<uint32_t> look_up_codes(const unsigned char* p, size_t n, con
 }
 #endif
 
-#if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__)
+// The first names are those of GCC, the others those of older versions of Clang.
+#if (defined(__AMX_INT8__) && defined(__AMX_BF16__)) || (defined(__AMXINT8__) && defined(__AMXBF16__))
 #define POLYVEC_MATRIX_UNIT 1
 
 // Its eight registers, matrices of 16 rows of 64 bytes, may be used while one of these lives (false: it does nothing).
