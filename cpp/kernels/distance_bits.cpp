@@ -8,12 +8,19 @@
 namespace polyvec::POLYVEC_ISA {
 namespace {
 
-constexpr size_t line = 64, most_fetched = 4 * line;
+/// Asks for the second parts of the rows that n ids name.
+POLYVEC_INLINE void fetch_second(const BitRows& rows, const uint32_t* ids, size_t n) noexcept {
+    constexpr size_t line = 64, most = 4 * line;
+    for (size_t k = 0; k < n; ++k) {
+        const uint8_t* const low = rows.second + ids[k] * rows.second_stride;
+        for (size_t at = 0; at < rows.plane && at < most; at += line) prefetch(low + at);
+    }
+}
 
 #if defined(POLYVEC_NARROW_PRODUCTS)
 
 // Words of 16 rows are transposed into lanes, and a byte permutation looks up the sums of the values of four half bytes
-// of each at once: 4 cycles a row of 384 elements, where products with single bits take 14.
+// of each at once: by count 4 cycles a row of 384 elements, where products with single bits take 14.
 constexpr size_t together = 16;  // rows
 constexpr size_t word = 4;       // bytes of a plane, for which a query has two tables of four times 16 sums
 constexpr size_t table_bytes = 64;
@@ -136,10 +143,7 @@ size_t select_near(const BitQuery& query, const BitRows& rows, const uint32_t* i
         const uint32_t taken = ~bits(least > most) & ((1u << left) - 1);
         count += static_cast<size_t>(__builtin_popcount(taken));
         store_first(near + kept, compress(load_first(ids + first, left), taken), count - kept);
-        for (size_t k = kept; k < count; ++k) {
-            const uint8_t* const low = rows.second + near[k] * rows.second_stride;
-            for (size_t at = 0; at < plane && at < most_fetched; at += line) prefetch(low + at);
-        }
+        fetch_second(rows, near + kept, count - kept);
     }
     return count;
 }
@@ -372,10 +376,7 @@ size_t select_near(const BitQuery& query, const BitRows& rows, const uint32_t* i
             near[count] = ids[first + k];
             count += !(least > most);
         }
-        for (size_t k = kept; k < count; ++k) {
-            const uint8_t* const low = rows.second + near[k] * rows.second_stride;
-            for (size_t at = 0; at < plane && at < most_fetched; at += line) prefetch(low + at);
-        }
+        fetch_second(rows, near + kept, count - kept);
     }
     return count;
 }

@@ -418,6 +418,16 @@ POLYVEC_INLINE Vec<float> lane_scale(const Word* panel, size_t d, int r) noexcep
 // and loads would be taken for one another.
 constexpr size_t chunk = 64;
 
+// Asks for what the centroids of `count` tokens score.
+template <int R>
+POLYVEC_INLINE void fetch_centroid_scores(const NarrowTokens& tokens, size_t first, size_t count) noexcept {
+#pragma GCC unroll 1
+    for (size_t j = 0; j < count; ++j) {
+        const float* scores = tokens.centroid_scores + tokens.centroids[first + j] * R * lanes<float>;
+        for (int r = 0; r < R; ++r) prefetch(scores + r * lanes<float>);
+    }
+}
+
 // Like tiles_from, of rows that are expanded, a piece of the tile at a time. A row of the next piece is expanded beside
 // each part of the products of this one: their first words would wait for what was just stored, and the products for
 // the shuffles. Residual codes, Zen5, of 1024 possible: 665, and 725 so.
@@ -439,13 +449,7 @@ POLYVEC_INLINE void expanded_tiles_from(size_t first, const typename Format::Ele
                            here + j * chunk);
     }
     for (; first + J <= tokens.count; first += J) {
-        if constexpr (Format::residual) {
-#pragma GCC unroll 1
-            for (int j = 0; j < J; ++j) {
-                const float* scores = tokens.centroid_scores + tokens.centroids[first + j] * R * lanes<float>;
-                for (int r = 0; r < R; ++r) prefetch(scores + r * lanes<float>);
-            }
-        }
+        if constexpr (Format::residual) fetch_centroid_scores<R>(tokens, first, J);
         Vec<typename Product::Sum> acc[J][R];
         for (int j = 0; j < J; ++j)
             for (int r = 0; r < R; ++r) acc[j][r] = Product::start(panel, r - R);
@@ -497,10 +501,7 @@ POLYVEC_INLINE void expanded_matrix_tiles(const Word* panel, const NarrowTokens&
     const auto block = [&](size_t first, size_t count, auto&& add) __attribute__((always_inline)) {
         const unsigned char* const ahead = rows[first + block_rows];
         for (size_t k = 0; k < count * row_bytes; k += 64) prefetch(ahead + k);
-        for (size_t j = 0; j < count; ++j) {
-            const float* scores = tokens.centroid_scores + tokens.centroids[first + j] * R * lanes<float>;
-            for (int r = 0; r < R; ++r) prefetch(scores + r * lanes<float>);
-        }
+        fetch_centroid_scores<R>(tokens, first, count);
         for (size_t i = 0; i < end; i += chunk) {
             const size_t n = end - i < chunk ? end - i : chunk;
             Word* const piece = pieces[turn++ % 2];

@@ -94,11 +94,14 @@ bool supports_amx() {
 }
 #endif
 
-// Best first. __builtin_cpu_supports also checks that the operating system saves the registers.
+// __builtin_cpu_supports also checks that the operating system saves the registers.
 const Level levels[] = {
 #if defined(__x86_64__)
-    {amx::table, supports_amx},         {avx512_bf16::table, supports_avx512_bf16}, {avx512::table, supports_avx512},
-    {avx2::table, supports_avx2, true}, {base::table, [] { return true; }},
+    {amx::table, supports_amx},  // a row a line, best first
+    {avx512_bf16::table, supports_avx512_bf16},
+    {avx512::table, supports_avx512},
+    {avx2::table, supports_avx2, true},
+    {base::table, [] { return true; }},
 #else
     {neon::table, [] { return true; }},
 #endif
